@@ -1,0 +1,425 @@
+"""Every setting of a run: frozen pydantic models, read from YAML, changed by ``a.b=c`` overrides.
+
+The defaults of ``encoder``, ``objective`` and ``train`` are those of unsupervised SimCSE on BERT-base
+(Gao et al. 2021, arXiv 2104.08821, section 3 and appendix A) unless a comment names another source.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from hncse_ray.errors import SettingsError
+
+Pooling = Literal["auto", "cls", "cls_before_head", "mean", "first_last_mean", "last_two_mean"]
+Precision = Literal["auto", "fp32", "bf16"]
+CorpusSource = Literal["text", "jsonl", "csv", "parquet", "hub", "python-docs"]
+Suite = Literal["stsb", "pairs", "python-docs"]
+
+RETRIEVAL_METRICS = ("recall@1", "recall@10", "mrr")
+SUITE_METRICS: dict[str, tuple[str, ...]] = {
+    "stsb": ("spearman",),
+    "pairs": RETRIEVAL_METRICS,
+    "python-docs": RETRIEVAL_METRICS,
+}
+
+
+def _as_tuple(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+StrTuple = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+
+class Section(BaseModel):
+    """Base of all settings: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
+
+
+class RunSettings(Section):
+    """Where a run lives and what makes it reproducible."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    storage_path: str = Field("runs", min_length=1, description="the run's folder is <storage_path>/<name>")
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+class CorpusSettings(Section):
+    """Where the unlabelled sentences come from and which of them are kept."""
+
+    source: CorpusSource = "text"
+    path: StrTuple = Field((), description="files (text, jsonl, csv, parquet) or one data set name (hub)")
+    column: str = Field("text", description="the column of jsonl, csv, parquet and hub sources")
+    subset: str | None = Field(None, description="the configuration of a hub data set")
+    split: str = Field("train", description="the split of a hub data set")
+    packages: StrTuple = Field((), description="python-docs: packages to read; empty = a tested selection")
+    min_words: int = Field(3, ge=1)
+    max_chars: int = Field(10_000, ge=10, description="longer lines are dropped and counted")
+    max_sentences: int | None = Field(None, ge=1, description="a random sample of this size is kept")
+    cache_dir: str | None = Field(None, description="default: $HNCSE_CACHE, else ~/.cache/hncse_ray")
+    num_processes: int | None = Field(None, ge=1, description="default: one per CPU")
+
+    @model_validator(mode="after")
+    def _path_fits_source(self) -> CorpusSettings:
+        if self.source == "python-docs":
+            if self.path:
+                raise ValueError("python-docs reads installed packages and takes no path; name them in packages")
+        elif not self.path:
+            raise ValueError(f"source {self.source!r} needs a path")
+        elif self.source == "hub" and len(self.path) > 1:
+            raise ValueError("source 'hub' takes one data set name")
+        return self
+
+
+class EncoderSettings(Section):
+    """The backbone, how token states become one vector, and in what precision."""
+
+    model: str = Field(
+        "bert-base-uncased",
+        min_length=1,
+        description="a folder, a hub name, or package:NAME[/FOLDER] for weights inside an installed package",
+    )
+    pooling: Pooling = Field("auto", description="auto = what the model's own folder says")
+    max_length: int = Field(32, ge=4, le=8192, description="tokens in training, special tokens included")
+    inference_max_length: int | None = Field(
+        None, ge=4, le=8192, description="tokens when encoding and scoring; default: the model's own limit"
+    )
+    head: Literal["none", "tanh"] = Field("none", description="a dense layer with tanh after pooling")
+    head_in_training_only: bool = True
+    dropout: float | None = Field(None, ge=0, lt=1, description="default: what the model's own config says")
+    precision: Precision = Field("auto", description="auto = bf16 autocast where the hardware computes in it")
+    compile: bool = Field(False, description="torch.compile the backbone")
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _resolve_pooling(self) -> EncoderSettings:
+        # `cls_before_head` is SimCSE's published name for: [CLS] pooling, a head while training, none afterwards.
+        if self.pooling == "cls_before_head" and not (self.head == "tanh" and self.head_in_training_only):
+            raise ValueError("pooling 'cls_before_head' needs head: tanh and head_in_training_only: true")
+        return self
+
+
+class InfoNCE(Section):
+    """Unsupervised SimCSE, arXiv 2104.08821."""
+
+    name: Literal["info_nce"] = "info_nce"
+    temperature: float = Field(0.05, gt=0, le=10)
+
+
+class _PositiveMixing(Section):
+    margin: float = Field(0.1, ge=0, le=1, description="relative gap below which the positive is mixed")
+    w_pos: float = Field(1.0, ge=0, le=2)
+    w_neg: float = Field(0.2, ge=0, le=2)
+
+
+class _HardNegativeMixing(Section):
+    k: int = Field(10, ge=2, description="hardest candidates that mixes are drawn from")
+    n_mixes: int = Field(40, ge=1)
+    alpha: float = Field(0.5, ge=0, le=1)
+
+
+class PositiveMixing(_PositiveMixing):
+    """HNCSE-PM, arXiv 2411.12156."""
+
+    name: Literal["positive_mixing"] = "positive_mixing"
+    temperature: float = Field(0.05, gt=0, le=10)
+
+
+class HardNegativeMixing(_HardNegativeMixing):
+    """HNCSE-HNM, arXiv 2411.12156."""
+
+    name: Literal["hard_negative_mixing"] = "hard_negative_mixing"
+    temperature: float = Field(0.05, gt=0, le=10)
+
+
+class Hybrid(_PositiveMixing, _HardNegativeMixing):
+    """HNCSE, both mixings, arXiv 2411.12156."""
+
+    name: Literal["hybrid"] = "hybrid"
+    temperature: float = Field(0.05, gt=0, le=10)
+
+
+class ThreeView(Section):
+    """Three dropout passes: info_nce(z1, z2) + info_nce(z2, z3)."""
+
+    name: Literal["three_view"] = "three_view"
+    temperature: float = Field(0.05, gt=0, le=10)
+
+
+class InstanceSmoothing(Section):
+    """IS-CSE, arXiv 2305.07424."""
+
+    name: Literal["instance_smoothing"] = "instance_smoothing"
+    temperature: float = Field(0.05, gt=0, le=10)
+    buffer_size: int = Field(1024, ge=2)
+    group_size: int = Field(16, ge=1)
+    attention_temperature: float = Field(2.0, gt=0)
+    weight: float = Field(0.1, ge=0, le=10, description="weight of the smoothing loss")
+    weight_start: float | None = Field(
+        None, ge=0, le=10, description="if set, the weight rises on a cosine from here to `weight`"
+    )
+
+    @model_validator(mode="after")
+    def _group_fits_buffer(self) -> InstanceSmoothing:
+        if self.group_size > self.buffer_size - 1:
+            raise ValueError(f"group_size {self.group_size} does not fit a buffer of {self.buffer_size}")
+        return self
+
+
+ObjectiveSettings = Annotated[
+    InfoNCE | PositiveMixing | HardNegativeMixing | Hybrid | ThreeView | InstanceSmoothing,
+    Field(discriminator="name"),
+]
+OBJECTIVES: dict[str, type[Section]] = {
+    cls.model_fields["name"].default: cls for cls in get_args(get_args(ObjectiveSettings)[0])
+}
+
+
+class NegativesSettings(Section):
+    """Where negatives beyond the global batch come from."""
+
+    source: Literal["none"] = Field("none", description="none = the other sentences of the global batch")
+
+
+class TrainSettings(Section):
+    """The optimisation. Batch sizes are global: sentences per optimiser step over all workers."""
+
+    batch_size: int = Field(64, ge=2, description="sentences in one contrastive batch, over all workers")
+    accumulation_steps: int = Field(1, ge=1, description="contrastive batches per optimiser step")
+    grad_cache_chunk_size: int | None = Field(
+        None, ge=1, description="sentences a worker encodes at a time (gradient caching, arXiv 2101.06983)"
+    )
+    learning_rate: float = Field(3e-5, gt=0, le=1)
+    weight_decay: float = Field(0.0, ge=0, le=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = Field(0, ge=0)
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="optimiser steps; wins over epochs")
+    bucket_by_length: bool = True
+    log_every_steps: int = Field(10, ge=1)
+    evaluate_every_steps: int = Field(125, ge=1)
+    checkpoint_every_steps: int = Field(500, ge=1)
+    early_stopping_evaluations: int | None = Field(
+        None, ge=1, description="stop after so many evaluations without a better dev score"
+    )
+    max_uniformity: float = Field(
+        -0.05, le=0, description="a mean uniformity (Wang & Isola 2020) above this is reported as collapse"
+    )
+
+
+class EvaluationSettings(Section):
+    """Which sets are scored, and which dev metric chooses the checkpoint."""
+
+    suites: Annotated[tuple[Suite, ...], BeforeValidator(_as_tuple)] = ("stsb",)
+    metric: str = Field("stsb/spearman", description="the dev metric that chooses, as suite/metric")
+    senteval_path: str | None = Field(None, description="default: $HNCSE_DATA/senteval")
+    pairs_dev: str | None = Field(None, description="TSV, JSONL, CSV or Parquet file of query and answer")
+    pairs_test: str | None = None
+    batch_size: int = Field(128, ge=1)
+
+    @model_validator(mode="after")
+    def _metric_is_measured(self) -> EvaluationSettings:
+        if "pairs" in self.suites and self.pairs_dev is None:
+            raise ValueError("suite 'pairs' needs pairs_dev")
+        known = [f"{suite}/{metric}" for suite in self.suites for metric in SUITE_METRICS[suite]]
+        if self.suites and self.metric not in known:
+            raise ValueError(f"metric {self.metric!r} is not measured by suites; choose from {', '.join(known)}")
+        return self
+
+
+class ClusterSettings(Section):
+    """What Ray is asked for."""
+
+    num_workers: int = Field(1, ge=1, le=4096)
+    use_gpu: Literal["auto", True, False] = Field(
+        "auto", description="auto = one GPU per worker if the cluster has them"
+    )
+    cpus_per_worker: float | None = Field(None, gt=0, description="default: the cluster's CPUs shared out")
+    max_failures: int = Field(3, ge=0, description="worker group restarts before the run fails")
+
+
+class Settings(Section):
+    """The whole tree. Build it with :func:`load_settings`."""
+
+    run: RunSettings = RunSettings()
+    corpus: CorpusSettings
+    encoder: EncoderSettings = EncoderSettings()
+    objective: ObjectiveSettings = InfoNCE()
+    negatives: NegativesSettings = NegativesSettings()
+    train: TrainSettings = TrainSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    cluster: ClusterSettings = ClusterSettings()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Settings:
+        batch, workers = self.train.batch_size, self.cluster.num_workers
+        if isinstance(self.objective, _HardNegativeMixing) and self.objective.k > batch - 1:
+            raise ValueError(
+                f"objective.k = {self.objective.k} is larger than the {batch - 1} candidates of an anchor"
+                f" (train.batch_size - 1); lower objective.k or raise train.batch_size"
+            )
+        if workers > batch:
+            raise ValueError(f"cluster.num_workers = {workers} is more than train.batch_size = {batch} sentences")
+        return self
+
+    @property
+    def run_dir(self) -> str:
+        """The run's folder, ``<storage_path>/<name>``."""
+        return os.path.join(self.run.storage_path, self.run.name)
+
+    def to_yaml(self) -> str:
+        """Return the resolved settings as YAML that :func:`load_settings` reads back to the same tree."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_settings(recipe: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Settings:
+    """Read a recipe, apply overrides and check the result.
+
+    Args:
+        recipe: a YAML file, the bare name of a recipe that comes with the package, or a mapping.
+        overrides: ``section.key=value`` strings; values are read as YAML.
+
+    Raises:
+        SettingsError: the recipe cannot be read, a key is unknown or a value is out of range.
+    """
+    if isinstance(recipe, Mapping):
+        where, tree = "settings", {k: dict(v) if isinstance(v, Mapping) else v for k, v in recipe.items()}
+    else:
+        where, tree = str(recipe), _read_yaml(find_recipe(recipe))
+    for override in overrides:
+        _apply_override(tree, override)
+    if isinstance(objective := tree.get("objective"), dict):
+        objective.setdefault("name", InfoNCE.model_fields["name"].default)
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise SettingsError("; ".join(_explain(e) for e in error.errors()), where) from None
+
+
+def recipe_folder() -> Path:
+    """The folder with the recipes that come with the package (a wheel carries them inside the package)."""
+    package = Path(__file__).parent
+    return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """Resolve a recipe given as a path or by the bare name of one that comes with the package.
+
+    Raises:
+        SettingsError: neither exists; the message names the nearest known recipe.
+    """
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise SettingsError("is a directory, not a recipe", str(recipe), "Name a YAML file")
+    names = sorted(p.stem for p in recipe_folder().glob("*.yaml"))
+    if path.name in names and len(path.parts) == 1:
+        return recipe_folder() / f"{path.name}.yaml"
+    near = difflib.get_close_matches(path.stem, names, n=1, cutoff=0.4)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    raise SettingsError("no such recipe", str(recipe), f"{hint}Known by name: {', '.join(names)}")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, where plain YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"cannot be read ({error})", str(path)) from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"is not valid YAML ({' '.join(str(error).split())})", str(path)) from None
+    if not isinstance(tree, dict):
+        raise SettingsError("holds no settings", str(path), "A recipe is a mapping of sections: corpus, encoder, ...")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise SettingsError("is not an override", override, "Write section.key=value, such as train.batch_size=128")
+    try:
+        value = yaml.safe_load(text) if text.strip() else None
+    except yaml.YAMLError:
+        raise SettingsError("has a value that is not valid YAML", override, "Quote it") from None
+    node = tree
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise SettingsError(f"{part!r} is a value, not a section", override)
+        node = child
+    if parts == ["objective", "name"] and value in OBJECTIVES:
+        # Another objective keeps of the recipe's section only what it knows itself.
+        for unknown in set(node) - set(OBJECTIVES[value].model_fields):
+            del node[unknown]
+    node[parts[-1]] = value
+
+
+def _explain(error: ErrorDetails) -> str:
+    # A discriminated union puts the chosen name into the location; the user never wrote it there.
+    loc = [str(part) for part in error["loc"]]
+    if len(loc) > 1 and loc[0] == "objective" and loc[1] in OBJECTIVES:
+        del loc[1]
+    path = ".".join(loc)
+    match error["type"]:
+        case "extra_forbidden":
+            return f"unknown setting {path!r}{_nearest(path, error)}"
+        case "missing":
+            return f"setting {path!r} is missing"
+        case "value_error":
+            return f"{path}: {error['ctx']['error']}" if path else str(error["ctx"]["error"])
+        case "union_tag_invalid":
+            near = difflib.get_close_matches(str(error["ctx"]["tag"]), OBJECTIVES, n=1, cutoff=0.4)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            return f"unknown objective.name {error['ctx']['tag']!r}{hint}; choose from {', '.join(OBJECTIVES)}"
+        case "union_tag_not_found":
+            return f"objective.name is missing; choose from {', '.join(OBJECTIVES)}"
+        case _:
+            message = error["msg"][0].lower() + error["msg"][1:]
+            return f"{path} = {error['input']!r}: {message}"
+
+
+def _nearest(path: str, error: ErrorDetails) -> str:
+    """Name the valid setting nearest to an unknown one: in its own section first, then anywhere."""
+    section, _, key = path.rpartition(".")
+    if section == "objective":
+        name = str(error["loc"][1])
+        own, owner = list(OBJECTIVES[name].model_fields), f"objective {name!r}"
+    else:
+        own = [p.rpartition(".")[2] for p in _setting_paths() if p.rpartition(".")[0] == section]
+        owner = section or "the top level"
+    if near := difflib.get_close_matches(key, own, n=1, cutoff=0.7):
+        return f" (did you mean {f'{section}.{near[0]}'.lstrip('.')!r}?)"
+    elsewhere = [p for p in _setting_paths() if p.rpartition(".")[2] == key and p != path]
+    if elsewhere and section != "objective":
+        return f" (did you mean {elsewhere[0]!r}?)"
+    return f"; {owner} knows {', '.join(own)}"
+
+
+def _setting_paths() -> Iterable[str]:
+    for section, field in Settings.model_fields.items():
+        yield section
+        classes = OBJECTIVES.values() if section == "objective" else [field.annotation]
+        for cls in classes:
+            assert isinstance(cls, type) and issubclass(cls, Section)
+            yield from (f"{section}.{name}" for name in cls.model_fields)

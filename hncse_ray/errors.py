@@ -1,0 +1,49 @@
+"""Errors that a user can act on: each says what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class HncseError(Exception):
+    """An expected failure, shown to the user as one message without a traceback.
+
+    Args:
+        what: what was wrong, as a sentence without a full stop.
+        where: the file, setting or place it concerns; empty where ``what`` already names it.
+        hint: what to do about it.
+    """
+
+    def __init__(self, what: str, where: str = "", hint: str = "") -> None:
+        # Positional arguments only, all handed to Exception: the error survives pickling between processes.
+        super().__init__(what, where, hint)
+        self.what = what
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        advice = f". {self.hint}" if self.hint else ""
+        return f"{place}{self.what}{advice}"
+
+
+class SettingsError(HncseError):
+    """A recipe, an override or a combination of settings is not valid."""
+
+
+class DataError(HncseError):
+    """A corpus or an evaluation set cannot be read or used."""
+
+
+class ModelError(HncseError):
+    """An encoder cannot be found, loaded or saved."""
+
+
+class ClusterError(HncseError):
+    """The cluster is missing, unreachable, or too small for the request."""
+
+
+class StorageError(HncseError):
+    """A run folder cannot be used or written."""
+
+
+class TrainingError(HncseError):
+    """Training cannot go on: not a number, collapse, or another condition with a known cause."""

@@ -1,0 +1,55 @@
+"""Fixtures that several rooms share: a tiny real encoder, sentences, and the settings of a small run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import make_model, make_sentences
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "sentences.txt"
+    path.write_text("\n".join(make_sentences(300)) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of a sentence and the same sentence without its first word."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.tsv"
+    sentences = make_sentences(40, seed=7)
+    path.write_text("".join(f"{s}\t{s.partition(' ')[2]}\n" for s in sentences), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def small_run(tiny_model: Path, corpus_file: Path, pairs_file: Path, tmp_path: Path) -> dict[str, object]:
+    """Settings of a run that takes a second: 12 steps of 16 sentences."""
+    return {
+        "run": {"name": "small", "storage_path": str(tmp_path / "runs"), "seed": 3},
+        "corpus": {"source": "text", "path": str(corpus_file), "cache_dir": str(tmp_path / "cache")},
+        "encoder": {"model": str(tiny_model), "pooling": "mean", "max_length": 24, "precision": "fp32"},
+        "objective": {"name": "hybrid"},
+        "train": {
+            "batch_size": 16,
+            "learning_rate": 1e-3,
+            "max_steps": 12,
+            "log_every_steps": 1,
+            "evaluate_every_steps": 4,
+            "checkpoint_every_steps": 4,
+        },
+        "evaluation": {
+            "suites": ["pairs"],
+            "metric": "pairs/recall@1",
+            "pairs_dev": str(pairs_file),
+            "pairs_test": str(pairs_file),
+        },
+        "cluster": {"cpus_per_worker": 1},
+    }

@@ -1,0 +1,127 @@
+"""Settings: defaults, overrides, and an error for everything that is wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from hncse_ray.config import OBJECTIVES, Settings, load_settings
+from hncse_ray.errors import SettingsError
+
+BASE = {"corpus": {"source": "python-docs"}}
+
+
+def error_of(*overrides: str, base: dict | None = None) -> str:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(base or BASE, overrides)
+    return str(caught.value)
+
+
+def test_yaml_and_overrides_give_the_resolved_tree(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("corpus: {source: text, path: a.txt}\ntrain: {batch_size: 32}\n")
+    settings = load_settings(recipe, ["train.learning_rate=1e-5", "corpus.path=[b.txt, c.txt]", "run.name=7"])
+    assert settings.train.batch_size == 32
+    assert settings.train.learning_rate == 1e-5
+    assert settings.corpus.path == ("b.txt", "c.txt")
+    assert settings.run.name == "7"
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_resolved_settings_read_back_to_the_same_tree(name: str, tmp_path: Path) -> None:
+    settings = load_settings(BASE, [f"objective.name={name}"])
+    path = tmp_path / "settings.yaml"
+    path.write_text(settings.to_yaml())
+    assert load_settings(path) == settings
+    assert settings.objective.name == name
+
+
+def test_settings_cannot_be_changed() -> None:
+    settings = load_settings(BASE)
+    with pytest.raises(ValueError, match="frozen"):
+        settings.train.batch_size = 1  # type: ignore[misc]
+
+
+def test_another_objective_keeps_what_it_knows() -> None:
+    base = {**BASE, "objective": {"name": "hybrid", "temperature": 0.1, "w_neg": 0.5, "k": 4}}
+    objective = load_settings(base, ["objective.name=hard_negative_mixing"]).objective
+    assert objective.model_dump() == {
+        "name": "hard_negative_mixing", "temperature": 0.1, "k": 4, "n_mixes": 40, "alpha": 0.5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.learnig_rate=1", "did you mean 'train.learning_rate'"),
+        ("temperature=1", "did you mean 'objective.temperature'"),
+        ("objective.name=hybird", "did you mean 'hybrid'"),
+        ("trainn.x=1", "did you mean 'train'"),
+        ("train.batch_size=1", "train.batch_size = 1: input should be greater than or equal to 2"),
+        ("train.learning_rate=.nan", "train.learning_rate"),
+        ("train.learning_rate=fast", "train.learning_rate = 'fast'"),
+        ("encoder.pooling=max", "'cls', 'cls_before_head', 'mean'"),
+        ("encoder.pooling=cls_before_head", "needs head: tanh"),
+        ("run.name=a/b", "run.name"),
+        ("cluster.use_gpu=2", "'auto', True or False"),
+        ("corpus.source=text", "needs a path"),
+        ("corpus.path=x", "takes no path"),
+        ("evaluation.metric=stsb/recall@1", "choose from stsb/spearman"),
+        ("evaluation.suites=[pairs]", "needs pairs_dev"),
+        ("train", "is not an override"),
+        ("=3", "is not an override"),
+        ("train.batch_size=[", "not valid YAML"),
+        ("corpus.source.x=1", "is a value, not a section"),
+    ],
+)
+def test_each_mistake_is_named(override: str, said: str) -> None:
+    assert said in error_of(override)
+
+
+def test_an_unknown_key_names_what_the_objective_knows() -> None:
+    assert "objective 'info_nce' knows name, temperature" in error_of("objective.margin=0.2")
+
+
+def test_k_must_fit_the_candidates() -> None:
+    assert "larger than the 7 candidates" in error_of("objective.name=hybrid", "train.batch_size=8")
+
+
+def test_a_smoothing_group_must_fit_its_buffer() -> None:
+    assert "does not fit a buffer of 16" in error_of("objective.name=instance_smoothing", "objective.buffer_size=16")
+
+
+def test_several_mistakes_are_all_named() -> None:
+    message = error_of("train.batch_size=0", "run.seed=-1")
+    assert "train.batch_size" in message and "run.seed" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("corpus: {source: [", "not valid YAML"),
+        ("- a\n- b\n", "holds no settings"),
+        ("", "holds no settings"),
+        ("corpus: {source: python-docs}\ncorpus: {source: text}\n", "given twice"),
+        ("corpus: 3\n", "corpus = 3"),
+        ("run: {name: x}\n", "'corpus' is missing"),
+    ],
+)
+def test_a_broken_recipe_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "broken.yaml"
+    recipe.write_text(text)
+    with pytest.raises(SettingsError, match="broken.yaml") as caught:
+        load_settings(recipe)
+    assert said in str(caught.value)
+
+
+def test_a_binary_recipe_and_a_folder_are_refused(tmp_path: Path) -> None:
+    binary = tmp_path / "x.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path, said in ((binary, "cannot be read"), (tmp_path, "is a directory")):
+        with pytest.raises(SettingsError, match=said):
+            load_settings(path)
+
+
+def test_recipes_resolve_by_bare_name_and_a_wrong_name_gets_the_nearest() -> None:
+    assert isinstance(load_settings("quickstart"), Settings)
+    with pytest.raises(SettingsError, match="Did you mean 'quickstart'"):
+        load_settings("quikstart")
