@@ -1,0 +1,40 @@
+"""The compute precision, chosen by what the hardware does natively."""
+
+from __future__ import annotations
+
+import torch
+
+from hncse_ray.config import Precision
+from hncse_ray.errors import ModelError
+
+
+def autocast_dtype(precision: Precision, device: torch.device) -> tuple[torch.dtype | None, str]:
+    """Decide whether the encoder computes under bf16 autocast.
+
+    On a CPU without bf16 instructions PyTorch emulates bf16 and is many times slower than fp32, so ``auto``
+    turns it on only where the processor or the GPU computes in it.
+
+    Args:
+        precision: the setting ``encoder.precision``.
+        device: where the encoder runs.
+
+    Returns:
+        The autocast dtype, None for fp32, and the reason, to be shown once.
+
+    Raises:
+        ModelError: bf16 was asked for on a GPU that cannot do it.
+    """
+    if precision == "fp32":
+        return None, "fp32 (as set)"
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        if precision == "bf16" and not native:
+            raise ModelError("this GPU has no bf16", "encoder.precision", "Set encoder.precision=fp32")
+        source = torch.cuda.get_device_name(device)
+    else:
+        flags = torch.cpu.get_capabilities()
+        native = any(flags.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        source = "this CPU"
+    if precision == "bf16":
+        return torch.bfloat16, "bf16 (as set)" if native else f"bf16 (as set, emulated: {source} has no bf16, slow)"
+    return (torch.bfloat16, f"bf16 ({source} has it)") if native else (None, f"fp32 ({source} has no bf16)")
