@@ -1,0 +1,137 @@
+"""Instance smoothing (IS-CSE, He et al. 2023, arXiv 2305.07424): positives averaged over their neighbours."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from hncse_ray.objectives import checks
+from hncse_ray.objectives.contrastive import info_nce
+from hncse_ray.objectives.similarity import (
+    Metrics,
+    as_metric,
+    autocast_off,
+    normalise_or_keep,
+    working_dtype,
+)
+
+
+def instance_smoothing(
+    z1: Tensor,
+    z2: Tensor,
+    buffer: Tensor,
+    *,
+    temperature: float,
+    group_size: int,
+    attention_temperature: float,
+    weight: float,
+) -> tuple[Tensor, Metrics, Tensor]:
+    """Contrast anchors with their positives, and with averages over each positive's neighbourhood.
+
+    The batch's z2, detached, is first pushed to the end of the buffer, and the oldest rows leave. The group
+    of z2_i is z2_i itself and the buffer rows that follow the single most similar one (its own copy), which
+    carry no gradient. `z*_i = normalise(sum of softmax(z2_i . group / attention_temperature) group)`, and
+    the loss is `info_nce(z1, z2) + weight * info_nce(z1, z*)`. Until the buffer is full, that is while its
+    first row is zero, the loss is `info_nce(z1, z2)` alone. z*_i is normalised because the paper compares by
+    cosine; a sum shorter than 1e-6 leaves z2_i in its place.
+
+    A batch larger than the buffer leaves only its last K rows there. The most similar buffer row is passed
+    over for every i all the same.
+
+    IS-CSE (arXiv 2305.07424), method section; the paper has K = 1024, group_size = 16,
+    attention_temperature = 2 and weight = 0.1, or for large models a ramp from 0.005 to 0.05
+    (`cosine_ramp`).
+
+    Args:
+        z1: anchors, unit-norm rows [B, D].
+        z2: positives, unit-norm rows [B, D].
+        buffer: earlier positives [K, D], oldest first, rows of zeros where not yet filled; not modified.
+        temperature: divides the cosines of the contrast; above 0.
+        group_size: number of neighbours in a group beside the positive itself; from 1 to K - 1.
+        attention_temperature: divides the cosines inside a group; above 0.
+        weight: of the smoothed term; at least 0.
+
+    Returns:
+        The loss, a scalar in fp32 (fp64 for fp64 inputs); the metrics of `info_nce(z1, z2)` with
+        `smoothing_active` (1 once the buffer is full, else 0) and `smoothing_loss` (the unweighted smoothed
+        term, 0 while not active); and the new buffer [K, D], of the old one's dtype, without gradient.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, B < 2, or a number is out of its range.
+    """
+    _check_smoothing(z1, z2, buffer, group_size, attention_temperature, weight)
+    base, metrics = info_nce(z1, z2, temperature=temperature)
+    new_buffer = _push(buffer, z2)
+    with autocast_off(z1):
+        dtype = working_dtype(z1, z2, buffer)
+        smoothed_BD = _smooth(
+            z2.to(dtype),
+            new_buffer.to(dtype),
+            group_size=group_size,
+            attention_temperature=attention_temperature,
+        )
+    smoothed, _ = info_nce(z1, smoothed_BD, temperature=temperature)
+    active = (new_buffer[0] != 0).any()
+    # A choice on the device: asking for the flag here would make the host wait at every step.
+    smoothed = torch.where(active, smoothed, 0.0)
+    metrics["smoothing_active"] = as_metric(active)
+    metrics["smoothing_loss"] = as_metric(smoothed)
+    return base + weight * smoothed, metrics, new_buffer
+
+
+def cosine_ramp(step: int, total_steps: int, *, start: float, end: float) -> float:
+    """Weight of the smoothed term at a step: from `start` along a cosine to `end`, reached half-way.
+
+    `end + (start - end) * cos(pi * step / total_steps)` while the cosine is above 0, then `end`. IS-CSE
+    (arXiv 2305.07424) ramps large models from 0.005 to 0.05.
+
+    Args:
+        step: optimiser steps done so far; at least 0.
+        total_steps: optimiser steps of the whole run; at least 1.
+        start: weight at step 0.
+        end: weight from half of the run on.
+
+    Raises:
+        ValueError: a number of steps is out of its range.
+    """
+    checks.check_at_least("step", step, 0)
+    checks.check_at_least("total_steps", total_steps, 1)
+    if 2 * step >= total_steps:
+        return end
+    return end + (start - end) * math.cos(math.pi * step / total_steps)
+
+
+def _check_smoothing(
+    z1: Tensor, z2: Tensor, buffer: Tensor, group_size: int, attention_temperature: float, weight: float
+) -> None:
+    checks.check_views(z1, z2=z2)
+    checks.check_positive("attention_temperature", attention_temperature)
+    checks.check_at_least("weight", weight, 0)
+    if buffer.ndim != 2 or buffer.shape[1] != z1.shape[1]:
+        raise ValueError(f"buffer has shape {tuple(buffer.shape)}; it must be [K, D] with D = {z1.shape[1]}")
+    checks.check_floating("buffer", buffer)
+    if not 1 <= group_size <= buffer.shape[0] - 1:
+        raise ValueError(
+            f"group_size is {group_size}; it must lie in [1, K - 1] with K = {buffer.shape[0]} buffer rows"
+        )
+
+
+def _push(buffer_KD: Tensor, z_BD: Tensor) -> Tensor:
+    """A new buffer of the same size with the rows at its end, the oldest rows dropped."""
+    K, B = buffer_KD.shape[0], z_BD.shape[0]
+    kept_KD = buffer_KD.detach()[min(B, K) :]
+    return torch.cat([kept_KD, z_BD.detach()[-K:].to(buffer_KD.dtype)])
+
+
+def _smooth(z2_BD: Tensor, buffer_KD: Tensor, *, group_size: int, attention_temperature: float) -> Tensor:
+    """z*: each positive averaged with its neighbours in the buffer, unit-norm [B, D]."""
+    nearest_Bg = (z2_BD.detach() @ buffer_KD.T).topk(group_size + 1, dim=1).indices[:, 1:]
+    neighbours_BgD = buffer_KD[nearest_Bg]
+    own_B1 = z2_BD.square().sum(dim=1, keepdim=True)
+    others_Bg = (neighbours_BgD @ z2_BD.unsqueeze(-1)).squeeze(-1)
+    attention_BG = torch.softmax(torch.cat([own_B1, others_Bg], dim=1) / attention_temperature, dim=1)
+    others_BD = (attention_BG[:, 1:].unsqueeze(1) @ neighbours_BgD).squeeze(1)
+    sum_BD = attention_BG[:, :1] * z2_BD + others_BD
+    every_B = torch.ones(z2_BD.shape[0], dtype=torch.bool, device=z2_BD.device)
+    smoothed_BD, _ = normalise_or_keep(sum_BD, z2_BD, chosen_B=every_B)
+    return smoothed_BD
