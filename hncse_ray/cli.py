@@ -1,0 +1,234 @@
+"""The command line: ``hncse prepare | train | encode | evaluate``.
+
+Every expected failure is one message on standard error and exit status 2. With ``--json`` the last line on
+standard output is one JSON object, and everything meant for people goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from hncse_ray.config import Settings, load_settings
+from hncse_ray.errors import HncseError, StorageError
+
+if TYPE_CHECKING:
+    from hncse_ray.corpus import Corpus
+    from hncse_ray.reporting import Reporter
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Train sentence encoders by contrast, without labels, on a laptop or on a Ray cluster.",
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes with hncse_ray.")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(help="Settings to change, as section.key=value.", metavar="[KEY=VALUE]...")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
+ModelArgument = Annotated[str, typer.Argument(help="A model folder, a hub name, or package:NAME/FOLDER.")]
+
+Result = TypeVar("Result")
+
+
+@app.command()
+def prepare(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
+    """Read, clean and tokenise a recipe's corpus, and say what was dropped and why."""
+
+    def run(console: Console) -> dict[str, Any]:
+        settings = load_settings(recipe, overrides or ())
+        from hncse_ray.cluster import prepare as prepare_corpus
+        from hncse_ray.encoder import load_encoder
+
+        encoder = load_encoder(settings.encoder.model, settings.encoder)
+        with _reporter(console) as reporter:
+            corpus = prepare_corpus(settings, encoder, reporter)
+        _print_corpus(console, corpus)
+        return {"path": str(corpus.path), "digest": corpus.digest, **asdict(corpus.report)}
+
+    _command(run, as_json)
+
+
+@app.command()
+def train(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
+    """Train an encoder; the same command again goes on where an interrupted run stopped."""
+
+    def run(console: Console) -> dict[str, Any]:
+        settings = load_settings(recipe, overrides or ())
+        return run_training(settings, console)
+
+    _command(run, as_json)
+
+
+@app.command()
+def encode(
+    model: ModelArgument,
+    texts: Annotated[str, typer.Argument(help="A text file, one sentence a line (.gz too), or - for standard input.")],
+    out: Annotated[Path, typer.Option(help="Where to write the vectors: .npy, [N, D] float32, unit norm.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Sentences in one forward pass.")] = 128,
+    as_json: JsonOption = False,
+) -> None:
+    """Embed the lines of a text file."""
+
+    def run(console: Console) -> dict[str, Any]:
+        import numpy as np
+
+        from hncse_ray.corpus import read_lines
+        from hncse_ray.encoder import load_encoder
+        from hncse_ray.reporting import StageProgress
+
+        if not out.parent.is_dir() or out.is_dir() or out.suffix != ".npy":
+            raise StorageError("cannot be written: name a .npy file in an existing folder", str(out))
+        lines = [line.rstrip("\r\n") for line in sys.stdin] if texts == "-" else read_lines(texts)
+        if not lines:
+            raise HncseError("holds no text", texts)
+        encoder = load_encoder(model)
+        with _reporter(console) as reporter:
+            vectors = encoder.encode(
+                lines,
+                batch_size=batch_size,
+                progress=lambda done, total: reporter.on(StageProgress("encoding", done, total)),
+            )
+        partial = out.with_name(f".{out.name}.partial.npy")
+        try:
+            np.save(partial, vectors)
+            partial.replace(out)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise StorageError(f"cannot be written ({error.strerror})", str(out)) from error
+        console.print(f"{vectors.shape[0]:,} vectors of {vectors.shape[1]} dimensions -> {out}")
+        return {"out": str(out), "rows": int(vectors.shape[0]), "dimension": int(vectors.shape[1])}
+
+    _command(run, as_json)
+
+
+@app.command()
+def evaluate(
+    model: ModelArgument,
+    suite: Annotated[list[str] | None, typer.Option(help="stsb, pairs or python-docs; may be repeated.")] = None,
+    pairs: Annotated[str | None, typer.Option(help="For suite pairs: a file of query and answer.")] = None,
+    senteval: Annotated[str | None, typer.Option(help="The SentEval folder; default $HNCSE_DATA/senteval.")] = None,
+    pooling: Annotated[str, typer.Option(help="How to pool a model whose folder does not say.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Score a model on the dev and test sets."""
+
+    def run(console: Console) -> dict[str, Any]:
+        suites = suite or ["python-docs"]
+        tree = {
+            "corpus": {"source": "python-docs"},
+            "encoder": {"model": model, "pooling": pooling},
+            "evaluation": {
+                "suites": suites,
+                "senteval_path": senteval,
+                "pairs_dev": pairs,
+                "metric": f"{suites[0]}/{'spearman' if suites[0] == 'stsb' else 'recall@10'}",
+            },
+        }
+        settings = load_settings(tree)
+        from hncse_ray.encoder import load_encoder
+        from hncse_ray.reporting import StageProgress
+        from hncse_ray.training import load_evaluation_sets
+
+        sets = load_evaluation_sets(settings.evaluation, settings.corpus)
+        encoder = load_encoder(model, settings.encoder)
+        with _reporter(console) as reporter:
+            reporter.on(StageProgress("scoring", 0, None))
+            scores = {split: sets.score(encoder.encode, split) for split in ("dev", "test")}
+        table = Table(title=model)
+        for column, justify in (("metric", "left"), ("dev", "right"), ("test", "right")):
+            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        for name in scores["dev"] | scores["test"]:
+            table.add_row(name, *(f"{s[name]:.4f}" if name in s else "" for s in scores.values()))
+        console.print(table)
+        return {"model": model, **scores}
+
+    _command(run, as_json)
+
+
+def run_training(settings: Settings, console: Console) -> dict[str, Any]:
+    """Train with progress on a console, print the scores, and return what ``--json`` prints."""
+    from hncse_ray.cluster import train as run_train
+    from hncse_ray.reporting import score_table
+
+    with _reporter(console) as reporter:
+        result = run_train(settings, reporter=reporter)
+    console.print(score_table(result.before, result.after))
+    console.print(f"model: {result.model}  (best on dev at step {result.best_step} of {result.steps})")
+    if result.best_step == 0:
+        console.print("no evaluation beat the model you started from, so the model is that one", style="yellow")
+    return asdict(result)
+
+
+def _command(run: Callable[[Console], dict[str, Any]], as_json: bool) -> None:
+    """Run a command body; turn its result into JSON and its expected failures into exit status 2."""
+    console = Console(stderr=as_json, soft_wrap=True)
+    _configure_logging(console)
+    try:
+        result = run(console)
+    except HncseError as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; the same command again goes on from the last checkpoint", style="yellow")
+        raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps(result))
+
+
+def _configure_logging(console: Console) -> None:
+    """Show warnings, and where no progress bar can be drawn also the lines of progress."""
+    logger = logging.getLogger("hncse_ray")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    if not logger.handlers:
+        handler: logging.Handler
+        if console.is_terminal:
+            handler = RichHandler(console=console, show_time=False, show_path=False, level=logging.WARNING)
+        else:
+            handler = logging.StreamHandler(console.file)
+            handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+
+
+@contextmanager
+def _reporter(console: Console) -> Iterator[Reporter]:
+    """Show progress while the context lasts: bars in a terminal, lines elsewhere. The log file has the lines anyway."""
+    from hncse_ray.reporting import LineReporter, Reporters, TerminalReporter
+
+    reporter = Reporters([LineReporter(), *([TerminalReporter(console)] if console.is_terminal else [])])
+    try:
+        yield reporter
+    finally:
+        reporter.close()
+
+
+def _print_corpus(console: Console, corpus: Corpus) -> None:
+    report = corpus.report
+    table = Table(title=f"Corpus {corpus.digest[:12]}")
+    table.add_column("lines")
+    table.add_column("count", justify="right")
+    table.add_row("read", f"{report.read:,}")
+    for reason, count in report.dropped.items():
+        table.add_row(f"dropped: {reason.replace('_', ' ')}", f"{count:,}")
+    table.add_row("kept", f"{report.rows:,}")
+    console.print(table)
+    console.print(f"{report.mean_tokens:.1f} tokens a sentence, prepared in {report.seconds:.1f} s -> {corpus.path}")
+
+
+if __name__ == "__main__":
+    app()

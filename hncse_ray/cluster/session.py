@@ -1,0 +1,56 @@
+"""Joining a Ray cluster, or starting one in this process for as long as a command runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from hncse_ray.errors import ClusterError
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Be connected to Ray: to the cluster named by ``RAY_ADDRESS``, else to one started here, ended afterwards.
+
+    A cluster started here listens on the loopback interface, with token authentication on. If this process is
+    connected already, that connection is used and left as it is.
+
+    Raises:
+        ClusterError: the named cluster cannot be reached.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    # The controller of Ray Train is asked for news every so often; 2 s by default, which every checkpoint waits for.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # Runs report through their own channel; Ray's usage pings and console banners add nothing.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        if address:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        else:
+            ray.init(
+                address="local",
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        place = f"the Ray cluster at {address}" if address else "a local Ray"
+        raise ClusterError(
+            f"{place} could not be {'reached' if address else 'started'} ({error})",
+            hint="Check RAY_ADDRESS and the token (RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)" if address else "",
+        ) from error
+    logger.debug("dashboard at %s", ray.get_runtime_context().gcs_address)
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,257 @@
+"""The training command: check everything first, then launch Ray Train and follow it to the end."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConfig, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from hncse_ray.cluster.channel import event_channel
+from hncse_ray.cluster.resources import WorkerPlan, plan_workers
+from hncse_ray.cluster.session import ray_session
+from hncse_ray.config import Settings
+from hncse_ray.corpus import Corpus, prepare_corpus
+from hncse_ray.encoder import SentenceEncoder, autocast_dtype, has_dropout, load_encoder, tokenizer_digest
+from hncse_ray.errors import ClusterError, DataError, HncseError, ModelError, StorageError, TrainingError
+from hncse_ray.reporting import LineReporter, MetricsFile, Reporter, Reporters, RunFinished, StageProgress, TensorBoard
+from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets
+from hncse_ray.training.distributed import raise_together
+from hncse_ray.training.run_folder import RunFolder, claim_run_folder, write_folder
+
+logger = logging.getLogger(__name__)
+
+_KEPT_CHECKPOINTS = 2  # the newest, and the one before it in case the newest was damaged
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves.
+
+    Attributes:
+        model: folder of the exported encoder, in sentence-transformers layout.
+        steps: optimiser steps taken.
+        best_step: the step whose weights are in ``model``.
+        sentences_per_s: sentences trained on a second, evaluation and checkpoints left out.
+        before: scores by split and ``suite/metric`` before training.
+        after: the same of ``model``.
+    """
+
+    model: str
+    steps: int
+    best_step: int
+    sentences_per_s: float
+    before: dict[str, dict[str, float]]
+    after: dict[str, dict[str, float]]
+
+
+def prepare(settings: Settings, encoder: SentenceEncoder, reporter: Reporter) -> Corpus:
+    """Prepare a run's corpus for its encoder, or find it prepared; progress goes to ``reporter``.
+
+    Raises:
+        DataError: the source cannot be read, or nothing of it is left.
+    """
+    return prepare_corpus(
+        settings.corpus,
+        tokenizer=encoder.tokenizer,
+        tokenizer_digest=tokenizer_digest(encoder.tokenizer),
+        max_length=settings.encoder.max_length,
+        seed=settings.run.seed,
+        progress=lambda stage, done, total: reporter.on(StageProgress(stage, done, total)),
+    )
+
+
+def train(settings: Settings, *, reporter: Reporter | None = None) -> RunResult:
+    """Train an encoder as the settings say; go on where an interrupted run of the same settings stopped.
+
+    Everything that can be checked is checked before Ray is started and before the run's folder is touched.
+
+    Args:
+        settings: see :func:`hncse_ray.load_settings`.
+        reporter: receives the run's events, besides its log and metrics files; default: lines in the log.
+
+    Raises:
+        HncseError: bad settings, data, model, cluster or storage; or training failed for a known cause.
+    """
+    reporter = reporter or LineReporter()
+    if "://" in settings.run.storage_path:
+        raise StorageError("only folders are supported", f"run.storage_path={settings.run.storage_path}",
+                           "Name a local folder or a network mount")  # fmt: skip
+    model = settings.encoder.model
+    encoder = load_encoder(model, settings.encoder, seed=settings.run.seed)
+    if not has_dropout(encoder):
+        raise ModelError("it has no dropout, so both views of a sentence would be the same", model,
+                         "Set encoder.dropout=0.1")  # fmt: skip
+    if settings.encoder.max_length > encoder.max_length and settings.encoder.inference_max_length is None:
+        raise ModelError(f"it takes {encoder.max_length} tokens at most", model, "Lower encoder.max_length")
+    sets = load_evaluation_sets(settings.evaluation, settings.corpus)
+    corpus = prepare(settings, encoder, reporter)
+    if len(corpus) < settings.train.batch_size:
+        raise DataError(
+            f"has {len(corpus)} sentences, fewer than train.batch_size = {settings.train.batch_size}",
+            f"corpus {settings.corpus.source}",
+            "Lower train.batch_size or give a larger corpus",
+        )
+    del encoder
+    with ray_session():
+        plan = plan_workers(settings.cluster, ray.cluster_resources())
+        with claim_run_folder(settings) as folder:
+            result = folder.finished()
+            if result is None:
+                result = _run(settings, plan, corpus, sets, folder, reporter)
+                folder.write_result(asdict(result))
+            else:
+                logger.info("run %s is finished already", settings.run.name)
+    return RunResult(
+        model=str(folder.model),
+        steps=result.step,
+        best_step=result.best_step,
+        sentences_per_s=result.sentences_per_s,
+        before=result.before,
+        after=result.after,
+    )
+
+
+def _run(
+    settings: Settings,
+    plan: WorkerPlan,
+    corpus: Corpus,
+    sets: EvaluationSets,
+    folder: RunFolder,
+    reporter: Reporter,
+) -> RunFinished:
+    files = Reporters([MetricsFile(folder.path / "metrics.jsonl"), TensorBoard(folder.path / "tensorboard")])
+    log = logging.FileHandler(folder.path / "log.txt", encoding="utf-8")
+    log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger("hncse_ray").addHandler(log)
+    try:
+        with event_channel(Reporters([files, reporter])) as events:
+            trainer = TorchTrainer(
+                _train_worker,
+                train_loop_config={
+                    "settings": settings.model_dump(mode="json"),
+                    "corpus": str(corpus.path),
+                    "sets": ray.put(sets),
+                    "threads": plan.threads,
+                    "folder": str(folder.path.absolute()),
+                    "events": events,
+                },
+                scaling_config=ScalingConfig(
+                    num_workers=plan.num_workers,
+                    use_gpu=plan.use_gpu,
+                    resources_per_worker={"CPU": plan.cpus} | ({"GPU": 1} if plan.use_gpu else {}),
+                ),
+                run_config=RunConfig(
+                    name=folder.checkpoints.name,
+                    storage_path=str(folder.path.absolute()),
+                    failure_config=FailureConfig(
+                        max_failures=settings.cluster.max_failures, controller_failure_limit=3
+                    ),
+                    checkpoint_config=CheckpointConfig(num_to_keep=_KEPT_CHECKPOINTS),
+                ),
+            )
+            outcome = _fit(trainer)
+        reporter.on(outcome)
+        return outcome
+    finally:
+        files.close()
+        logging.getLogger("hncse_ray").removeHandler(log)
+        log.close()
+
+
+def _fit(trainer: TorchTrainer) -> RunFinished:
+    try:
+        outcome = trainer.fit().return_value
+    except ray.train.WorkerGroupError as error:
+        causes = [cause for _, cause in sorted(error.worker_failures.items())]
+        known = next((c for c in causes if isinstance(c, HncseError)), None)
+        if known is not None:
+            raise known from error
+        cause = f"{type(causes[0]).__name__}: {causes[0]}" if causes else str(error)
+        raise TrainingError(f"the workers failed again and again; the last cause was {cause}",
+                            hint="log.txt in the run's folder has the details; start the same command again to go on",
+                            ) from error  # fmt: skip
+    except ray.train.ControllerError as error:
+        raise ClusterError(f"Ray Train could not run the workers ({error.controller_failure})") from error
+    if isinstance(outcome, HncseError):
+        raise outcome
+    assert isinstance(outcome, RunFinished)
+    return outcome
+
+
+def _train_worker(config: dict[str, Any]) -> RunFinished | HncseError:
+    """Run one rank; an expected failure is returned, not raised, since trying again would not help."""
+    torch.set_num_threads(config["threads"])
+    settings = Settings.model_validate(config["settings"])
+    events = config["events"]
+    try:
+        job, failure = None, None
+        try:
+            job = _build_job(settings, config)
+        except HncseError as error:
+            failure = error
+        raise_together(failure)
+        assert job is not None
+        store = RayRunStore(Path(config["folder"]))
+        return fit(job, store, lambda event: events.put.remote(event))
+    except HncseError as error:
+        return error
+
+
+def _build_job(settings: Settings, config: dict[str, Any]) -> TrainJob:
+    device = ray.train.torch.get_device()
+    encoder = load_encoder(settings.encoder.model, settings.encoder, device=device, seed=settings.run.seed)
+    precision = autocast_dtype(settings.encoder.precision, device)[1]
+    return TrainJob(settings, Corpus.open(config["corpus"]), encoder, ray.get(config["sets"]), precision)
+
+
+class RayRunStore:
+    """Checkpoints under Ray Train's management, written straight into the run's folder; see RunStore.
+
+    A checkpoint that was whole on disk when its run was killed, but not yet known to Ray Train, is used all the
+    same, and removed once a newer one is there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = RunFolder(folder)
+        reported = {Path(r.checkpoint.path).name for r in ray.train.get_all_reported_checkpoints()}
+        self._unreported = [path for path in self.checkpoints() if path.name not in reported]
+
+    def checkpoints(self) -> list[Path]:
+        """Return the checkpoints on disk, newest first."""
+        return sorted(self._folder.checkpoints.glob("step_*"), reverse=True)
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        """Write on rank 0, then report on all ranks.
+
+        Raises:
+            StorageError: on every rank, if it could not be written.
+        """
+        path = self._folder.checkpoints / f"step_{step:09d}"
+        is_first = ray.train.get_context().get_world_rank() == 0
+        failure: StorageError | None = None
+        if is_first:
+            try:
+                write_folder(path, write)
+            except StorageError as error:
+                failure = error
+        raise_together(failure)
+        checkpoint = Checkpoint(str(path)) if is_first else None
+        ray.train.report({"step": step}, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+        if is_first:
+            for leftover in self._unreported:
+                if leftover != path:
+                    shutil.rmtree(leftover, ignore_errors=True)
+            self._unreported = []
+
+    def export(self, write: Callable[[Path], None]) -> None:
+        """Put the model in place."""
+        write_folder(self._folder.model, write)

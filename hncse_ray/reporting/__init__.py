@@ -1,0 +1,20 @@
+"""Events of a run and what is made of them: terminal, log lines, metrics file, TensorBoard."""
+
+from hncse_ray.reporting.events import Event, Notice, RunFinished, RunStarted, StageProgress
+from hncse_ray.reporting.reporters import LineReporter, MetricsFile, Reporter, Reporters, TensorBoard
+from hncse_ray.reporting.terminal import TerminalReporter, score_table
+
+__all__ = [
+    "Event",
+    "LineReporter",
+    "MetricsFile",
+    "Notice",
+    "Reporter",
+    "Reporters",
+    "RunFinished",
+    "RunStarted",
+    "StageProgress",
+    "TensorBoard",
+    "TerminalReporter",
+    "score_table",
+]

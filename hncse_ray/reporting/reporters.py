@@ -1,0 +1,195 @@
+"""Where a run's events go: lines in a log, a metrics file, TensorBoard. The terminal's bar is in terminal.py."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from tensorboardX import SummaryWriter
+
+from hncse_ray.reporting.events import (
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    Notice,
+    RunFinished,
+    RunStarted,
+    StageProgress,
+    StepsLogged,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Reporter(Protocol):
+    """Receives a run's events in order."""
+
+    def on(self, event: Event) -> None:
+        """Take note of one event."""
+        ...
+
+    def close(self) -> None:
+        """The run is over, well or badly."""
+        ...
+
+
+class Reporters:
+    """Several reporters as one."""
+
+    def __init__(self, reporters: Iterable[Reporter]) -> None:
+        self._reporters = list(reporters)
+
+    def on(self, event: Event) -> None:
+        """Hand the event to each."""
+        for reporter in self._reporters:
+            reporter.on(event)
+
+    def close(self) -> None:
+        """Close each."""
+        for reporter in self._reporters:
+            reporter.close()
+
+
+class LineReporter:
+    """One line an event, through the logger: for log files and for terminals that are not interactive."""
+
+    def __init__(self) -> None:
+        self._total = 0
+        self._started: tuple[float, int] | None = None
+        self._stage = ""
+
+    def on(self, event: Event) -> None:
+        """Log the event; of a stage only that it begins."""
+        if isinstance(event, StageProgress):
+            if event.stage != self._stage:
+                logger.info("%s", event.stage)
+            self._stage = event.stage
+            return
+        if isinstance(event, RunStarted):
+            self._total, self._started = event.total_steps, (time.monotonic(), event.step)
+        left = time_left(self._started, event.step, self._total) if isinstance(event, StepsLogged) else ""
+        level = logging.WARNING if isinstance(event, Notice) else logging.INFO
+        logger.log(level, "%s%s", describe(event, self._total), f"  {left} left" if left else "")
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a logged step or evaluation.
+
+    When a run is taken up at an earlier step than it had reached, the lines beyond that step are dropped: the run
+    writes them again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on(self, event: Event) -> None:
+        """Append the event."""
+        if isinstance(event, RunStarted) and self._path.exists():
+            self._drop_after(event.step)
+        elif isinstance(event, StepsLogged):
+            self._append(
+                {
+                    "step": event.step,
+                    **event.metrics,
+                    "learning_rate": event.learning_rate,
+                    "sentences_per_s": event.sentences_per_s,
+                }
+            )
+        elif isinstance(event, Evaluated):
+            self._append({"step": event.step, "split": event.split, **event.scores, "is_best": event.is_best})
+
+    def close(self) -> None:
+        """Nothing to close: every line is written at once."""
+
+    def _append(self, row: dict[str, object]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _drop_after(self, step: int) -> None:
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break  # cut short by a kill: the last line
+            # A run that starts over at step 0 scores it again; one that goes on from later does not.
+            if row["step"] < step or (row["step"] == step and step > 0):
+                kept.append(line + "\n")
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(self._path)
+
+
+class TensorBoard:
+    """Scalars for TensorBoard, in ``<run>/tensorboard``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: SummaryWriter | None = None
+
+    def on(self, event: Event) -> None:
+        """Write the event's scalars."""
+        if isinstance(event, RunStarted):
+            self.close()
+            self._writer = SummaryWriter(str(self._folder), purge_step=event.step + 1 if event.resumed else None)
+        if self._writer is None:
+            return
+        if isinstance(event, StepsLogged):
+            for name, value in event.metrics.items():
+                self._writer.add_scalar(f"train/{name}", value, event.step)
+            self._writer.add_scalar("train/learning_rate", event.learning_rate, event.step)
+            self._writer.add_scalar("train/sentences_per_s", event.sentences_per_s, event.step)
+        elif isinstance(event, Evaluated):
+            for name, value in event.scores.items():
+                self._writer.add_scalar(f"{event.split}/{name}", value, event.step)
+
+    def close(self) -> None:
+        """Flush what is written."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def describe(event: Event, total_steps: int = 0) -> str:
+    """Return an event as one line of text."""
+    match event:
+        case StageProgress():
+            return f"{event.stage} {event.done:,}" + (f" of {event.total:,}" if event.total else "")
+        case RunStarted():
+            verb = f"resumes at step {event.step}" if event.resumed else "starts"
+            return (
+                f"run {event.run} {verb}: {event.total_steps} steps of {event.batch_size} from {event.sentences:,}"
+                f" sentences, {event.num_workers} worker(s) on {event.device}, {event.precision}"
+            )
+        case StepsLogged():
+            return (
+                f"step {event.step}/{total_steps}  loss {event.metrics['loss']:.4f}"
+                f"  {event.sentences_per_s:,.1f} sentences/s"
+            )
+        case Evaluated():
+            scores = "  ".join(f"{name} {value:.4f}" for name, value in event.scores.items())
+            return f"step {event.step}  {event.split}  {scores}{'  (best)' if event.is_best else ''}"
+        case CheckpointSaved():
+            return f"step {event.step}  checkpoint saved in {event.seconds:.1f} s"
+        case Notice():
+            return event.text
+        case RunFinished():
+            early = ", stopped early" if event.stopped_early else ""
+            return f"finished after {event.step} steps{early}; best on dev at step {event.best_step}"
+
+
+def time_left(started: tuple[float, int] | None, step: int, total_steps: int) -> str:
+    """Estimate the time to the last step from the pace since ``started`` (monotonic seconds, step)."""
+    if started is None or step <= started[1]:
+        return ""
+    seconds = (time.monotonic() - started[0]) / (step - started[1]) * (total_steps - step)
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,104 @@
+"""What a person sees in an interactive terminal: a bar while training, and the table of scores afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from hncse_ray.reporting.events import (
+    Evaluated,
+    Event,
+    Notice,
+    RunFinished,
+    RunStarted,
+    StageProgress,
+    StepsLogged,
+)
+from hncse_ray.reporting.reporters import describe
+
+
+class TerminalReporter:
+    """Bars for the stages of a command and for training; evaluations and notices scroll by above them."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._facts: dict[str, str] = {}
+
+    def on(self, event: Event) -> None:
+        """Move a bar, or print the event above the bars."""
+        console = self._progress.console
+        if isinstance(event, StageProgress):
+            self._bar(event.stage, event.done, event.total)
+        elif isinstance(event, RunStarted):
+            console.print(describe(event), highlight=False)
+            self._bar("training", event.step, event.total_steps)
+        elif isinstance(event, StepsLogged):
+            self._facts |= {"loss": f"{event.metrics['loss']:.4f}", "speed": f"{event.sentences_per_s:,.0f}/s"}
+            self._bar("training", event.step)
+        elif isinstance(event, Evaluated):
+            if event.split == "dev" and event.metric in event.scores:
+                self._facts["dev"] = f"{event.scores[event.metric]:.4f}"
+            console.print(describe(event), highlight=False)
+        elif isinstance(event, Notice):
+            console.print(event.text, style="yellow")
+        elif isinstance(event, RunFinished):
+            self._bar("training", event.step)
+
+    def close(self) -> None:
+        """Leave the bars as they stand."""
+        self._progress.stop()
+
+    def _bar(self, name: str, done: int, total: int | None = None) -> None:
+        if name not in self._tasks:
+            self._progress.start()
+            self._tasks[name] = self._progress.add_task(name, total=total, facts="")
+        facts = "  ".join(f"{key} {value}" for key, value in self._facts.items()) if name == "training" else ""
+        self._progress.update(self._tasks[name], completed=done, facts=facts)
+        if total is not None:
+            self._progress.update(self._tasks[name], total=total)
+
+
+def score_table(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]) -> Table:
+    """Return scores before and after training, a row for each metric and split."""
+    table = Table(title="Scores before and after training")
+    for name, justify in (
+        ("metric", "left"),
+        ("split", "left"),
+        ("before", "right"),
+        ("after", "right"),
+        ("gain", "right"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for split, scores in after.items():
+        for metric, value in scores.items():
+            old = before.get(split, {}).get(metric)
+            gain = f"{value - old:+.4f}" if old is not None else ""
+            style = "" if old is None else "green" if value > old else "red" if value < old else ""
+            table.add_row(
+                metric,
+                split,
+                "" if old is None else f"{old:.4f}",
+                f"{value:.4f}",
+                f"[{style}]{gain}[/]" if style else gain,
+            )
+    return table

@@ -1,0 +1,16 @@
+"""Training: a gather that carries gradient, one optimiser step, the loop, checkpoints; no Ray."""
+
+from hncse_ray.training.checkpoint import RunStore, TrainState
+from hncse_ray.training.evaluator import EvaluationSets, load_evaluation_sets, senteval_folder
+from hncse_ray.training.loop import Emit, TrainJob, fit
+
+__all__ = [
+    "Emit",
+    "EvaluationSets",
+    "RunStore",
+    "TrainJob",
+    "TrainState",
+    "fit",
+    "load_evaluation_sets",
+    "senteval_folder",
+]

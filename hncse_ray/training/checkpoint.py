@@ -1,0 +1,171 @@
+"""What a checkpoint holds, and the store that keeps it.
+
+``state.json`` is written last and names every other file with its size and digest, so a folder that was cut short or
+damaged is told from a whole one. Dropout and random pairs are seeded by (run seed, batch, rank, chunk) at every step,
+so no generator state needs saving and the data position follows from the step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hncse_ray.config import Settings
+from hncse_ray.encoder import SentenceEncoder
+from hncse_ray.errors import StorageError
+from hncse_ray.training.objective import Objective
+
+logger = logging.getLogger(__name__)
+
+Weights = dict[str, Tensor]
+
+
+@dataclass
+class TrainState:
+    """Where a run stands; everything that is neither a tensor nor a setting.
+
+    Attributes:
+        step: optimiser steps taken.
+        evaluated_step: step of the last dev evaluation, -1 for none.
+        best_step: step whose weights scored best on dev.
+        best_score: their score, None before the first evaluation.
+        evaluations_without_gain: dev evaluations since then.
+        before: scores by split at step 0.
+        best_scores: dev scores of the best weights.
+        sentences: sentences trained on, repeats counted.
+        train_seconds: time spent on them; evaluation and checkpoints left out.
+        corpus_digest: of the prepared corpus.
+        index_version: of the global negatives in use; None without a negative pool.
+    """
+
+    step: int = 0
+    evaluated_step: int = -1
+    best_step: int = 0
+    best_score: float | None = None
+    evaluations_without_gain: int = 0
+    before: dict[str, dict[str, float]] = field(default_factory=dict)
+    best_scores: dict[str, float] = field(default_factory=dict)
+    sentences: int = 0
+    train_seconds: float = 0.0
+    corpus_digest: str = ""
+    index_version: dict[str, Any] | None = None
+
+
+class RunStore(Protocol):
+    """Where checkpoints and the exported model go. All ranks call ``save`` equally often."""
+
+    def checkpoints(self) -> Iterable[Path]:
+        """Yield the folders of complete checkpoints, newest first."""
+        ...
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        """Keep what ``write(folder)`` puts into an empty folder; ``write`` runs on rank 0 only."""
+        ...
+
+    def export(self, write: Callable[[Path], None]) -> None:
+        """Replace the run's model by what ``write(folder)`` puts into an empty folder; on rank 0 only."""
+        ...
+
+
+def copy_weights(encoder: SentenceEncoder) -> Weights:
+    """Copy an encoder's weights to the CPU."""
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in encoder.state_dict().items()}
+
+
+def write_checkpoint(
+    folder: Path,
+    *,
+    settings: Settings,
+    state: TrainState,
+    encoder: SentenceEncoder,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    objective: Objective,
+    best: Weights | None,
+) -> None:
+    """Write everything that going on needs.
+
+    Args:
+        folder: an empty folder.
+        settings: the resolved settings.
+        state: where the run stands.
+        encoder: the present weights.
+        optimizer: its moments.
+        schedule: its position.
+        objective: its state.
+        best: weights of the best dev score; None if they are the present ones.
+    """
+    save_file(copy_weights(encoder), folder / "encoder.safetensors")
+    if best is not None:
+        save_file(best, folder / "best.safetensors")
+    moments = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    torch.save(moments | {"objective": objective.state_dict()}, folder / "training.pt")
+    (folder / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
+    files = {path.name: [path.stat().st_size, _digest(path)] for path in sorted(folder.iterdir())}
+    (folder / "state.json").write_text(json.dumps({"state": asdict(state), "files": files}, indent=1), encoding="utf-8")
+
+
+def read_newest(
+    candidates: Iterable[Path],
+    *,
+    encoder: SentenceEncoder,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    objective: Objective,
+) -> tuple[TrainState, Weights | None, list[str]]:
+    """Load the newest whole checkpoint into the given parts.
+
+    Args:
+        candidates: checkpoint folders, newest first.
+        encoder: takes the weights.
+        optimizer: takes the moments.
+        schedule: takes the position.
+        objective: takes the state.
+
+    Returns:
+        The state (a fresh one if there is no checkpoint), the best weights so far, and a line for each damaged
+        checkpoint that was passed over.
+    """
+    passed_over: list[str] = []
+    for folder in candidates:
+        try:
+            state = _check(folder)
+        except StorageError as error:
+            logger.warning("%s", error)
+            passed_over.append(str(error))
+            continue
+        weights = load_file(folder / "encoder.safetensors")
+        encoder.load_state_dict(weights)
+        moments = torch.load(folder / "training.pt", weights_only=True, map_location="cpu")
+        optimizer.load_state_dict(moments["optimizer"])
+        schedule.load_state_dict(moments["schedule"])
+        objective.load_state_dict(moments["objective"])
+        kept = folder / "best.safetensors"
+        return state, load_file(kept) if kept.exists() else weights, passed_over
+    return TrainState(), None, passed_over
+
+
+def _check(folder: Path) -> TrainState:
+    try:
+        content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        for name, (size, digest) in content["files"].items():
+            path = folder / name
+            if path.stat().st_size != size or _digest(path) != digest:
+                raise StorageError(f"the checkpoint is damaged ({name} differs from what was written)", str(folder))
+        return TrainState(**content["state"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"the checkpoint is incomplete ({type(error).__name__}: {error})", str(folder)) from error
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

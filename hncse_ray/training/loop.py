@@ -1,0 +1,274 @@
+"""The training loop. No Ray here: one process, or one rank of an initialised process group."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from hncse_ray.config import Settings
+from hncse_ray.corpus import BatchPlan, Corpus, rank_slice
+from hncse_ray.encoder import SentenceEncoder, save_encoder
+from hncse_ray.errors import HncseError, StorageError
+from hncse_ray.evaluation import uniformity
+from hncse_ray.reporting.events import CheckpointSaved, Evaluated, Event, Notice, RunFinished, RunStarted, StepsLogged
+from hncse_ray.training.checkpoint import RunStore, Weights, copy_weights, read_newest, write_checkpoint
+from hncse_ray.training.distributed import ShardedEncode, raise_together, rank, world_size
+from hncse_ray.training.evaluator import EvaluationSets, Scores, Split
+from hncse_ray.training.guards import Guards
+from hncse_ray.training.objective import Metrics, Objective
+from hncse_ray.training.schedule import build_optimizer, build_schedule
+from hncse_ray.training.step import LocalBatch, StepContext, train_step
+
+Emit = Callable[[Event], None]
+_SPLITS: tuple[Split, ...] = ("dev", "test")
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What a rank trains: all of it is the same on every rank."""
+
+    settings: Settings
+    corpus: Corpus
+    encoder: SentenceEncoder
+    sets: EvaluationSets
+    precision: str = ""
+
+
+def fit(job: TrainJob, store: RunStore, emit: Emit) -> RunFinished:
+    """Train to the end, from the newest checkpoint if there is one, and export the best weights.
+
+    Args:
+        job: settings, corpus, encoder and evaluation sets.
+        store: keeps checkpoints and the model.
+        emit: receives the run's events; called on rank 0 only.
+
+    Returns:
+        The facts of the finished run, the same on every rank.
+
+    Raises:
+        TrainingError: not a number, or collapse.
+        StorageError: a checkpoint or the model could not be written.
+    """
+    return _Trainer(job, store, emit if rank() == 0 else lambda event: None).run()
+
+
+class _Trainer:
+    """The parts of one run on one rank, and its loop."""
+
+    def __init__(self, job: TrainJob, store: RunStore, emit: Emit) -> None:
+        self.settings, self.encoder, self.sets, self.corpus = job.settings, job.encoder, job.sets, job.corpus
+        self.store, self.emit = store, emit
+        train = self.settings.train
+        self.plan = BatchPlan(
+            self.corpus.lengths,
+            batch_size=train.batch_size,
+            seed=self.settings.run.seed,
+            bucket_by_length=train.bucket_by_length,
+            min_batch=max(2, world_size()),
+        )
+        epoch_steps = self.plan.batches_per_epoch * train.epochs / train.accumulation_steps
+        self.total_steps = train.max_steps or max(1, math.ceil(epoch_steps))
+        self.optimizer = build_optimizer(self.encoder, train)
+        self.schedule = build_schedule(self.optimizer, train, self.total_steps)
+        self.objective = Objective(
+            self.settings.objective, dimension=self.encoder.dimension, device=self.encoder.device
+        )
+        self.encode = ShardedEncode(self.encoder, self.settings.evaluation.batch_size)
+        self.guards = Guards(train)
+        self.log = _Log()
+        self.best: Weights | None
+        self.state, self.best, passed_over = read_newest(
+            store.checkpoints(),
+            encoder=self.encoder,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            objective=self.objective,
+        )
+        for line in passed_over:
+            emit(Notice(f"passed over: {line}"))
+        self._announce(job.precision)
+        if self.settings.encoder.compile:
+            self.encoder.backbone.compile(dynamic=True)
+        self.model: SentenceEncoder | DistributedDataParallel = self.encoder
+        if world_size() > 1:
+            self.model = DistributedDataParallel(self.encoder, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def run(self) -> RunFinished:
+        state, train = self.state, self.settings.train
+        saved_step = state.step
+        if not state.before:
+            state.before = {split: self._score(split) for split in _SPLITS}
+            self._consider_best(state.before["dev"])
+        while True:
+            # Rare events first: what is due now, before the next step is taken.
+            patience = train.early_stopping_evaluations
+            stopped_early = patience is not None and state.evaluations_without_gain >= patience
+            last = stopped_early or state.step >= self.total_steps
+            # Logged before every evaluation and checkpoint too: then a resumed run writes the same lines.
+            due = map(self._due, (train.log_every_steps, train.evaluate_every_steps, train.checkpoint_every_steps))
+            if last or any(due):
+                self._write_log()
+            if state.evaluated_step != state.step and (last or self._due(train.evaluate_every_steps)):
+                self._consider_best(self._score("dev"))
+                continue  # the score may end the run here
+            if saved_step != state.step and (last or self._due(train.checkpoint_every_steps)):
+                self._checkpoint()
+                saved_step = state.step
+            if last:
+                return self._finish(stopped_early)
+            # ---------------------------------------------------------------- one optimiser step
+            started = time.perf_counter()
+            context = StepContext(
+                objective=self.objective,
+                seed=self.settings.run.seed,
+                step=state.step,
+                total_steps=self.total_steps,
+                chunk_size=train.grad_cache_chunk_size,
+            )
+            batches = self._next_batches()
+            metrics, z1_BD = train_step(self.model, self.optimizer, batches, context, max_grad_norm=train.max_grad_norm)
+            self.log.add(metrics, z1_BD, sum(sum(b.sizes) for b in batches), self.schedule.get_last_lr()[0])
+            self.schedule.step()
+            state.step += 1
+            self.log.seconds += time.perf_counter() - started
+            # ----------------------------------------------------------------
+
+    def _due(self, every: int) -> bool:
+        return self.state.step > 0 and self.state.step % every == 0
+
+    def _next_batches(self) -> list[LocalBatch]:
+        first = self.state.step * self.settings.train.accumulation_steps
+        batches = []
+        for number in range(first, first + self.settings.train.accumulation_steps):
+            ids = self.plan.batch(number)
+            sizes = tuple(len(rank_slice(ids, r, world_size())) for r in range(world_size()))
+            rows = self.corpus.token_rows(rank_slice(ids, rank(), world_size()))
+            batches.append(LocalBatch(number, rows, sizes))
+        return batches
+
+    def _write_log(self) -> None:
+        if self.log.steps == 0:
+            return
+        started = time.perf_counter()
+        means, z1_BD = self.log.means()  # waits for the device
+        self.log.seconds += time.perf_counter() - started
+        means["uniformity"] = uniformity(z1_BD.float().cpu().numpy())
+        speed = self.log.sentences / self.log.seconds
+        self.state.train_seconds += self.log.seconds
+        self.state.sentences += self.log.sentences
+        self.emit(StepsLogged(self.state.step, means, self.log.learning_rate, speed))
+        self.log = _Log()
+        self.guards.check(self.state.step, means)
+
+    def _score(self, split: Split) -> Scores:
+        error: HncseError | None = None
+        scores: Scores = {}
+        try:
+            scores = self.sets.score(self.encode, split)
+        except HncseError as caught:  # every rank meets it alike; said once, by the lowest
+            error = caught
+        raise_together(error)
+        return scores
+
+    def _consider_best(self, scores: Scores) -> None:
+        state, metric = self.state, self.settings.evaluation.metric
+        state.evaluated_step = state.step
+        score = scores.get(metric)
+        is_best = score is None or state.best_score is None or score > state.best_score
+        if is_best:
+            state.best_score, state.best_step, state.best_scores = score, state.step, scores
+            state.evaluations_without_gain = 0
+            self.best = copy_weights(self.encoder)
+        else:
+            state.evaluations_without_gain += 1
+        self.emit(Evaluated(state.step, "dev", scores, metric, is_best))
+
+    def _checkpoint(self) -> None:
+        started = time.perf_counter()
+        self.store.save(
+            self.state.step,
+            lambda folder: write_checkpoint(
+                folder,
+                settings=self.settings,
+                state=self.state,
+                encoder=self.encoder,
+                optimizer=self.optimizer,
+                schedule=self.schedule,
+                objective=self.objective,
+                best=None if self.state.best_step == self.state.step else self.best,
+            ),
+        )
+        self.emit(CheckpointSaved(self.state.step, time.perf_counter() - started))
+
+    def _finish(self, stopped_early: bool) -> RunFinished:
+        state = self.state
+        if self.best is not None:
+            self.encoder.load_state_dict(self.best)
+        after = {"dev": state.best_scores, "test": self._score("test")}
+        self.emit(Evaluated(state.best_step, "test", after["test"], self.settings.evaluation.metric, is_best=True))
+        error: StorageError | None = None
+        if rank() == 0:
+            try:
+                self.store.export(self._write_model)
+            except OSError as caught:
+                error = StorageError(f"the model could not be written ({caught})", self.settings.run_dir)
+        raise_together(error)
+        return RunFinished(
+            step=state.step,
+            best_step=state.best_step,
+            sentences_per_s=state.sentences / max(state.train_seconds, 1e-9),
+            stopped_early=stopped_early,
+            before=state.before,
+            after=after,
+        )
+
+    def _write_model(self, folder: Path) -> None:
+        save_encoder(self.encoder, folder)
+        (folder / "settings.yaml").write_text(self.settings.to_yaml(), encoding="utf-8")
+
+    def _announce(self, precision: str) -> None:
+        self.emit(
+            RunStarted(
+                run=self.settings.run.name,
+                step=self.state.step,
+                total_steps=self.total_steps,
+                sentences=len(self.corpus),
+                batch_size=self.settings.train.batch_size,
+                num_workers=world_size(),
+                device=str(self.encoder.device),
+                precision=precision,
+                resumed=self.state.step > 0,
+            )
+        )
+
+
+class _Log:
+    """Metrics of the steps since the last log; they stay on the device until their mean is asked for."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.sentences = 0
+        self.seconds = 0.0
+        self.learning_rate = 0.0
+        self._metrics: list[Metrics] = []
+        self._last_z1_BD: Tensor | None = None
+
+    def add(self, metrics: Metrics, z1_BD: Tensor, sentences: int, learning_rate: float) -> None:
+        self.steps += 1
+        self.sentences += sentences
+        self.learning_rate = learning_rate
+        self._metrics.append(metrics)
+        self._last_z1_BD = z1_BD
+
+    def means(self) -> tuple[dict[str, float], Tensor]:
+        assert self._last_z1_BD is not None
+        names = list(self._metrics[0])
+        values = torch.stack([torch.stack([m[name].float() for name in names]) for m in self._metrics]).mean(dim=0)
+        return dict(zip(names, values.tolist(), strict=True)), self._last_z1_BD
