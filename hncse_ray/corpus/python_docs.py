@@ -1,0 +1,327 @@
+"""A corpus and a retrieval test from the docstrings of installed packages: real text that needs no download.
+
+Sources are parsed, never imported, by worker processes that run :mod:`hncse_ray.corpus.docstrings`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import string
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from hncse_ray.corpus import docstrings
+from hncse_ray.corpus.docstrings import Summary
+from hncse_ray.errors import DataError
+
+log = logging.getLogger(__name__)
+
+# What the corpus is read from: dependencies of this project or of its dependencies, so they are always there.
+DEFAULT_PACKAGES = (
+    "datasets", "numpy", "optuna", "pandas", "pyarrow", "scipy", "torch",
+)  # fmt: skip
+# What pairs are read from: those, more such dependencies, and some of the standard library.
+PAIR_PACKAGES = DEFAULT_PACKAGES + (
+    "aiohttp", "click", "fsspec", "huggingface_hub", "jinja2", "joblib", "mpmath", "networkx", "pydantic",
+    "ray", "rich", "sklearn", "sqlalchemy", "sympy", "tensorboard", "transformers", "typer",
+    "asyncio", "collections", "concurrent", "datetime", "email", "logging", "multiprocessing", "pathlib",
+    "random", "shutil", "statistics", "tarfile", "threading", "xml", "zipfile",
+)  # fmt: skip
+
+# Left out wherever they occur: tests, other people's code carried along, generated files.
+_SKIPPED_ANYWHERE = {
+    "test", "tests", "testing", "_testing", "_vendor", "vendor", "vendored", "externals", "_external",
+    "thirdparty_files", "third_party", "site-packages", "node_modules", "__pycache__",
+}  # fmt: skip
+# Left out of the big packages: internals and near-copies, half of the reading time for little that is new.
+_SKIPPED_FOLDERS = {
+    "numpy": ("f2py", "distutils"),
+    "pandas": ("conftest.py",),
+    "pydantic": ("_internal", "v1"),
+    "ray": ("_private", "autoscaler", "cloudpickle", "core", "dashboard", "llm", "rllib", "scripts"),
+    "scipy": ("_lib",),
+    "sqlalchemy": ("dialects",),
+    "sympy": ("parsing", "physics", "plotting", "polys", "printing", "solvers"),
+    "torch": ("_C", "_decomp", "_dynamo", "_export", "_functorch", "_higher_order_ops", "_inductor",
+              "_library", "_numpy", "_prims", "_refs", "_subclasses", "ao", "distributed", "export", "fx",
+              "jit",
+              "onnx",
+              "utils"),
+    "transformers": ("models", "exporters", "integrations", "quantizers", "utils", "cli", "testing_utils.py"),
+}  # fmt: skip
+
+CHUNK_BYTES = 2_000_000  # of source for one worker: it starts in 30 ms and parses so much in half a second
+MIN_NAME, MAX_PACKAGES_PER_NAME, MAX_PAIRS_PER_NAME = 3, 6, 3
+# Names under which packages do unlike things.
+_GENERIC_NAMES = frozenset(
+    "add apply args backward build call check clean clear close compile config configure context copy "
+    "create data default delete do_test dump enter execute exit file filter finalize find flush format "
+    "forward func function get handle info init initialize item items iter key keys kwargs list load log "
+    "main make match message model name new next node open options output parse path pop prepare print "
+    "process push read register remove replace reset result result_type run save score seek set setup "
+    "show size start state step stop test transform type update validate value values version visit "
+    "wrapper write".split()
+)
+_UNTELLING = (
+    "see ",
+    "alias ",
+    "deprecated",
+    "same as ",
+    "like ",
+    "refer to ",
+    "wrapper ",
+    "internal ",
+    "dispatch ",
+)
+
+
+@dataclass(frozen=True)
+class DocPair:
+    """What two packages say of a function or class of the same name, each in one sentence."""
+
+    name: str
+    query: str
+    answer: str
+    query_package: str
+    answer_package: str
+    split: Literal["dev", "test"]
+
+
+def docstring_sentences(packages: Sequence[str] = (), num_processes: int | None = None) -> Iterator[str]:
+    """Yield the sentences of the packages' docstrings, package by package, file by file; not unique.
+
+    Args:
+        packages: top-level import names; empty = those of ``DEFAULT_PACKAGES`` that are installed.
+        num_processes: worker processes; default one per CPU.
+
+    Raises:
+        DataError: a named package is not installed or has no Python source.
+    """
+    files = [file for _, found in sorted(find_packages(packages).items()) for file in found]
+    for sentences, _ in _read(files, num_processes, sentences=True):
+        yield from sentences
+
+
+def documentation_pairs(
+    packages: Sequence[str] | None = None, num_processes: int | None = None
+) -> list[DocPair]:
+    """Pair the summaries that different packages give a public function or class of the same name.
+
+    Of each name one package's summary is the answer, up to ``MAX_PAIRS_PER_NAME`` others are queries for it,
+    so no name has two answers that compete. Names are compared without case and underscores
+    (``multivariate_normal``, ``MultivariateNormal``). The result depends on the packages' sources alone.
+
+    Args:
+        packages: top-level import names; empty or None = those of ``PAIR_PACKAGES`` that are installed.
+        num_processes: worker processes; default one per CPU.
+
+    Returns:
+        Pairs in the order of their names; the pairs of a name share a split.
+
+    Raises:
+        DataError: a named package is not installed or has no Python source.
+    """
+    found = find_packages(packages or (), PAIR_PACKAGES)
+    located = [(package, file) for package, files in found.items() for file in files]
+    # key -> package -> the summary of its most prominent definition
+    best: dict[str, dict[str, _Entry]] = defaultdict(dict)
+    answers = _read([file for _, file in located], num_processes, summaries=True)
+    for (package, file), (_, summaries) in zip(located, answers, strict=True):
+        for name, summary, is_method in summaries:
+            entry = _Entry((is_method, file.count(os.sep), file), package, name, summary)
+            key = name.replace("_", "").lower()
+            if package not in best[key] or entry.rank < best[key][package].rank:
+                best[key][package] = entry
+    return _pair_up({key: [by[package] for package in sorted(by)] for key, by in sorted(best.items())})
+
+
+class _Entry(NamedTuple):
+    rank: tuple[bool, int, str]
+    package: str
+    name: str
+    summary: str
+
+
+def _pair_up(described: dict[str, list[_Entry]]) -> list[DocPair]:
+    """Choose the pairs from the entries of each name, one entry a package."""
+    chosen: list[tuple[str, list[_Entry]]] = []
+    for key, entries in described.items():
+        if len(key) < MIN_NAME or key in _GENERIC_NAMES or len(entries) > MAX_PACKAGES_PER_NAME:
+            continue
+        distinct: dict[str, _Entry] = {}
+        for entry in entries:
+            if not entry.summary.lower().startswith(_UNTELLING):
+                distinct.setdefault(_bare(entry.summary), entry)
+        if len(distinct) > 1:
+            chosen.append((key, list(distinct.values())[: MAX_PAIRS_PER_NAME + 1]))
+    owners: dict[str, set[str]] = defaultdict(set)
+    for key, entries in chosen:
+        for entry in entries:
+            owners[_bare(entry.summary)].add(key)
+    pairs = []
+    for key, entries in chosen:
+        # A sentence that describes several names asks for no one of them.
+        own = [entry for entry in entries if len(owners[_bare(entry.summary)]) == 1]
+        for query in own[1:]:
+            split = _split_of(key)
+            pairs.append(
+                DocPair(query.name, query.summary, own[0].summary, query.package, own[0].package, split)
+            )
+    return pairs
+
+
+def _bare(text: str) -> str:
+    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+
+
+def _split_of(name: str) -> Literal["dev", "test"]:
+    return "dev" if hashlib.blake2b(name.encode()).digest()[0] % 2 == 0 else "test"
+
+
+def package_versions(packages: Sequence[str] = ()) -> list[str]:
+    """Return ``name==version`` of the packages, sorted: what the text of their docstrings depends on.
+
+    A package whose version says nothing of its text (an editable install, a folder on the path) is named by a
+    hash of its sources.
+    """
+    distributions = importlib.metadata.packages_distributions()
+    versions = []
+    for package, files in find_packages(packages).items():
+        version = ""
+        for owner in sorted(set(distributions.get(package, ()))):
+            distribution = importlib.metadata.distribution(owner)
+            # Not so for an editable install, whose sources lie elsewhere.
+            if Path(files[0]).is_relative_to(str(distribution.locate_file(""))):
+                version = distribution.version
+        if not version and package in sys.stdlib_module_names:
+            version = sys.version.split()[0]
+        if not version:
+            digest = hashlib.sha256()
+            for file in files:
+                digest.update(hashlib.sha256(Path(file).read_bytes()).digest())
+            version = digest.hexdigest()
+        versions.append(f"{package}=={version}")
+    return sorted(versions)
+
+
+def find_packages(packages: Sequence[str], default: Sequence[str] = DEFAULT_PACKAGES) -> dict[str, list[str]]:
+    """Return package -> its source files, sorted, without importing any.
+
+    Args:
+        packages: top-level import names that must be there; empty = those of ``default`` that are installed.
+        default: what an empty selection means.
+
+    Raises:
+        DataError: a named package is not installed or has no Python source.
+    """
+    found: dict[str, list[str]] = {}
+    for package in dict.fromkeys(packages or default):
+        files = _source_files(package)
+        if files:
+            found[package] = files
+        elif packages:
+            near = difflib.get_close_matches(package, PAIR_PACKAGES, n=1)
+            did_you_mean = f" (did you mean {near[0]!r}?)" if near else ""
+            raise DataError(
+                "is not an installed package with Python source",
+                package,
+                f"Give top-level import names in corpus.packages{did_you_mean}, or none for the default",
+            )
+    if missing := sorted(set(packages or default) - set(found)):
+        log.warning("python-docs: not installed, left out: %s", ", ".join(missing))
+    if not found:
+        raise DataError(
+            "none of the packages of python-docs is installed", hint="Name packages in corpus.packages"
+        )
+    return found
+
+
+def _source_files(package: str) -> list[str]:
+    if not package.isidentifier():
+        return []
+    try:
+        # PathFinder, not find_spec: an entry in sys.modules may lie about where it is, or lack a spec.
+        spec = importlib.machinery.PathFinder.find_spec(package)
+    except (ImportError, ValueError):
+        return []
+    if spec is None:
+        return []
+    if not spec.submodule_search_locations:
+        return [spec.origin] if spec.origin and spec.origin.endswith(".py") else []
+    skipped = _SKIPPED_FOLDERS.get(package, ())
+    files = []
+    for root in spec.submodule_search_locations:
+        for folder, subfolders, names in os.walk(root):
+            subfolders[:] = sorted(
+                name
+                for name in subfolders
+                if name not in _SKIPPED_ANYWHERE
+                and os.path.relpath(os.path.join(folder, name), root) not in skipped
+            )
+            files += [
+                os.path.join(folder, name)
+                for name in sorted(names)
+                if name.endswith(".py")
+                and not name.startswith("test_")
+                and not (folder == root and name in skipped)
+            ]
+    return sorted(files)
+
+
+def _read(
+    files: list[str], num_processes: int | None, *, sentences: bool = False, summaries: bool = False
+) -> Iterator[tuple[list[str], list[Summary]]]:
+    """Read files in worker processes; answers in the order of the files."""
+    processes = num_processes or _cpus()
+    chunks = list(_chunks(files, CHUNK_BYTES))
+    if processes == 1 or len(chunks) == 1 or not sys.executable:
+        for file in files:
+            yield from docstrings.read_files([file], sentences=sentences, summaries=summaries)
+        return
+
+    def ask(chunk: list[str]) -> list[tuple[list[str], list[Summary]]]:
+        request = json.dumps({"files": chunk, "sentences": sentences, "summaries": summaries})
+        # -I -S: no environment of the user, no site-packages: a worker needs the standard library alone.
+        command = [sys.executable, "-I", "-S", docstrings.__file__]
+        done = subprocess.run(
+            command, input=request, capture_output=True, text=True, encoding="utf-8", check=False
+        )
+        if done.returncode:
+            raise DataError(
+                f"reading docstrings failed ({done.stderr.strip()[-300:]})", f"{chunk[0]} and following"
+            )
+        return [(found, [Summary(*entry) for entry in entries]) for found, entries in json.loads(done.stdout)]
+
+    with ThreadPoolExecutor(min(processes, len(chunks))) as threads:
+        yield from (answer for answers in threads.map(ask, chunks) for answer in answers)
+
+
+def _chunks(files: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Cut into runs of about `size` bytes."""
+    chunk: list[str] = []
+    held = 0
+    for file in files:
+        chunk.append(file)
+        held += os.path.getsize(file)
+        if held >= size:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

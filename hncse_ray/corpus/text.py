@@ -1,0 +1,17 @@
+"""What counts as the same sentence: normalisation and content hash."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+
+
+def normalise(line: str) -> str:
+    """Return the line in Unicode NFC with every run of white space as one space and none at the ends."""
+    return " ".join(unicodedata.normalize("NFC", line).split())
+
+
+def content_hash(text: str) -> int:
+    """Return the first 8 bytes of BLAKE2b of the normalised text as a signed 64-bit integer."""
+    digest = hashlib.blake2b(normalise(text).encode("utf-8", "surrogatepass"), digest_size=64).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)

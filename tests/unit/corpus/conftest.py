@@ -1,0 +1,41 @@
+import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,é"
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat", *letters, *(f"##{c}" for c in letters)]
+    tokenizer = Tokenizer(models.WordPiece({token: i for i, token in enumerate(vocab)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def prepare(tokenizer, tmp_path):
+    from hncse_ray.config import CorpusSettings
+    from hncse_ray.corpus import prepare_corpus
+
+    def run(*, max_length=16, seed=0, tokenizer_digest="tiny", progress=None, **settings):
+        settings.setdefault("cache_dir", str(tmp_path / "cache"))
+        return prepare_corpus(
+            CorpusSettings(**settings),
+            tokenizer=tokenizer,
+            tokenizer_digest=tokenizer_digest,
+            max_length=max_length,
+            seed=seed,
+            progress=progress,
+        )
+
+    return run

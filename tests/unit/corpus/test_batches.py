@@ -1,0 +1,108 @@
+import time
+
+import numpy as np
+import pytest
+
+from hncse_ray.corpus import BatchPlan, pad_rows, rank_slice
+from hncse_ray.errors import DataError
+
+LENGTHS = np.random.default_rng(0).integers(3, 33, 10_007)
+
+
+def plan(**changes):
+    arguments = {"batch_size": 64, "seed": 1, "bucket_by_length": True, "min_batch": 2} | changes
+    return BatchPlan(arguments.pop("lengths", LENGTHS), **arguments)
+
+
+def test_pad_rows():
+    ids, mask = pad_rows([np.array([5, 6, 7], np.int32), np.array([8], np.int32)], pad_id=9)
+    assert ids.tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert ids.dtype == mask.dtype == np.int64
+
+
+def test_pad_rows_with_pad_id_inside_a_row_counts_it_as_a_token():
+    _, mask = pad_rows([np.array([0, 1]), np.array([2])], pad_id=0)
+    assert mask.tolist() == [[1, 1], [1, 0]]
+
+
+def test_pad_rows_of_nothing():
+    ids, mask = pad_rows([], pad_id=0)
+    assert ids.shape == mask.shape == (0, 0)
+
+
+@pytest.mark.parametrize("bucket", [False, True])
+@pytest.mark.parametrize("n", [2, 63, 64, 65, 66, 5000, 10_007])
+def test_an_epoch_holds_every_row_once(bucket, n):
+    batches = plan(lengths=LENGTHS[:n], bucket_by_length=bucket).epoch(0)
+    rows = np.concatenate(batches)
+    assert len(set(rows.tolist())) == len(rows) == (n if n % 64 != 1 else n - 1)
+    assert all(len(batch) == 64 for batch in batches[:-1])
+    assert all(batch.dtype == np.int64 for batch in batches)
+
+
+def test_a_trailing_batch_below_the_least_is_dropped():
+    assert plan(lengths=LENGTHS[:70], min_batch=6).batches_per_epoch == 2
+    assert [len(b) for b in plan(lengths=LENGTHS[:70], min_batch=7).epoch(0)] == [64]
+
+
+def test_same_arguments_same_batches_and_each_argument_matters():
+    def rows(seed, epoch):
+        return np.concatenate(plan(seed=seed).epoch(epoch)).tolist()
+
+    assert rows(1, 0) == rows(1, 0)
+    assert rows(1, 0) != rows(2, 0)
+    assert rows(1, 0) != rows(1, 1)
+
+
+def test_batch_is_the_epoch_flattened_and_forgets_nothing():
+    a = plan()
+    expected = [batch.tolist() for epoch in range(3) for batch in a.epoch(epoch)]
+    b = plan()
+    assert [b.batch(step).tolist() for step in range(3 * b.batches_per_epoch)] == expected
+    assert b.batch(0).tolist() == expected[0]  # back to an epoch no longer cached
+
+
+def test_bucketing_cuts_padding():
+    def padding(bucket):
+        batches = plan(bucket_by_length=bucket).epoch(0)
+        return sum(int((LENGTHS[b].max() - LENGTHS[b]).sum()) for b in batches)
+
+    assert padding(True) < 0.2 * padding(False)
+
+
+def test_bucketed_batches_are_in_no_order_of_length():
+    means = [LENGTHS[batch].mean() for batch in plan().epoch(0)[:-1]]
+    correlation = np.corrcoef(means, np.arange(len(means)))[0, 1]
+    assert abs(correlation) < 0.3
+    assert any((np.diff(LENGTHS[batch]) < 0).any() for batch in plan().epoch(0))
+
+
+def test_rows_of_a_batch_cannot_be_changed_by_a_user():
+    with pytest.raises(ValueError, match="read-only"):
+        plan().batch(0)[0] = 1
+
+
+def test_a_million_rows_are_planned_in_a_moment():
+    big = plan(lengths=np.tile(LENGTHS, 100))
+    started = time.process_time()
+    big.batch(0)
+    assert time.process_time() - started < 2.0
+
+
+def test_too_small_a_corpus_is_explained():
+    with pytest.raises(DataError, match="3 rows, fewer than the 4"):
+        plan(lengths=LENGTHS[:3], min_batch=4)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+@pytest.mark.parametrize("n", [0, 2, 7, 64])
+def test_rank_slices_are_those_of_array_split(n, world):
+    rows = np.arange(n) * 3
+    parts = [rank_slice(rows, rank, world).tolist() for rank in range(world)]
+    assert parts == [part.tolist() for part in np.array_split(rows, world)]
+
+
+def test_rank_out_of_world():
+    with pytest.raises(ValueError, match="rank 2"):
+        rank_slice(np.arange(4), 2, 2)

@@ -1,0 +1,210 @@
+import csv
+import gzip
+import json
+import os
+import time
+import tracemalloc
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hncse_ray.config import CorpusSettings
+from hncse_ray.corpus.sources import read_sentences, source_identity
+from hncse_ray.errors import DataError
+
+A, B = "the cat sat here", "a dog ran away"
+
+
+def read(**settings):
+    counts = Counter()
+    texts = list(read_sentences(CorpusSettings(**settings), counts))
+    return texts, dict(counts)
+
+
+def write(path, data):
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return str(path)
+
+
+def test_text_lines_are_filtered_and_every_drop_is_counted(tmp_path):
+    lines = [
+        b"\xef\xbb\xbf" + A.encode(),
+        b"",
+        b"   ",
+        b"two words",
+        b"bad \xff bytes here",
+        b"a nul \0 in it",
+    ]
+    lines += [b"word " * 50, B.encode() + b"\r"]
+    texts, counts = read(path=write(tmp_path / "a.txt", b"\n".join(lines)), max_chars=100)
+    assert texts == [A, B]
+    assert counts == {"read": 8, "empty": 2, "too_short": 1, "undecodable": 2, "too_long": 1}
+
+
+def test_max_chars_counts_characters_not_bytes(tmp_path):
+    line = "\u00e9\u00e9 \u00e9\u00e9 \u00e9\u00e9\u00e9\u00e9"
+    assert read(path=write(tmp_path / "a.txt", line), max_chars=10)[0] == [line]
+    assert read(path=write(tmp_path / "a.txt", line + "\u00e9"), max_chars=10)[1]["too_long"] == 1
+
+
+def test_gz_and_glob_and_order(tmp_path):
+    with gzip.open(tmp_path / "b.txt.gz", "wb") as stream:
+        stream.write(B.encode())
+    write(tmp_path / "a.txt", A)
+    (tmp_path / "dir.txt").mkdir()
+    assert read(path=f"{tmp_path}/*.txt*")[0] == [A, B]
+    assert read(path=(f"{tmp_path}/b.txt.gz", f"{tmp_path}/a.txt"))[0] == [B, A]
+
+
+def test_a_name_with_brackets_is_a_file_not_a_pattern(tmp_path):
+    assert read(path=write(tmp_path / "a[1].txt", A))[0] == [A]
+
+
+@pytest.mark.parametrize("suffix", ["txt", "txt.gz"])
+def test_a_huge_line_is_dropped_without_being_held(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    with (gzip.open if suffix.endswith("gz") else open)(path, "wb") as stream:
+        stream.write(A.encode() + b"\n")
+        for _ in range(64):
+            stream.write(b"x" * 2**20)
+        stream.write(b"\n" + B.encode() + b"\n")
+    tracemalloc.start()
+    texts, counts = read(path=str(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert texts == [A, B]
+    assert counts == {"read": 3, "too_long": 1}
+    assert peak < 4 * 2**20
+
+
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_lines_at_the_limit(tmp_path, end):
+    line = b"a b " + b"c" * 36  # 40 characters = bytes, the reader's own limit for max_chars 10 is 40 bytes
+    assert read(path=write(tmp_path / "a.txt", line + end + b""), max_chars=40)[0] == [line.decode()]
+    texts, counts = read(path=write(tmp_path / "b.txt", line * 4 + b"\n" + b"x y z" + end), max_chars=39)
+    assert (texts, counts["too_long"]) == (["x y z"], 1)
+
+
+def test_jsonl(tmp_path):
+    rows = [json.dumps({"text": A, "n": 1}), "{broken", "", '["list"]', json.dumps({"text": None})]
+    rows += [json.dumps({"text": 3}), json.dumps({"text": B}), '{"text": "lone \\ud800 surrogate here"}']
+    texts, counts = read(source="jsonl", path=write(tmp_path / "a.jsonl", "\n".join(rows)))
+    assert texts == [A, B]
+    assert counts == {"read": 8, "undecodable": 4, "empty": 2}
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_csv(tmp_path, name, delimiter):
+    with open(tmp_path / name, "w", newline="", encoding="utf-8-sig") as stream:
+        writer = csv.writer(stream, delimiter=delimiter)
+        writer.writerows([["body", "id"], [f"{A}, {B}\t1", "1"], ["two\nlines in one", "2"], []])
+    texts, _ = read(source="csv", column="body", path=str(tmp_path / name))
+    assert texts == [f"{A}, {B} 1", "two lines in one"]
+
+
+def test_a_csv_with_an_open_quote_goes_on_in_bounded_memory(tmp_path):
+    data = 'text\n"' + "word " * 200_000 + "\n" + A + "\n"
+    texts, counts = read(source="csv", path=write(tmp_path / "a.csv", data))
+    assert counts["too_long"] >= 1
+    assert texts in ([A], [])
+
+
+def test_parquet(tmp_path):
+    pq.write_table(pa.table({"n": [1, 2, 3], "text": [A, None, B]}), tmp_path / "a.parquet")
+    assert read(source="parquet", path=f"{tmp_path}/*.parquet") == ([A, B], {"read": 3, "empty": 1})
+
+
+def test_a_parquet_file_that_is_none(tmp_path):
+    with pytest.raises(DataError, match=r"a\.parquet: is not a readable Parquet"):
+        read(source="parquet", path=write(tmp_path / "a.parquet", A))
+
+
+@pytest.mark.parametrize("source", ["jsonl", "csv", "parquet"])
+def test_a_wrong_column_names_the_right_ones(tmp_path, source):
+    path = tmp_path / f"a.{source}"
+    if source == "jsonl":
+        write(path, json.dumps({"sentence": A, "id": 1}))
+    elif source == "csv":
+        write(path, f"sentence,id\n{A},1\n")
+    else:
+        pq.write_table(pa.table({"sentence": [A], "id": [1]}), path)
+    with pytest.raises(
+        DataError, match=r"no column 'sentense'.*Did you mean 'sentence'\? It has: sentence, id"
+    ):
+        read(source=source, column="sentense", path=str(path))
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.99])
+def test_a_truncated_gz_is_an_error_that_names_it(tmp_path, keep):
+    whole = gzip.compress("\n".join(f"{A} {i}" for i in range(5000)).encode())
+    with pytest.raises(DataError, match=r"a\.txt\.gz: is not a whole gzip file"):
+        read(path=write(tmp_path / "a.txt.gz", whole[: int(keep * len(whole))]))
+
+
+def test_a_gz_that_is_none(tmp_path):
+    with pytest.raises(DataError, match="is not a whole gzip file"):
+        read(path=write(tmp_path / "a.txt.gz", A))
+
+
+@pytest.mark.parametrize("read_it", [read, lambda **s: source_identity(CorpusSettings(**s))])
+def test_missing_directory_empty_and_no_match(tmp_path, read_it):
+    with pytest.raises(DataError, match="gone.txt: no such file"):
+        read_it(path=f"{tmp_path}/gone.txt")
+    with pytest.raises(DataError, match="is a directory"):
+        read_it(path=str(tmp_path))
+    with pytest.raises(DataError, match="is empty"):
+        read_it(path=write(tmp_path / "empty.txt", ""))
+    with pytest.raises(DataError, match="matches no file"):
+        read_it(path=f"{tmp_path}/*.nothing")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable(tmp_path):
+    path = write(tmp_path / "a.txt", A)
+    os.chmod(path, 0)
+    with pytest.raises(DataError, match="cannot be read"):
+        read(path=path)
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_an_unreachable_hub_fails_soon_and_names_ways_out(monkeypatch, tmp_path, offline):
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    if offline:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    else:
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"corpus.source=python-docs.*HF_HOME") as raised:
+        read(source="hub", path="nobody/nothing-such")
+    assert time.monotonic() - started < 10
+    assert raised.value.where == "nobody/nothing-such"
+
+
+def test_a_local_data_set_through_the_hub_source(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": [A, B]}), folder / "train.parquet")
+    assert read(source="hub", path=str(folder))[0] == [A, B]
+    with pytest.raises(DataError, match="It has: text"):
+        read(source="hub", path=str(folder), column="txt")
+
+
+def test_identity_follows_contents_not_names(tmp_path):
+    def identity(**settings):
+        return source_identity(CorpusSettings(**settings))
+
+    a, b = write(tmp_path / "a.txt", A), write(tmp_path / "b.txt", A)
+    other = write(tmp_path / "c.txt", B)
+    assert identity(path=a) == identity(path=b) == identity(path=a, column="ignored")
+    assert (
+        len({identity(path=a), identity(path=other), identity(path=(a, other)), identity(path=(other, a))})
+        == 4
+    )
+    assert identity(path=a, source="csv", column="x") != identity(path=a, source="csv", column="y")
