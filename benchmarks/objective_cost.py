@@ -9,12 +9,9 @@ alike, and the encoder is timed after them; medians over the rounds are reported
 """
 
 import argparse
-import datetime
 import functools
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
+from hardware import provenance
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
@@ -152,12 +149,7 @@ def describe(
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "device")}
     return {
         "question": "What does an objective cost beside the encoder it trains?",
-        "hardware": hardware(torch.device(args.device)),
-        "threads": torch.get_num_threads(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": git_commit(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **provenance(torch.device(args.device)),
         "settings": settings,
         "encoder": {
             "model": "BERT-base, random weights, fp32, forward and backward",
@@ -171,33 +163,6 @@ def describe(
             for name, value in seconds.items()
         },
     }
-
-
-def hardware(device: torch.device) -> str:
-    """Name of the accelerator, or of the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()} ({platform.machine()})"
-    return f"{platform.processor() or 'unknown processor'} ({platform.machine()})"
-
-
-def git_commit() -> str | None:
-    """The commit of the working tree, or None outside one."""
-    try:
-        answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()
 
 
 def print_table(result: dict[str, Any]) -> None:

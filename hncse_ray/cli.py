@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,9 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
-from hncse_ray.config import Settings, load_settings
+from hncse_ray.config import EncoderSettings, Settings, load_settings
 from hncse_ray.errors import HncseError, StorageError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ OverridesArgument = Annotated[
     list[str] | None, typer.Argument(help="Settings to change, as section.key=value.", metavar="[KEY=VALUE]...")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
+PoolingOption = Annotated[str, typer.Option(help="How to pool a model whose folder does not say: mean, cls, ...")]
 ModelArgument = Annotated[str, typer.Argument(help="A model folder, a hub name, or package:NAME/FOLDER.")]
 
 Result = TypeVar("Result")
@@ -80,6 +81,7 @@ def encode(
     texts: Annotated[str, typer.Argument(help="A text file, one sentence a line (.gz too), or - for standard input.")],
     out: Annotated[Path, typer.Option(help="Where to write the vectors: .npy, [N, D] float32, unit norm.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Sentences in one forward pass.")] = 128,
+    pooling: PoolingOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Embed the lines of a text file."""
@@ -89,20 +91,15 @@ def encode(
 
         from hncse_ray.corpus import read_lines
         from hncse_ray.encoder import load_encoder
-        from hncse_ray.reporting import StageProgress
 
         if not out.parent.is_dir() or out.is_dir() or out.suffix != ".npy":
             raise StorageError("cannot be written: name a .npy file in an existing folder", str(out))
-        lines = [line.rstrip("\r\n") for line in sys.stdin] if texts == "-" else read_lines(texts)
+        lines = read_lines(None if texts == "-" else texts)
         if not lines:
             raise HncseError("holds no text", texts)
-        encoder = load_encoder(model)
+        encoder = load_encoder(model, _encoder_settings(model, pooling))
         with _reporter(console) as reporter:
-            vectors = encoder.encode(
-                lines,
-                batch_size=batch_size,
-                progress=lambda done, total: reporter.on(StageProgress("encoding", done, total)),
-            )
+            vectors = encoder.encode(lines, batch_size=batch_size, progress=_counter(reporter, "encoding"))
         partial = out.with_name(f".{out.name}.partial.npy")
         try:
             np.save(partial, vectors)
@@ -110,7 +107,7 @@ def encode(
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise StorageError(f"cannot be written ({error.strerror})", str(out)) from error
-        console.print(f"{vectors.shape[0]:,} vectors of {vectors.shape[1]} dimensions -> {out}")
+        console.print(f"{vectors.shape[0]:,} vectors of {vectors.shape[1]} dimensions -> {out}", markup=False)
         return {"out": str(out), "rows": int(vectors.shape[0]), "dimension": int(vectors.shape[1])}
 
     _command(run, as_json)
@@ -122,7 +119,7 @@ def evaluate(
     suite: Annotated[list[str] | None, typer.Option(help="stsb, pairs or python-docs; may be repeated.")] = None,
     pairs: Annotated[str | None, typer.Option(help="For suite pairs: a file of query and answer.")] = None,
     senteval: Annotated[str | None, typer.Option(help="The SentEval folder; default $HNCSE_DATA/senteval.")] = None,
-    pooling: Annotated[str, typer.Option(help="How to pool a model whose folder does not say.")] = "auto",
+    pooling: PoolingOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Score a model on the dev and test sets."""
@@ -149,13 +146,58 @@ def evaluate(
         with _reporter(console) as reporter:
             reporter.on(StageProgress("scoring", 0, None))
             scores = {split: sets.score(encoder.encode, split) for split in ("dev", "test")}
-        table = Table(title=model)
+        table = Table(title=escape(model))
         for column, justify in (("metric", "left"), ("dev", "right"), ("test", "right")):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
         for name in scores["dev"] | scores["test"]:
             table.add_row(name, *(f"{s[name]:.4f}" if name in s else "" for s in scores.values()))
         console.print(table)
         return {"model": model, **scores}
+
+    _command(run, as_json)
+
+
+@app.command()
+def search(
+    model: ModelArgument,
+    recipe: RecipeArgument,
+    queries: Annotated[list[str], typer.Argument(help="What to look for.", metavar="QUERY...")],
+    compare: Annotated[str | None, typer.Option(help="Another model, shown beside the first.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Sentences shown for a query.")] = 3,
+    limit: Annotated[int, typer.Option(min=1, help="Search a random sample of so many sentences.")] = 5000,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the sentences of a recipe's corpus that are nearest to some queries, for one model or two side by side."""
+
+    def run(console: Console) -> dict[str, Any]:
+        settings = load_settings(recipe)
+        import numpy as np
+
+        from hncse_ray.cluster import prepare as prepare_corpus
+        from hncse_ray.encoder import load_encoder
+
+        names = [name for name in (compare, model) if name is not None]
+        encoders = [load_encoder(name) for name in names]
+        found: dict[str, dict[str, list[str]]] = {query: {} for query in queries}
+        with _reporter(console) as reporter:
+            base = load_encoder(settings.encoder.model, settings.encoder)
+            corpus = prepare_corpus(settings, base, reporter)
+            chosen = np.random.default_rng(settings.run.seed).permutation(len(corpus))[:limit]
+            sentences = corpus.texts(chosen)
+            for name, encoder in zip(names, encoders, strict=True):
+                progress = _counter(reporter, f"encoding {len(sentences):,} sentences with {name}")
+                vectors_ND = encoder.encode(sentences, progress=progress)
+                scores_QN = encoder.encode(queries) @ vectors_ND.T
+                for query, scores_N in zip(queries, scores_QN, strict=True):
+                    found[query][name] = [sentences[i] for i in np.argsort(-scores_N)[:top]]
+        for query, by_model in found.items():
+            table = Table(title=escape(f"nearest to: {query}"), show_lines=True, expand=True)
+            for name in names:
+                table.add_column(escape(name), ratio=1)
+            for row in zip(*by_model.values(), strict=True):
+                table.add_row(*map(escape, row))
+            console.print(table)
+        return found
 
     _command(run, as_json)
 
@@ -168,7 +210,7 @@ def run_training(settings: Settings, console: Console) -> dict[str, Any]:
     with _reporter(console) as reporter:
         result = run_train(settings, reporter=reporter)
     console.print(score_table(result.before, result.after))
-    console.print(f"model: {result.model}  (best on dev at step {result.best_step} of {result.steps})")
+    console.print(f"model: {result.model}  (best on dev at step {result.best_step} of {result.steps})", markup=False)
     if result.best_step == 0:
         console.print("no evaluation beat the model you started from, so the model is that one", style="yellow")
     return asdict(result)
@@ -217,6 +259,18 @@ def _reporter(console: Console) -> Iterator[Reporter]:
         reporter.close()
 
 
+def _encoder_settings(model: str, pooling: str) -> EncoderSettings:
+    tree = {"corpus": {"source": "python-docs"}, "encoder": {"model": model, "pooling": pooling}}
+    return load_settings(tree).encoder
+
+
+def _counter(reporter: Reporter, stage: str) -> Callable[[int, int], None]:
+    """Return a callback that reports how far a stage is."""
+    from hncse_ray.reporting import StageProgress
+
+    return lambda done, total: reporter.on(StageProgress(stage, done, total))
+
+
 def _print_corpus(console: Console, corpus: Corpus) -> None:
     report = corpus.report
     table = Table(title=f"Corpus {corpus.digest[:12]}")
@@ -227,7 +281,9 @@ def _print_corpus(console: Console, corpus: Corpus) -> None:
         table.add_row(f"dropped: {reason.replace('_', ' ')}", f"{count:,}")
     table.add_row("kept", f"{report.rows:,}")
     console.print(table)
-    console.print(f"{report.mean_tokens:.1f} tokens a sentence, prepared in {report.seconds:.1f} s -> {corpus.path}")
+    console.print(
+        f"{report.mean_tokens:.1f} tokens a sentence, prepared in {report.seconds:.1f} s -> {corpus.path}", markup=False
+    )
 
 
 if __name__ == "__main__":

@@ -66,7 +66,10 @@ def event_channel(reporter: Reporter) -> Iterator[Any]:
                     logger.warning("the event channel is gone; training goes on unseen (%s)", error)
                 return
             for event in events:
-                reporter.on(event)
+                try:
+                    reporter.on(event)
+                except Exception:  # a full disk or a closed terminal must not end the news, nor the training
+                    logger.exception("an event could not be reported")
             if last_round and not events:
                 return
 

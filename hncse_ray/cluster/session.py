@@ -28,6 +28,11 @@ def ray_session() -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        # If this process is killed, Ray's agents learn it from a GCS that no longer answers: after more than a minute
+        # by default, after seconds so. A local GCS never comes back.
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
+        os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", "10")
     # The controller of Ray Train is asked for news every so often; 2 s by default, which every checkpoint waits for.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Runs report through their own channel; Ray's usage pings and console banners add nothing.
@@ -49,7 +54,6 @@ def ray_session() -> Iterator[None]:
             f"{place} could not be {'reached' if address else 'started'} ({error})",
             hint="Check RAY_ADDRESS and the token (RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)" if address else "",
         ) from error
-    logger.debug("dashboard at %s", ray.get_runtime_context().gcs_address)
     try:
         yield
     finally:

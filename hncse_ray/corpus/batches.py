@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -14,7 +16,7 @@ Int64 = npt.NDArray[np.int64]
 WINDOW_BATCHES = 64
 
 
-def pad_rows(rows: list[npt.NDArray[np.integer]], *, pad_id: int) -> tuple[Int64, Int64]:
+def pad_rows(rows: Sequence[npt.NDArray[np.integer]], *, pad_id: int) -> tuple[Int64, Int64]:
     """Pad token rows on the right to the longest of them.
 
     Args:

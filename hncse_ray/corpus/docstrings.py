@@ -146,11 +146,7 @@ def _constant_text(node: ast.expr) -> str:
         case ast.JoinedStr(values=parts):
             return "".join(_constant_text(part) for part in parts)
         case ast.Call(func=ast.Attribute(value=value, attr="format")):
-            return (
-                _PLACEHOLDER.sub("", _constant_text(value).replace("{{", "\0"))
-                .replace("\0", "{")
-                .replace("}}", "}")
-            )
+            return _PLACEHOLDER.sub("", _constant_text(value).replace("{{", "\0")).replace("\0", "{").replace("}}", "}")
         case ast.Call(func=ast.Attribute(value=value)):
             return _constant_text(value)
         case ast.Call(args=[argument]):
@@ -281,9 +277,7 @@ def _is_sentence(text: str) -> bool:
     return letters >= _MIN_LETTERS * solid and not text.endswith(":") and not _NOT_PROSE.search(text)
 
 
-def read_files(
-    files: Iterable[str], *, sentences: bool, summaries: bool
-) -> list[tuple[list[str], list[Summary]]]:
+def read_files(files: Iterable[str], *, sentences: bool, summaries: bool) -> list[tuple[list[str], list[Summary]]]:
     """Return the sentences and summaries of each file; both empty where it cannot be read or parsed."""
     answers: list[tuple[list[str], list[Summary]]] = []
     for file in files:

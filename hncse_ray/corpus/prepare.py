@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 
 from hncse_ray.config import CorpusSettings
+from hncse_ray.corpus.cache import cache_folder
 from hncse_ray.corpus.corpus import DATA_FILE, FORMAT_VERSION, REPORT_FILE, Corpus
 from hncse_ray.corpus.sources import DROP_REASONS, read_sentences, source_identity
 from hncse_ray.corpus.text import content_hash
@@ -71,7 +72,7 @@ def prepare_corpus(
         sample,
     ]
     digest = hashlib.sha256(json.dumps(relevant).encode()).hexdigest()
-    corpora = _cache_folder(settings) / "corpora"
+    corpora = cache_folder(settings.cache_dir) / "corpora"
     final = corpora / digest
     if (corpus := _open_if_whole(final)) is not None:
         return corpus
@@ -106,11 +107,6 @@ def prepare_corpus(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Corpus.open(final)
-
-
-def _cache_folder(settings: CorpusSettings) -> Path:
-    folder = settings.cache_dir or os.environ.get("HNCSE_CACHE") or "~/.cache/hncse_ray"
-    return Path(folder).expanduser().absolute()
 
 
 def _open_if_whole(final: Path) -> Corpus | None:
@@ -230,9 +226,7 @@ def _unique(texts: Iterable[str], counts: Counter[str]) -> Iterator[tuple[str, i
             yield text, key
 
 
-def _sample(
-    rows: Iterable[tuple[str, int]], size: int, seed: int, counts: Counter[str]
-) -> Iterator[tuple[str, int]]:
+def _sample(rows: Iterable[tuple[str, int]], size: int, seed: int, counts: Counter[str]) -> Iterator[tuple[str, int]]:
     """Yield a uniform random sample (Vitter's algorithm R), in the order of the source."""
     rng = random.Random(seed)
     kept: list[tuple[int, tuple[str, int]]] = []

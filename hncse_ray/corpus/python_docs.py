@@ -19,11 +19,12 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from hncse_ray.corpus import docstrings
+from hncse_ray.corpus.cache import cache_folder
 from hncse_ray.corpus.docstrings import Summary
 from hncse_ray.errors import DataError
 
@@ -35,8 +36,8 @@ DEFAULT_PACKAGES = (
 )  # fmt: skip
 # What pairs are read from: those, more such dependencies, and some of the standard library.
 PAIR_PACKAGES = DEFAULT_PACKAGES + (
-    "aiohttp", "click", "fsspec", "huggingface_hub", "jinja2", "joblib", "mpmath", "networkx", "pydantic",
-    "ray", "rich", "sklearn", "sqlalchemy", "sympy", "tensorboard", "transformers", "typer",
+    "aiohttp", "click", "fsspec", "huggingface_hub", "jinja2", "mpmath", "networkx", "pydantic",
+    "ray", "rich", "sklearn", "sqlalchemy", "sympy", "transformers", "typer",
     "asyncio", "collections", "concurrent", "datetime", "email", "logging", "multiprocessing", "pathlib",
     "random", "shutil", "statistics", "tarfile", "threading", "xml", "zipfile",
 )  # fmt: skip
@@ -63,6 +64,7 @@ _SKIPPED_FOLDERS = {
     "transformers": ("models", "exporters", "integrations", "quantizers", "utils", "cli", "testing_utils.py"),
 }  # fmt: skip
 
+_PAIRS_VERSION = 1  # raise it when the rules below change: kept pairs are then made again
 CHUNK_BYTES = 2_000_000  # of source for one worker: it starts in 30 ms and parses so much in half a second
 MIN_NAME, MAX_PACKAGES_PER_NAME, MAX_PAIRS_PER_NAME = 3, 6, 3
 # Names under which packages do unlike things.
@@ -116,7 +118,7 @@ def docstring_sentences(packages: Sequence[str] = (), num_processes: int | None 
 
 
 def documentation_pairs(
-    packages: Sequence[str] | None = None, num_processes: int | None = None
+    packages: Sequence[str] | None = None, num_processes: int | None = None, cache_dir: str | None = None
 ) -> list[DocPair]:
     """Pair the summaries that different packages give a public function or class of the same name.
 
@@ -127,6 +129,7 @@ def documentation_pairs(
     Args:
         packages: top-level import names; empty or None = those of ``PAIR_PACKAGES`` that are installed.
         num_processes: worker processes; default one per CPU.
+        cache_dir: where the pairs of these versions of the packages are kept; see :func:`cache_folder`.
 
     Returns:
         Pairs in the order of their names; the pairs of a name share a split.
@@ -135,6 +138,22 @@ def documentation_pairs(
         DataError: a named package is not installed or has no Python source.
     """
     found = find_packages(packages or (), PAIR_PACKAGES)
+    key = hashlib.sha256(json.dumps([_PAIRS_VERSION, package_versions(list(found))]).encode()).hexdigest()
+    cached = cache_folder(cache_dir) / "pairs" / f"{key}.json"
+    if cached.exists():
+        return [DocPair(**pair) for pair in json.loads(cached.read_text(encoding="utf-8"))]
+    pairs = _read_pairs(found, num_processes)
+    partial = cached.with_suffix(f".{os.getpid()}")
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps([asdict(pair) for pair in pairs]), encoding="utf-8")
+        partial.replace(cached)
+    except OSError as error:
+        raise DataError(f"cannot be written ({error.strerror})", str(cached.parent), "Set HNCSE_CACHE") from None
+    return pairs
+
+
+def _read_pairs(found: dict[str, list[str]], num_processes: int | None) -> list[DocPair]:
     located = [(package, file) for package, files in found.items() for file in files]
     # key -> package -> the summary of its most prominent definition
     best: dict[str, dict[str, _Entry]] = defaultdict(dict)
@@ -177,9 +196,7 @@ def _pair_up(described: dict[str, list[_Entry]]) -> list[DocPair]:
         own = [entry for entry in entries if len(owners[_bare(entry.summary)]) == 1]
         for query in own[1:]:
             split = _split_of(key)
-            pairs.append(
-                DocPair(query.name, query.summary, own[0].summary, query.package, own[0].package, split)
-            )
+            pairs.append(DocPair(query.name, query.summary, own[0].summary, query.package, own[0].package, split))
     return pairs
 
 
@@ -243,9 +260,7 @@ def find_packages(packages: Sequence[str], default: Sequence[str] = DEFAULT_PACK
     if missing := sorted(set(packages or default) - set(found)):
         log.warning("python-docs: not installed, left out: %s", ", ".join(missing))
     if not found:
-        raise DataError(
-            "none of the packages of python-docs is installed", hint="Name packages in corpus.packages"
-        )
+        raise DataError("none of the packages of python-docs is installed", hint="Name packages in corpus.packages")
     return found
 
 
@@ -268,15 +283,12 @@ def _source_files(package: str) -> list[str]:
             subfolders[:] = sorted(
                 name
                 for name in subfolders
-                if name not in _SKIPPED_ANYWHERE
-                and os.path.relpath(os.path.join(folder, name), root) not in skipped
+                if name not in _SKIPPED_ANYWHERE and os.path.relpath(os.path.join(folder, name), root) not in skipped
             )
             files += [
                 os.path.join(folder, name)
                 for name in sorted(names)
-                if name.endswith(".py")
-                and not name.startswith("test_")
-                and not (folder == root and name in skipped)
+                if name.endswith(".py") and not name.startswith("test_") and not (folder == root and name in skipped)
             ]
     return sorted(files)
 
@@ -296,13 +308,9 @@ def _read(
         request = json.dumps({"files": chunk, "sentences": sentences, "summaries": summaries})
         # -I -S: no environment of the user, no site-packages: a worker needs the standard library alone.
         command = [sys.executable, "-I", "-S", docstrings.__file__]
-        done = subprocess.run(
-            command, input=request, capture_output=True, text=True, encoding="utf-8", check=False
-        )
+        done = subprocess.run(command, input=request, capture_output=True, text=True, encoding="utf-8", check=False)
         if done.returncode:
-            raise DataError(
-                f"reading docstrings failed ({done.stderr.strip()[-300:]})", f"{chunk[0]} and following"
-            )
+            raise DataError(f"reading docstrings failed ({done.stderr.strip()[-300:]})", f"{chunk[0]} and following")
         return [(found, [Summary(*entry) for entry in entries]) for found, entries in json.loads(done.stdout)]
 
     with ThreadPoolExecutor(min(processes, len(chunks))) as threads:

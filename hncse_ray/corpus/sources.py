@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import os
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -72,6 +73,29 @@ def source_identity(settings: CorpusSettings) -> str:
     return f"{settings.source} {column} {digest.hexdigest()}"
 
 
+def read_lines(path: str | None) -> list[str]:
+    """Return every line of a UTF-8 text, none dropped or changed, so that rows keep their place.
+
+    Args:
+        path: a text file, plain or .gz; None = standard input.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not UTF-8.
+    """
+    where = path or "standard input"
+    file = Path(path).expanduser() if path else None
+    if file is not None:
+        _check_file(file)
+    lines = []
+    with _explained(Path(where)), _open(file) if file else contextlib.nullcontext(sys.stdin.buffer) as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                lines.append(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n"))
+            except UnicodeDecodeError:
+                raise DataError(f"line {number} is not UTF-8", where, "Convert it, for example with iconv") from None
+    return lines
+
+
 def find_files(patterns: Iterable[str]) -> list[Path]:
     """Expand paths and globs to files, in the order given, each pattern's own sorted.
 
@@ -89,14 +113,18 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
                 raise DataError("matches no file", pattern, f"Paths are relative to {os.getcwd()}")
         files += [Path(match) for match in matches or [expanded]]
     for path in files:
-        if path.is_dir():
-            raise DataError("is a directory, not a file", str(path), f"Name its files, such as {path}/*.txt")
-        if not path.exists():
-            raise DataError("no such file", str(path), f"Paths are relative to {os.getcwd()}")
-        with _explained(path), path.open("rb") as stream:
-            if not stream.read(1):
-                raise DataError("is empty", str(path))
+        _check_file(path)
     return files
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise DataError("is a directory, not a file", str(path), f"Name its files, such as {path}/*.txt")
+    if not path.exists():
+        raise DataError("no such file", str(path), f"Paths are relative to {os.getcwd()}")
+    with _explained(path), path.open("rb") as stream:
+        if not stream.read(1):
+            raise DataError("is empty", str(path))
 
 
 def _kind(path: Path) -> str:
@@ -135,9 +163,7 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(
-            f"is not a whole gzip file ({error})", str(path), "Copy or download it again"
-        ) from None
+        raise DataError(f"is not a whole gzip file ({error})", str(path), "Copy or download it again") from None
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror or error})", str(path)) from None
 
@@ -302,10 +328,6 @@ def _constant(module: Any, name: str, value: object) -> Iterator[None]:
 def _hub_identity(rows: Any) -> str:
     """Name the revision where the data set knows it (its download URLs hold it), else its fingerprint."""
     info = rows.info
-    checksums = (
-        json.dumps(info.download_checksums, sort_keys=True, default=str) if info.download_checksums else ""
-    )
+    checksums = json.dumps(info.download_checksums, sort_keys=True, default=str) if info.download_checksums else ""
     what = [info.dataset_name, info.config_name, str(info.version), str(rows.split), str(len(rows))]
-    return (
-        " ".join(map(str, what)) + " " + hashlib.sha256((checksums or rows._fingerprint).encode()).hexdigest()
-    )
+    return " ".join(map(str, what)) + " " + hashlib.sha256((checksums or rows._fingerprint).encode()).hexdigest()

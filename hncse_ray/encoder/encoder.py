@@ -138,16 +138,16 @@ class SentenceEncoder(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            return self(*self.batch_tensors(rows)).cpu().numpy()
+            vectors_BD: Tensor = self(*self.batch_tensors(rows))
+            return vectors_BD.cpu().numpy()
         finally:
             self.train(was_training)
 
     def batch_tensors(self, rows: TokenRows) -> tuple[Tensor, Tensor | None]:
         """Pad token rows to ``[B, L]`` on the encoder's device; the mask is None where nothing is padded."""
         ids, mask = pad_rows(rows, pad_id=int(self.tokenizer.pad_token_id))
-        padded = not mask.all()
-        move = {"device": self.device, "non_blocking": True}
-        return torch.from_numpy(ids).to(**move), torch.from_numpy(mask).to(**move) if padded else None
+        ids_BL = torch.from_numpy(ids).to(self.device, non_blocking=True)
+        return ids_BL, None if mask.all() else torch.from_numpy(mask).to(self.device, non_blocking=True)
 
 
 def length_batches(rows: TokenRows, batch_size: int) -> Iterator[NDArray[np.int64]]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
 from hncse_ray.config import EncoderSettings, Pooling
 from hncse_ray.encoder.encoder import SentenceEncoder
@@ -78,9 +81,10 @@ def load_encoder(
         pooling=pooling,
         head=head,
         head_in_training_only=settings.head_in_training_only and not keeps_head,
-        max_length=_inference_length(settings, stored, tokenizer, backbone),
         autocast=autocast_dtype(settings.precision, device)[0],
     )
+    limit = length_limit(encoder)
+    encoder.max_length = min(settings.inference_max_length or stored.max_length or limit, limit)
     return encoder.to(device).eval()
 
 
@@ -96,7 +100,8 @@ def save_encoder(encoder: SentenceEncoder, folder: Path, *, readme: str | None =
     backbone_config = encoder.backbone.config
     layered = encoder.pooling in ("first_last_mean", "last_two_mean")
     backbone_config.output_hidden_states = layered
-    encoder.backbone.save_pretrained(folder)
+    with _no_bars():
+        encoder.backbone.save_pretrained(folder)
     encoder.tokenizer.save_pretrained(folder)
     _write_json(folder / "sentence_bert_config.json", {"max_seq_length": encoder.max_length, "do_lower_case": False})
     stages: list[tuple[str, str]] = [("Transformer", "")]
@@ -144,8 +149,9 @@ def model_readme(encoder: SentenceEncoder) -> str:
         "last_two_mean": "states = (output.hidden_states[-1] + output.hidden_states[-2]) / 2\n{mean}",
     }.get(encoder.pooling, "vectors = output.last_hidden_state[:, 0]")
     mean = "mask = batch['attention_mask'].unsqueeze(-1)\nvectors = (states * mask).sum(1) / mask.sum(1)"
-    head = ""
+    head, imports = "", ""
     if encoder.head is not None and not encoder.head_in_training_only:
+        imports = "\nfrom safetensors.torch import load_file"
         head = (
             "\nhead = load_file('PATH/2_Dense/model.safetensors')"
             "\nvectors = torch.tanh(vectors @ head['linear.weight'].T + head['linear.bias'])"
@@ -170,7 +176,7 @@ The same with transformers alone:
 
 ```python
 import torch
-from transformers import AutoModel, AutoTokenizer{"" if not head else chr(10) + "from safetensors.torch import load_file"}
+from transformers import AutoModel, AutoTokenizer{imports}
 
 tokenizer, model = AutoTokenizer.from_pretrained("PATH"), AutoModel.from_pretrained("PATH").eval()
 batch = tokenizer(["A sentence.", "Another one."], padding=True, truncation=True,
@@ -240,15 +246,16 @@ def _load_backbone(folder: Path, settings: EncoderSettings, name: str) -> PreTra
         raise ModelError(f"{config.model_type!r} is not a bidirectional encoder", name)
     _set_dropout(config, settings.dropout, name)
     try:
-        backbone, info = AutoModel.from_pretrained(
-            folder,
-            config=config,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            dtype=torch.float32,
-            trust_remote_code=settings.trust_remote_code,
-            output_loading_info=True,
-        )
+        with _no_bars():
+            backbone, info = AutoModel.from_pretrained(
+                folder,
+                config=config,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                dtype=torch.float32,
+                trust_remote_code=settings.trust_remote_code,
+                output_loading_info=True,
+            )
     except Exception as error:  # transformers raises a dozen types for a broken folder; each means the same to a user
         hint = ""
         if (folder / "pytorch_model.bin").exists() and not list(folder.glob("*.safetensors")):
@@ -259,7 +266,8 @@ def _load_backbone(folder: Path, settings: EncoderSettings, name: str) -> PreTra
         raise ModelError(
             f"its weights lack {len(missing)} tensors of a {config.model_type}, first {missing[0]!r}", name
         )
-    return backbone
+    loaded: PreTrainedModel = backbone
+    return loaded
 
 
 def _load_tokenizer(
@@ -278,10 +286,10 @@ def _load_tokenizer(
         raise ModelError("its tokenizer has no fast version (tokenizer.json)", name)
     if tokenizer.pad_token_id is None:
         raise ModelError("its tokenizer has no padding token", name)
-    if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
+    embedded = int(backbone.config.vocab_size)
+    if len(tokenizer) > embedded:
         raise ModelError(
-            f"its tokenizer has {len(tokenizer)} entries but the model embeds"
-            f" {backbone.get_input_embeddings().num_embeddings}: they do not belong together",
+            f"its tokenizer has {len(tokenizer)} entries but the model embeds {embedded}: they do not belong together",
             name,
         )
     return tokenizer
@@ -300,8 +308,17 @@ def _set_dropout(config: PreTrainedConfig, rate: float | None, name: str) -> Non
 
 def has_dropout(encoder: SentenceEncoder) -> bool:
     """Return whether two passes of a sentence in training mode can differ at all."""
-    config = encoder.backbone.config
+    config: Any = encoder.backbone.config
     return any((getattr(config, key, 0) or 0) > 0 for key in _DROPOUT_KEYS)
+
+
+def length_limit(encoder: SentenceEncoder) -> int:
+    """Return how many tokens a text may have for the model's position embeddings and its tokenizer."""
+    config: Any = encoder.backbone.config
+    positions = int(getattr(config, "max_position_embeddings", 512))
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        positions -= 2  # these count positions from the padding index on
+    return min(positions, int(encoder.tokenizer.model_max_length))
 
 
 def _new_head(width: int, seed: int) -> nn.Linear:
@@ -310,17 +327,6 @@ def _new_head(width: int, seed: int) -> nn.Linear:
     nn.init.normal_(head.weight, std=_HEAD_INIT_STD, generator=generator)
     nn.init.zeros_(head.bias)
     return head
-
-
-def _inference_length(
-    settings: EncoderSettings, stored: _StoredStages, tokenizer: PreTrainedTokenizerFast, backbone: PreTrainedModel
-) -> int:
-    positions = int(getattr(backbone.config, "max_position_embeddings", 512))
-    if backbone.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        positions -= 2  # these count positions from the padding index on
-    limit = min(positions, int(tokenizer.model_max_length))
-    wanted = settings.inference_max_length or stored.max_length or limit
-    return min(wanted, limit)
 
 
 def _layered_pooling(stage: Path) -> Pooling:
@@ -361,6 +367,18 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot be read ({error})", str(path)) from error
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep the bars of transformers, which last a blink for local files, out of the user's terminal."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _first_line(error: BaseException) -> str:

@@ -37,7 +37,7 @@ def resolve_model(model: str | Path) -> Path:
     if path.is_file():
         raise ModelError("is a file; a model is a folder with config.json, weights and a tokenizer", name)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ModelError("no such model folder", name)
+        raise ModelError("no such model folder", name, f"Paths are relative to {os.getcwd()}")
     return _hub_folder(name)
 
 

@@ -119,8 +119,9 @@ class MetricsFile:
                 row = json.loads(line)
             except ValueError:
                 break  # cut short by a kill: the last line
-            # A run that starts over at step 0 scores it again; one that goes on from later does not.
-            if row["step"] < step or (row["step"] == step and step > 0):
+            # A run that starts over at step 0 scores it again; one that goes on from later does not. Test scores
+            # are the end of a run: written again when it gets there.
+            if row.get("split") != "test" and (row["step"] < step or (row["step"] == step and step > 0)):
                 kept.append(line + "\n")
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(kept), encoding="utf-8")
@@ -138,7 +139,7 @@ class TensorBoard:
         """Write the event's scalars."""
         if isinstance(event, RunStarted):
             self.close()
-            self._writer = SummaryWriter(str(self._folder), purge_step=event.step + 1 if event.resumed else None)
+            self._writer = SummaryWriter(str(self._folder), purge_step=event.step + 1 if event.resumed else 0)
         if self._writer is None:
             return
         if isinstance(event, StepsLogged):

@@ -50,7 +50,7 @@ class TerminalReporter:
         if isinstance(event, StageProgress):
             self._bar(event.stage, event.done, event.total)
         elif isinstance(event, RunStarted):
-            console.print(describe(event), highlight=False)
+            console.print(describe(event), highlight=False, markup=False)
             self._bar("training", event.step, event.total_steps)
         elif isinstance(event, StepsLogged):
             self._facts |= {"loss": f"{event.metrics['loss']:.4f}", "speed": f"{event.sentences_per_s:,.0f}/s"}
@@ -58,9 +58,9 @@ class TerminalReporter:
         elif isinstance(event, Evaluated):
             if event.split == "dev" and event.metric in event.scores:
                 self._facts["dev"] = f"{event.scores[event.metric]:.4f}"
-            console.print(describe(event), highlight=False)
+            console.print(describe(event), highlight=False, markup=False)
         elif isinstance(event, Notice):
-            console.print(event.text, style="yellow")
+            console.print(event.text, style="yellow", markup=False)
         elif isinstance(event, RunFinished):
             self._bar("training", event.step)
 

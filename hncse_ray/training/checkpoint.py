@@ -1,6 +1,6 @@
 """What a checkpoint holds, and the store that keeps it.
 
-``state.json`` is written last and names every other file with its size and digest, so a folder that was cut short or
+``state.json`` is written last and names every other file, and itself, by digest, so a folder that was cut short or
 damaged is told from a whole one. Dropout and random pairs are seeded by (run seed, batch, rank, chunk) at every step,
 so no generator state needs saving and the data position follows from the step.
 """
@@ -68,11 +68,19 @@ class RunStore(Protocol):
         ...
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Keep what ``write(folder)`` puts into an empty folder; ``write`` runs on rank 0 only."""
+        """Keep what ``write(folder)`` puts into an empty folder; ``write`` runs on rank 0 only.
+
+        Raises:
+            StorageError: on every rank, if it could not be written.
+        """
         ...
 
     def export(self, write: Callable[[Path], None]) -> None:
-        """Replace the run's model by what ``write(folder)`` puts into an empty folder; on rank 0 only."""
+        """Replace the run's model by what ``write(folder)`` puts into an empty folder; on rank 0 only.
+
+        Raises:
+            StorageError: it could not be written; the old model is still there.
+        """
         ...
 
 
@@ -111,7 +119,9 @@ def write_checkpoint(
     torch.save(moments | {"objective": objective.state_dict()}, folder / "training.pt")
     (folder / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
     files = {path.name: [path.stat().st_size, _digest(path)] for path in sorted(folder.iterdir())}
-    (folder / "state.json").write_text(json.dumps({"state": asdict(state), "files": files}, indent=1), encoding="utf-8")
+    content = {"state": asdict(state), "files": files}
+    text = json.dumps(content | {"digest": _text_digest(content)}, indent=1)
+    (folder / "state.json").write_text(text, encoding="utf-8")
 
 
 def read_newest(
@@ -157,13 +167,19 @@ def read_newest(
 def _check(folder: Path) -> TrainState:
     try:
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if content.pop("digest") != _text_digest(content):
+            raise StorageError("the checkpoint is damaged (state.json differs from what was written)", str(folder))
         for name, (size, digest) in content["files"].items():
             path = folder / name
             if path.stat().st_size != size or _digest(path) != digest:
                 raise StorageError(f"the checkpoint is damaged ({name} differs from what was written)", str(folder))
         return TrainState(**content["state"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(f"the checkpoint is incomplete ({type(error).__name__}: {error})", str(folder)) from error
+
+
+def _text_digest(content: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -62,7 +62,9 @@ def load_evaluation_sets(settings: EvaluationSettings, corpus: CorpusSettings) -
                 sets[suite, split] = read_sts("STSBenchmark", split, folder)
         elif suite == "python-docs":
             packages = corpus.packages if corpus.source == "python-docs" else ()
-            pairs = documentation_pairs(packages or None, num_processes=corpus.num_processes)
+            pairs = documentation_pairs(
+                packages or None, num_processes=corpus.num_processes, cache_dir=corpus.cache_dir
+            )
             for split in splits:
                 chosen = [p for p in pairs if p.split == split]
                 sets[suite, split] = RetrievalPairs(tuple(p.query for p in chosen), tuple(p.answer for p in chosen))

@@ -31,7 +31,7 @@ class Guards:
             if not math.isfinite(metrics[name]):
                 raise TrainingError(
                     f"{name} is {metrics[name]} at step {step}",
-                    hint="Lower train.learning_rate or raise objective.temperature; if encoder.precision is bf16, try fp32",
+                    hint="Lower train.learning_rate or raise objective.temperature; or set encoder.precision=fp32",
                 )
         uniformity = metrics["uniformity"]
         self._collapsed = self._collapsed + 1 if uniformity > self._bound else 0

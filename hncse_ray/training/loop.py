@@ -74,7 +74,7 @@ class _Trainer:
             min_batch=max(2, world_size()),
         )
         epoch_steps = self.plan.batches_per_epoch * train.epochs / train.accumulation_steps
-        self.total_steps = train.max_steps or max(1, math.ceil(epoch_steps))
+        self.total_steps = train.max_steps or max(1, math.ceil(round(epoch_steps, 6)))  # 25 * 0.28 is a little over 7
         self.optimizer = build_optimizer(self.encoder, train)
         self.schedule = build_schedule(self.optimizer, train, self.total_steps)
         self.objective = Objective(
@@ -134,7 +134,7 @@ class _Trainer:
             )
             batches = self._next_batches()
             metrics, z1_BD = train_step(self.model, self.optimizer, batches, context, max_grad_norm=train.max_grad_norm)
-            self.log.add(metrics, z1_BD, sum(sum(b.sizes) for b in batches), self.schedule.get_last_lr()[0])
+            self.log.add(metrics, z1_BD, sum(sum(b.sizes) for b in batches), float(self.schedule.get_last_lr()[0]))
             self.schedule.step()
             state.step += 1
             self.log.seconds += time.perf_counter() - started
@@ -159,7 +159,8 @@ class _Trainer:
         started = time.perf_counter()
         means, z1_BD = self.log.means()  # waits for the device
         self.log.seconds += time.perf_counter() - started
-        means["uniformity"] = uniformity(z1_BD.float().cpu().numpy())
+        finite = math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])
+        means["uniformity"] = uniformity(z1_BD.float().cpu().numpy()) if finite else math.nan
         speed = self.log.sentences / self.log.seconds
         self.state.train_seconds += self.log.seconds
         self.state.sentences += self.log.sentences
@@ -217,8 +218,8 @@ class _Trainer:
         if rank() == 0:
             try:
                 self.store.export(self._write_model)
-            except OSError as caught:
-                error = StorageError(f"the model could not be written ({caught})", self.settings.run_dir)
+            except StorageError as caught:
+                error = caught
         raise_together(error)
         return RunFinished(
             step=state.step,

@@ -23,6 +23,7 @@ from hncse_ray.reporting.events import RunFinished
 
 # Settings that may change between the start of a run and its resumption: they do not change what is computed.
 _FREE = ("run.storage_path", "cluster.", "corpus.cache_dir", "corpus.num_processes", "evaluation.batch_size")
+_OTHER = "Choose another run.name, or remove the folder"
 
 
 class RunFolder:
@@ -56,18 +57,38 @@ class RunFolder:
         write_atomically(self.path / "result.json", json.dumps(result, indent=2) + "\n")
 
 
+def check_run_folder(settings: Settings) -> None:
+    """Find out, without changing anything, what :func:`claim_run_folder` would refuse.
+
+    Raises:
+        StorageError: the folder cannot be written, or holds another run or something else.
+    """
+    path = Path(settings.run_dir)
+    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise StorageError(f"cannot be made: {existing} is a file", str(path), "Choose another run.storage_path")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise StorageError(f"cannot be written in {existing}", str(path), "Choose another run.storage_path")
+    stored = path / "settings.yaml"
+    if stored.exists():
+        if changed := _changed_settings(stored, settings):
+            raise StorageError(f"holds a run with other settings: {'; '.join(changed)}", str(path), _OTHER)
+    elif path.exists() and any(entry.name != ".lock" for entry in path.iterdir()):
+        raise StorageError("is not empty and holds no run", str(path), _OTHER)
+
+
 @contextmanager
 def claim_run_folder(settings: Settings) -> Iterator[RunFolder]:
     """Hold a run's folder for as long as the context lasts, creating it if need be.
 
     Raises:
-        StorageError: the folder cannot be written, holds another run or something else, or is in use.
+        StorageError: as :func:`check_run_folder`; or another process holds it.
     """
+    check_run_folder(settings)
     path = Path(settings.run_dir)
-    other = "Choose another run.name, or remove the folder"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("w")
+        lock = (path / ".lock").open("a")
     except OSError as error:
         raise StorageError(
             f"cannot be written ({error.strerror})", str(path), "Choose another run.storage_path"
@@ -77,15 +98,9 @@ def claim_run_folder(settings: Settings) -> Iterator[RunFolder]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise StorageError("is in use by another process", str(path), "Choose another run.name") from error
-        stored = path / "settings.yaml"
-        if stored.exists():
-            changed = _changed_settings(stored, settings)
-            if changed:
-                raise StorageError(f"holds a run with other settings: {'; '.join(changed)}", str(path), other)
-        elif any(entry.name != ".lock" for entry in path.iterdir()):
-            raise StorageError("is not empty and holds no run", str(path), other)
-        else:
-            write_atomically(stored, settings.to_yaml())
+        check_run_folder(settings)  # again: another process may have been first
+        if not (path / "settings.yaml").exists():
+            write_atomically(path / "settings.yaml", settings.to_yaml())
         yield RunFolder(path)
 
 
@@ -113,7 +128,11 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     replaced = path.with_name(f".{path.name}.old.{uuid.uuid4().hex[:8]}")
     try:
-        for leftover in path.parent.glob(f".{path.name}.*"):  # of a process that was killed while it wrote
+        # What a process left that was killed while it wrote; between its two renames, the old folder too.
+        kept = next(path.parent.glob(f".{path.name}.old.*"), None)
+        if kept is not None and not path.exists():
+            os.replace(kept, path)
+        for leftover in path.parent.glob(f".{path.name}.*"):
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
         write(partial)
@@ -130,7 +149,13 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def _changed_settings(stored: Path, settings: Settings) -> list[str]:
-    old = dict(_leaves(yaml.safe_load(stored.read_text(encoding="utf-8")) or {}))
+    try:
+        tree = yaml.safe_load(stored.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise StorageError(f"cannot be read ({' '.join(str(error).split())})", str(stored), _OTHER) from error
+    if not isinstance(tree, dict):
+        raise StorageError("holds no settings", str(stored), _OTHER)
+    old = dict(_leaves(tree))
     new = dict(_leaves(settings.model_dump(mode="json")))
     keys = [key for key in sorted(old.keys() | new.keys()) if not key.startswith(_FREE)]
     return [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ class LocalBatch:
     """
 
     number: int
-    rows: list[NDArray[np.integer]]
+    rows: Sequence[NDArray[np.integer]]
     sizes: tuple[int, ...]
 
 
@@ -86,7 +86,7 @@ def _backward_whole(
         local = _encode_views(model, batch, context, chunk=0, rows=slice(None))
         views = [gather_rows(z_bD, batch.sizes) for z_bD in local]
         loss, metrics = _loss(views, batch, context)
-        (loss * scale).backward()
+        (loss * scale).backward()  # type: ignore[no-untyped-call]
     return metrics | {"loss": loss.detach()}, views[0]
 
 
@@ -106,7 +106,7 @@ def _backward_cached(
     local = [torch.cat(view).requires_grad_() for view in zip(*parts, strict=True)]
     views = [gather_rows(z_bD, batch.sizes) for z_bD in local]
     loss, metrics = _loss(views, batch, context)
-    (loss * scale).backward()
+    (loss * scale).backward()  # type: ignore[no-untyped-call]
     for c, rows in enumerate(chunks):
         with _no_sync(model, accumulate or c < len(chunks) - 1):
             views_cD = _encode_views(model, batch, context, chunk=c, rows=rows)
@@ -121,9 +121,7 @@ def _loss(views: list[Tensor], batch: LocalBatch, context: StepContext) -> tuple
     return context.objective(views, step=context.step, total_steps=context.total_steps, generator=generator)
 
 
-def _encode_views(
-    model: Callable[..., Tensor], batch: LocalBatch, context: StepContext, *, chunk: int, rows: slice
-) -> list[Tensor]:
+def _encode_views(model: Any, batch: LocalBatch, context: StepContext, *, chunk: int, rows: slice) -> list[Tensor]:
     """Embed rows once a view, all views in one forward; dropout depends on seed, batch, rank and chunk alone."""
     encoder: SentenceEncoder = getattr(model, "module", model)
     torch.manual_seed(_seed(context.seed, batch.number, rank(), chunk))

@@ -120,9 +120,7 @@ def test_a_sample_is_uniform_reproducible_and_in_order(prepare, text_file, tmp_p
     hits = np.zeros(20)
     for seed in range(2000):
         counts = sys.modules["hncse_ray.corpus.prepare"].Counter()
-        for row, _ in sys.modules["hncse_ray.corpus.prepare"]._sample(
-            ((i, 0) for i in range(20)), 5, seed, counts
-        ):
+        for row, _ in sys.modules["hncse_ray.corpus.prepare"]._sample(((i, 0) for i in range(20)), 5, seed, counts):
             hits[row] += 1
     assert np.abs(hits / 2000 - 0.25).max() < 0.05
 
@@ -146,9 +144,7 @@ def test_the_datasets_library_opens_it(prepare, text_file):
 
 def test_nothing_left_tells_the_counts(prepare, tmp_path):
     (tmp_path / "short.txt").write_text("one\ntwo words\n\n")
-    with pytest.raises(
-        DataError, match=r"short.txt: no sentence is left of 3 lines \(dropped: empty 1, too_short 2\)"
-    ):
+    with pytest.raises(DataError, match=r"short.txt: no sentence is left of 3 lines \(dropped: empty 1, too_short 2\)"):
         prepare(path=f"{tmp_path}/short.txt")
     assert folders(tmp_path) == []
 
@@ -200,9 +196,7 @@ def remove_data(path):
     (path / "corpus.arrow").unlink()
 
 
-@pytest.mark.parametrize(
-    "damage", [damage_json, damage_fields, damage_rows, truncate, remove_json, remove_data]
-)
+@pytest.mark.parametrize("damage", [damage_json, damage_fields, damage_rows, truncate, remove_json, remove_data])
 def test_damage_is_seen_on_opening_and_mended_by_preparing(prepare, text_file, tmp_path, damage):
     path = prepare(path=text_file).path
     damage(path)
@@ -213,9 +207,7 @@ def test_damage_is_seen_on_opening_and_mended_by_preparing(prepare, text_file, t
 
 
 def _prepare_elsewhere(path, cache, tokenizer, gate, slow, results):
-    module = sys.modules.get("hncse_ray.corpus.prepare") or __import__(
-        "hncse_ray.corpus.prepare", fromlist=["x"]
-    )
+    module = sys.modules.get("hncse_ray.corpus.prepare") or __import__("hncse_ray.corpus.prepare", fromlist=["x"])
     whole = module.tokenize
 
     def tokenize(*arguments):

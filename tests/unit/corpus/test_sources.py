@@ -130,9 +130,7 @@ def test_a_wrong_column_names_the_right_ones(tmp_path, source):
         write(path, f"sentence,id\n{A},1\n")
     else:
         pq.write_table(pa.table({"sentence": [A], "id": [1]}), path)
-    with pytest.raises(
-        DataError, match=r"no column 'sentense'.*Did you mean 'sentence'\? It has: sentence, id"
-    ):
+    with pytest.raises(DataError, match=r"no column 'sentense'.*Did you mean 'sentence'\? It has: sentence, id"):
         read(source=source, column="sentense", path=str(path))
 
 
@@ -203,8 +201,5 @@ def test_identity_follows_contents_not_names(tmp_path):
     a, b = write(tmp_path / "a.txt", A), write(tmp_path / "b.txt", A)
     other = write(tmp_path / "c.txt", B)
     assert identity(path=a) == identity(path=b) == identity(path=a, column="ignored")
-    assert (
-        len({identity(path=a), identity(path=other), identity(path=(a, other)), identity(path=(other, a))})
-        == 4
-    )
+    assert len({identity(path=a), identity(path=other), identity(path=(a, other)), identity(path=(other, a))}) == 4
     assert identity(path=a, source="csv", column="x") != identity(path=a, source="csv", column="y")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import make_model, make_sentences
+
 from hncse_ray.config import EncoderSettings
 from hncse_ray.encoder import autocast_dtype, has_dropout, length_batches, load_encoder, save_encoder, tokenizer_digest
 from hncse_ray.errors import ModelError

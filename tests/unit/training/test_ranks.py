@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tiny import make_sentences
+from torch.nn.parallel import DistributedDataParallel
+
 from hncse_ray.config import OBJECTIVES, load_settings
 from hncse_ray.corpus import rank_slice
 from hncse_ray.encoder import SentenceEncoder, load_encoder
@@ -15,8 +18,6 @@ from hncse_ray.errors import DataError
 from hncse_ray.training.distributed import ShardedEncode, gather_rows, raise_together
 from hncse_ray.training.objective import Objective
 from hncse_ray.training.step import LocalBatch, StepContext, train_step
-from tiny import make_sentences
-from torch.nn.parallel import DistributedDataParallel
 
 BATCH = 18  # does not divide by 4
 SENTENCES = make_sentences(2 * BATCH, seed=5)
@@ -63,7 +64,9 @@ def work(rank: int, world: int, port: int, model: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     found: dict[str, object] = dict(gradients(model, rank, world))
-    encoder = load_encoder(model, load_settings({"corpus": {"source": "python-docs"}, "encoder": {"pooling": "mean"}}).encoder)
+    encoder = load_encoder(
+        model, load_settings({"corpus": {"source": "python-docs"}, "encoder": {"pooling": "mean"}}).encoder
+    )
     found["vectors"] = ShardedEncode(encoder, batch_size=5)(SENTENCES)
     gathered = gather_rows(torch.full((rank, 2), float(rank)), tuple(range(world)))
     found["gathered"] = gathered[:, 0].tolist()

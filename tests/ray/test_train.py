@@ -1,0 +1,210 @@
+"""The train command on a real Ray: workers, kills, Ctrl-C; and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+
+STEPS = 60
+
+
+class Command:
+    """``hncse train`` in a process of its own, whose descendants can be told by a mark in their environment."""
+
+    def __init__(self, recipe: Path, *overrides: str) -> None:
+        self.mark = uuid.uuid4().hex
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "hncse_ray.cli", "train", str(recipe), *overrides, "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"HNCSE_TEST_MARK": self.mark},
+            start_new_session=True,
+        )
+
+    def finish(self) -> dict:
+        out, err = self.process.communicate(timeout=200)
+        assert self.process.returncode == 0, err
+        return json.loads(out.splitlines()[-1])
+
+    def processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("HNCSE_TEST_MARK") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def is_gone(self) -> bool:
+        """Wait until no process of this command is left; Ray's agents take some seconds to notice a kill."""
+        return wait_for(lambda: not self.processes(), seconds=40)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def lines_of(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "sentences_per_s"} for row in rows]
+
+
+def weights_of(run: Path) -> bytes:
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def recipe(
+    tiny_model: Path, corpus_file: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("ray")
+    tree = {
+        "run": {"name": "reference", "storage_path": str(folder / "runs"), "seed": 3},
+        "corpus": {"source": "text", "path": str(corpus_file), "cache_dir": str(folder / "cache")},
+        "encoder": {"model": str(tiny_model), "pooling": "mean", "max_length": 24, "precision": "fp32"},
+        "objective": {"name": "instance_smoothing", "buffer_size": 64, "group_size": 4},
+        "train": {
+            "batch_size": 16,
+            "learning_rate": 1e-3,
+            "max_steps": STEPS,
+            "log_every_steps": 1,
+            "evaluate_every_steps": 20,
+            "checkpoint_every_steps": 10,
+        },
+        "evaluation": {
+            "suites": ["pairs"],
+            "metric": "pairs/recall@1",
+            "pairs_dev": str(pairs_file),
+            "pairs_test": str(pairs_file),
+        },
+    }
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    yield path
+
+
+@pytest.fixture(scope="module")
+def reference(recipe: Path) -> tuple[Path, dict]:
+    command = Command(recipe)
+    result = command.finish()
+    assert command.is_gone()
+    return recipe.parent / "runs" / "reference", result
+
+
+def checkpoint(recipe: Path, name: str, step: int) -> Callable[[], bool]:
+    return (recipe.parent / "runs" / name / "checkpoints" / f"step_{step:09d}").exists
+
+
+def test_a_run_leaves_a_model_checkpoints_settings_metrics_and_a_log(reference: tuple[Path, dict]) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    from hncse_ray import load_encoder, load_settings
+
+    run, result = reference
+    assert result["steps"] == STEPS and result["sentences_per_s"] > 0
+    assert set(result["before"]) == set(result["after"]) == {"dev", "test"}
+    assert "pairs/recall@10" in result["after"]["test"]
+    visible = {path.name for path in run.iterdir() if not path.name.startswith(".")}
+    assert visible == {
+        "model", "checkpoints", "settings.yaml", "metrics.jsonl", "log.txt", "result.json", "tensorboard",
+    }  # fmt: skip
+    assert sorted(p.name for p in (run / "checkpoints").glob("step_*")) == ["step_000000050", "step_000000060"]
+    assert load_settings(run / "model" / "settings.yaml") == load_settings(run / "settings.yaml")
+    assert "finished after 60 steps" in (run / "log.txt").read_text()
+    texts = ["the old man reads a book", "a river"]
+    vectors = load_encoder(result["model"]).encode(texts)
+    np.testing.assert_allclose(SentenceTransformer(result["model"], device="cpu").encode(texts), vectors, atol=1e-5)
+
+
+def test_a_finished_run_is_not_run_again(recipe: Path, reference: tuple[Path, dict]) -> None:
+    run, result = reference
+    before = (run / "metrics.jsonl").read_bytes()
+    assert Command(recipe).finish() == result
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_two_workers_share_the_batch(recipe: Path, reference: tuple[Path, dict]) -> None:
+    command = Command(recipe, "run.name=two", "cluster.num_workers=2")
+    assert command.finish()["steps"] == STEPS
+    rows, alone = lines_of(recipe.parent / "runs" / "two"), lines_of(reference[0])
+    # Before training both encoders are the same; afterwards dropout differs, so only the course is alike.
+    assert rows[0] == alone[0]
+    assert [r["step"] for r in rows] == [r["step"] for r in alone]
+    course = [np.mean([r["positive_similarity"] for r in part if "loss" in r]) for part in (rows, alone)]
+    assert course[0] == pytest.approx(course[1], abs=0.05)
+    assert command.is_gone()
+
+
+def test_killed_driver_goes_on_with_the_same_losses(recipe: Path, reference: tuple[Path, dict]) -> None:
+    run = recipe.parent / "runs" / "driver"
+    command = Command(recipe, "run.name=driver")
+    assert wait_for(checkpoint(recipe, "driver", 20))
+    command.process.kill()
+    assert command.is_gone(), command.processes()
+    assert not (run / "model").exists()
+    again = Command(recipe, "run.name=driver")
+    again.finish()
+    log = (run / "log.txt").read_text()
+    assert "resumes at step" in log
+    assert lines_of(run) == lines_of(reference[0])
+    assert weights_of(run) == weights_of(reference[0])
+    assert again.is_gone()
+
+
+def test_killed_worker_is_replaced_with_the_same_losses(recipe: Path, reference: tuple[Path, dict]) -> None:
+    run = recipe.parent / "runs" / "worker"
+    command = Command(recipe, "run.name=worker")
+    assert wait_for(checkpoint(recipe, "worker", 20))
+    workers = [p for p in command.processes() if "RayTrainWorker" in " ".join(p.cmdline())]
+    assert workers
+    workers[0].kill()
+    command.finish()
+    assert (run / "log.txt").read_text().count("run worker resumes at step") == 1
+    assert lines_of(run) == lines_of(reference[0])
+    assert weights_of(run) == weights_of(reference[0])
+    assert command.is_gone()
+
+
+def test_ctrl_c_says_how_to_go_on_and_leaves_nothing(recipe: Path, reference: tuple[Path, dict]) -> None:
+    run = recipe.parent / "runs" / "interrupted"
+    command = Command(recipe, "run.name=interrupted")
+    assert wait_for(checkpoint(recipe, "interrupted", 20))
+    command.process.send_signal(signal.SIGINT)
+    _, err = command.process.communicate(timeout=60)
+    assert command.process.returncode == 130
+    assert "the same command again goes on" in err and "Traceback" not in err
+    assert command.is_gone(), command.processes()
+    Command(recipe, "run.name=interrupted").finish()
+    assert lines_of(run) == lines_of(reference[0])
+
+
+def test_a_run_folder_in_use_is_refused(recipe: Path) -> None:
+    first = Command(recipe, "run.name=busy")
+    try:
+        assert wait_for(checkpoint(recipe, "busy", 10))
+        second = Command(recipe, "run.name=busy")
+        _, err = second.process.communicate(timeout=100)
+        assert second.process.returncode == 2
+        assert "in use by another process" in err
+    finally:
+        first.process.kill()
+    assert first.is_gone()

@@ -1,0 +1,296 @@
+"""What each reporter makes of a run's events."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from hncse_ray.reporting import (
+    Event,
+    LineReporter,
+    MetricsFile,
+    Notice,
+    Reporter,
+    Reporters,
+    RunFinished,
+    RunStarted,
+    StageProgress,
+    TensorBoard,
+    TerminalReporter,
+    score_table,
+)
+from hncse_ray.reporting.events import CheckpointSaved, Evaluated, StepsLogged
+from hncse_ray.reporting.reporters import describe, time_left
+
+METRIC = "pairs/recall@1"
+
+
+def started(step: int = 0, total: int = 12) -> RunStarted:
+    return RunStarted("small", step, total, 1300, 16, 2, "cpu", "fp32 (as set)", resumed=step > 0)
+
+
+def logged(step: int, loss: float = 0.5) -> StepsLogged:
+    return StepsLogged(step, {"loss": loss, "grad_norm": 1.5}, 1e-3, 1234.56)
+
+
+def scored(step: int, score: float = 0.25, split: Any = "dev", best: bool = False) -> Evaluated:
+    return Evaluated(step, split, {METRIC: score, "pairs/mrr": 0.5}, METRIC, best)
+
+
+EVENTS: list[Event] = [
+    StageProgress("tokenise", 10, None),
+    StageProgress("tokenise", 20, None),
+    started(),
+    scored(0),
+    logged(4, 0.75),
+    scored(4, 0.875, best=True),
+    CheckpointSaved(4, 0.25),
+    Notice("passed over: a checkpoint"),
+    RunFinished(12, 4, 1000.0, False),
+]
+
+
+def feed(reporter: Reporter, events: list[Event] = EVENTS) -> None:
+    for event in events:
+        reporter.on(event)
+    reporter.close()
+
+
+def test_several_reporters_hear_the_same_and_are_all_closed() -> None:
+    class Heard:
+        def __init__(self) -> None:
+            self.events: list[Event] = []
+            self.closed = 0
+
+        def on(self, event: Event) -> None:
+            self.events.append(event)
+
+        def close(self) -> None:
+            self.closed += 1
+
+    heard = [Heard(), Heard()]
+    feed(Reporters(iter(heard)))
+    assert all(one.events == EVENTS and one.closed == 1 for one in heard)
+
+
+@pytest.mark.parametrize(
+    ("event", "text"),
+    [
+        (StageProgress("encoding", 1000, 2000), "encoding 1,000 of 2,000"),
+        (StageProgress("encoding", 1000, None), "encoding 1,000"),
+        (
+            started(),
+            "run small starts: 12 steps of 16 from 1,300 sentences, 2 worker(s) on cpu, fp32 (as set)",
+        ),
+        (
+            started(8),
+            "run small resumes at step 8: 12 steps of 16 from 1,300 sentences, 2 worker(s) on cpu, fp32 (as set)",
+        ),
+        (logged(4), "step 4/12  loss 0.5000  1,234.6 sentences/s"),
+        (scored(4), "step 4  dev  pairs/recall@1 0.2500  pairs/mrr 0.5000"),
+        (scored(4, best=True), "step 4  dev  pairs/recall@1 0.2500  pairs/mrr 0.5000  (best)"),
+        (CheckpointSaved(4, 0.26), "step 4  checkpoint saved in 0.3 s"),
+        (Notice("look out"), "look out"),
+        (RunFinished(12, 8, 1.0, False), "finished after 12 steps; best on dev at step 8"),
+        (RunFinished(10, 8, 1.0, True), "finished after 10 steps, stopped early; best on dev at step 8"),
+    ],
+)
+def test_every_event_is_one_line(event: Event, text: str) -> None:
+    assert describe(event, 12) == text
+
+
+class TestTimeLeft:
+    @pytest.mark.parametrize(
+        ("elapsed", "step", "expected"),
+        [(10.0, 10, "0:10"), (600.0, 10, "10:00"), (36000.0, 10, "10:00:00"), (75.0, 19, "0:04"), (20.0, 20, "0:00")],
+    )
+    def test_it_follows_the_pace_so_far(self, elapsed: float, step: int, expected: str) -> None:
+        assert time_left((time.monotonic() - elapsed, 0), step, 20) == expected
+
+    def test_a_resumed_run_counts_from_where_it_was_taken_up(self) -> None:
+        assert time_left((time.monotonic() - 10, 90), 95, 100) == "0:10"
+
+    def test_without_a_pace_there_is_no_estimate(self) -> None:
+        assert time_left(None, 5, 10) == ""
+        assert time_left((time.monotonic(), 5), 5, 10) == ""
+
+
+class TestLineReporter:
+    @pytest.fixture(autouse=True)
+    def heard(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(logging.getLogger("hncse_ray"), "propagate", True)  # the command line turns it off
+
+    def test_one_line_an_event_and_one_a_stage(self, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level(logging.INFO, logger="hncse_ray"):
+            feed(LineReporter())
+        lines = [record.getMessage() for record in caplog.records]
+        assert lines[0] == "tokenise"
+        assert lines[1].startswith("run small starts")
+        assert lines[2].startswith("step 0  dev")
+        assert lines[3].startswith("step 4/12  loss 0.7500") and lines[3].endswith("  0:00 left")
+        assert lines[4].endswith("(best)")
+        assert lines[5:] == [
+            "step 4  checkpoint saved in 0.2 s",
+            "passed over: a checkpoint",
+            "finished after 12 steps; best on dev at step 4",
+        ]
+
+    def test_only_a_notice_is_a_warning(self, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level(logging.INFO, logger="hncse_ray"):
+            feed(LineReporter())
+        assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == ["passed over: a checkpoint"]
+
+
+class TestMetricsFile:
+    def rows(self, path: Path) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def test_a_row_for_each_log_and_evaluation(self, tmp_path: Path) -> None:
+        path = tmp_path / "metrics.jsonl"
+        feed(MetricsFile(path))
+        assert self.rows(path) == [
+            {"step": 0, "split": "dev", METRIC: 0.25, "pairs/mrr": 0.5, "is_best": False},
+            {"step": 4, "loss": 0.75, "grad_norm": 1.5, "learning_rate": 1e-3, "sentences_per_s": 1234.56},
+            {"step": 4, "split": "dev", METRIC: 0.875, "pairs/mrr": 0.5, "is_best": True},
+        ]
+
+    def test_rows_are_there_before_it_is_closed(self, tmp_path: Path) -> None:
+        MetricsFile(tmp_path / "metrics.jsonl").on(logged(1))
+        assert len(self.rows(tmp_path / "metrics.jsonl")) == 1
+
+    def steps(self, path: Path) -> list[int]:
+        return [row["step"] for row in self.rows(path)]
+
+    @pytest.mark.parametrize(
+        ("step", "left"), [(0, []), (4, [0, 1, 4, 4]), (6, [0, 1, 4, 4, 6]), (99, [0, 1, 4, 4, 6])]
+    )
+    def test_rows_beyond_the_step_that_is_taken_up_are_dropped(
+        self, tmp_path: Path, step: int, left: list[int]
+    ) -> None:
+        path = tmp_path / "metrics.jsonl"
+        feed(MetricsFile(path), [started(), scored(0), logged(1), logged(4), scored(4), logged(6)])
+        reporter = MetricsFile(path)
+        reporter.on(started(step))
+        assert self.steps(path) == left
+        reporter.on(logged(100))
+        assert self.steps(path) == [*left, 100]
+        assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+    @pytest.mark.parametrize("tail", ['{"step": 5, "lo', "\x00\x00\x00", '{"step": 5', "{"])
+    def test_a_last_line_cut_short_is_dropped(self, tmp_path: Path, tail: str) -> None:
+        path = tmp_path / "metrics.jsonl"
+        feed(MetricsFile(path), [started(), logged(1), logged(4)])
+        with path.open("a") as file:
+            file.write(tail)
+        reporter = MetricsFile(path)
+        reporter.on(started(4))
+        reporter.on(logged(5))
+        assert self.steps(path) == [1, 4, 5]
+
+    def test_a_last_line_without_its_line_feed_is_kept_apart(self, tmp_path: Path) -> None:
+        path = tmp_path / "metrics.jsonl"
+        feed(MetricsFile(path), [started(), logged(1)])
+        path.write_text(path.read_text().rstrip("\n"))
+        feed(MetricsFile(path), [started(1), logged(2)])
+        assert self.steps(path) == [1, 2]
+
+
+class TestTensorBoard:
+    # TensorBoard's names take no @.
+    def scalars(self, folder: Path) -> dict[str, list[tuple[int, float]]]:
+        accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+        accumulator = accumulators.EventAccumulator(str(folder))
+        accumulator.Reload()
+        return {
+            name: [(event.step, event.value) for event in accumulator.Scalars(name)]
+            for name in accumulator.Tags()["scalars"]
+        }
+
+    def test_scalars_can_be_read_back(self, tmp_path: Path) -> None:
+        feed(TensorBoard(tmp_path), [*EVENTS, logged(8, 0.25), scored(4, 0.5, "test")])
+        found = self.scalars(tmp_path)
+        assert found["train/loss"] == [(4, 0.75), (8, 0.25)]
+        assert found["train/grad_norm"] == [(4, 1.5), (8, 1.5)]
+        assert found["train/learning_rate"] == [(4, pytest.approx(1e-3)), (8, pytest.approx(1e-3))]
+        assert found["train/sentences_per_s"][0] == (4, pytest.approx(1234.56))
+        assert found["dev/pairs/recall_1"] == [(0, 0.25), (4, 0.875)]
+        assert found["test/pairs/recall_1"] == [(4, 0.5)]
+
+    @pytest.mark.parametrize("step", [4, 0])
+    def test_a_run_that_is_taken_up_shows_each_step_once(self, tmp_path: Path, step: int) -> None:
+        feed(TensorBoard(tmp_path), [started(), scored(0, 0.125), logged(4, 0.75), logged(6, 9.0)])
+        time.sleep(1.1)  # the names of its files hold the second
+        again = [scored(0, 0.125), logged(4, 0.75)] if step == 0 else []
+        feed(TensorBoard(tmp_path), [started(step), *again, logged(6, 0.5), logged(8, 0.25)])
+        found = self.scalars(tmp_path)
+        assert found["train/loss"] == [(4, 0.75), (6, 0.5), (8, 0.25)]
+        assert found["dev/pairs/recall_1"] == [(0, 0.125)]
+
+    def test_without_a_run_nothing_is_written(self, tmp_path: Path) -> None:
+        feed(TensorBoard(tmp_path / "none"), [StageProgress("tokenise", 1, None), Notice("x")])
+        assert not (tmp_path / "none").exists()
+
+
+class TestTerminalReporter:
+    def shown(self, events: list[Event]) -> str:
+        console = Console(record=True, force_terminal=True, file=io.StringIO(), width=160)
+        reporter = TerminalReporter(console)
+        for event in events:
+            reporter.on(event)
+        reporter.close()
+        return console.export_text()
+
+    def test_loss_dev_score_and_notices_are_seen(self) -> None:
+        text = self.shown([*EVENTS, logged(8, 0.3125)])
+        assert "run small starts" in text
+        assert "training" in text and "8/12" in text
+        assert "loss 0.3125" in text and "dev 0.8750" in text and "speed 1,235/s" in text
+        assert "step 4  dev  pairs/recall@1 0.8750" in text and "(best)" in text
+        assert "passed over: a checkpoint" in text
+        assert "tokenise" in text
+
+    def test_the_bar_ends_where_the_run_ended(self) -> None:
+        assert "9/12" in self.shown([started(), logged(4), RunFinished(9, 4, 1.0, True)])
+
+    def test_test_scores_do_not_take_the_place_of_the_dev_score(self) -> None:
+        text = self.shown([started(), scored(4, 0.875), scored(4, 0.125, "test"), logged(5)])
+        assert "dev 0.8750" in text.splitlines()[-1]
+
+    @pytest.mark.parametrize("text", ["/runs/[draft]/step_8 is damaged", "at [/work/runs]", "[bold", "[red]x[/]"])
+    def test_brackets_are_no_markup(self, text: str) -> None:
+        assert text in self.shown([started(), Notice(text)])
+
+    def test_nothing_is_shown_before_the_first_event(self) -> None:
+        assert self.shown([]) == ""
+
+
+def table_text(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> list[list[str]]:
+    console = Console(file=io.StringIO(), record=True, width=120)
+    console.print(score_table(before, after))
+    lines = console.export_text().splitlines()
+    return [[cell.strip() for cell in line.strip("│┃ ").split("│")] for line in lines if "│" in line]
+
+
+def test_the_table_shows_gains_and_losses() -> None:
+    rows = table_text(
+        {"dev": {METRIC: 0.5, "pairs/mrr": 0.5}, "test": {METRIC: 0.5}},
+        {"dev": {METRIC: 0.625, "pairs/mrr": 0.25}, "test": {METRIC: 0.5}},
+    )
+    assert rows == [
+        [METRIC, "dev", "0.5000", "0.6250", "+0.1250"],
+        ["pairs/mrr", "dev", "0.5000", "0.2500", "-0.2500"],
+        [METRIC, "test", "0.5000", "0.5000", "+0.0000"],
+    ]
+
+
+def test_the_table_takes_scores_that_have_no_before() -> None:
+    rows = table_text({}, {"dev": {METRIC: 0.625}, "test": {}})
+    assert [cell for cell in rows[0] if cell] == [METRIC, "dev", "0.6250"]
+    assert len(rows) == 1

@@ -1,0 +1,159 @@
+"""The sets of a run: how they are found, what is said when they are not, and how they are scored."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import make_sentences
+
+from hncse_ray.config import CorpusSettings, EncoderSettings, EvaluationSettings
+from hncse_ray.encoder import SentenceEncoder, load_encoder
+from hncse_ray.errors import DataError
+from hncse_ray.evaluation import evaluate_retrieval, read_pairs
+from hncse_ray.training import EvaluationSets, load_evaluation_sets
+from hncse_ray.training.distributed import ShardedEncode
+
+CORPUS = CorpusSettings(source="text", path=("unused.txt",))
+
+
+@pytest.fixture
+def encoder(tiny_model: Path) -> SentenceEncoder:
+    return load_encoder(tiny_model, EncoderSettings(model=str(tiny_model), pooling="mean"))
+
+
+@pytest.fixture
+def senteval(tmp_path: Path) -> Path:
+    """STS-Benchmark as SentEval lays it out, 12 pairs in dev and 8 in test."""
+    folder = tmp_path / "senteval" / "STS" / "STSBenchmark"
+    folder.mkdir(parents=True)
+    sentences = make_sentences(60, seed=4)
+    for split, count in (("train", 4), ("dev", 12), ("test", 8)):
+        rows = [
+            f"main-captions\tMSRvid\t2012test\t{i:04}\t{i * 5 / count:.2f}\t{sentences[2 * i]}\t{sentences[2 * i + 1]}"
+            for i in range(count)
+        ]
+        (folder / f"sts-{split}.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return tmp_path / "senteval"
+
+
+def load(**settings: object) -> EvaluationSets:
+    return load_evaluation_sets(EvaluationSettings.model_validate(settings), CORPUS)
+
+
+def load_pairs(dev: Path, test: Path | None = None) -> EvaluationSets:
+    return load(suites="pairs", metric="pairs/mrr", pairs_dev=str(dev), pairs_test=None if test is None else str(test))
+
+
+def failure(**settings: object) -> DataError:
+    with pytest.raises(DataError) as caught:
+        load(**settings)
+    return caught.value
+
+
+def test_pairs_are_scored_as_retrieval(pairs_file: Path, encoder: SentenceEncoder, tmp_path: Path) -> None:
+    test_file = tmp_path / "test.jsonl"
+    rows = [{"query": s, "answer": t} for s, t in zip(make_sentences(9, 1), make_sentences(9, 2), strict=True)]
+    test_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = load_pairs(pairs_file, test_file)
+    for split, path in (("dev", pairs_file), ("test", test_file)):
+        queries, answers = read_pairs(path)
+        expected = evaluate_retrieval(encoder.encode, queries, answers)
+        scores = sets.score(encoder.encode, split)
+        assert list(scores) == ["pairs/recall@1", "pairs/recall@10", "pairs/mrr"]
+        assert scores == {f"pairs/{name}": expected[name] for name in ("recall@1", "recall@10", "mrr")}
+
+
+def test_without_a_test_file_the_test_split_has_no_scores(pairs_file: Path, encoder: SentenceEncoder) -> None:
+    assert load_pairs(pairs_file).score(encoder.encode, "test") == {}
+
+
+def test_stsb_is_read_from_the_folder_of_the_settings(senteval: Path, encoder: SentenceEncoder) -> None:
+    sets = load(senteval_path=str(senteval))
+    dev, test = (sets.score(encoder.encode, split) for split in ("dev", "test"))
+    assert list(dev) == list(test) == ["stsb/spearman"]
+    assert -100 <= dev["stsb/spearman"] <= 100 and dev != test
+
+
+def test_stsb_is_read_from_the_folder_of_the_environment(senteval: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HNCSE_DATA", str(senteval.parent))
+    assert load().sets == load(senteval_path=str(senteval)).sets
+
+
+def test_the_setting_wins_over_the_environment(senteval: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HNCSE_DATA", "/nowhere")
+    assert load(senteval_path=str(senteval)).sets
+
+
+def test_several_suites_are_scored_side_by_side(senteval: Path, pairs_file: Path, encoder: SentenceEncoder) -> None:
+    sets = load(suites=["stsb", "pairs"], senteval_path=str(senteval), pairs_dev=str(pairs_file))
+    assert list(sets.score(encoder.encode, "dev")) == [
+        "stsb/spearman", "pairs/recall@1", "pairs/recall@10", "pairs/mrr",
+    ]  # fmt: skip
+    assert list(sets.score(encoder.encode, "test")) == ["stsb/spearman"]
+
+
+def test_no_suites_give_no_scores(encoder: SentenceEncoder) -> None:
+    assert load(suites=[]).score(encoder.encode, "dev") == {}
+
+
+def test_sets_travel_to_the_workers(pairs_file: Path) -> None:
+    sets = load_pairs(pairs_file)
+    assert pickle.loads(pickle.dumps(sets)) == sets
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+def test_sharded_encoding_gives_the_vectors_and_scores_of_the_encoder(
+    senteval: Path, pairs_file: Path, encoder: SentenceEncoder, batch_size: int
+) -> None:
+    sharded = ShardedEncode(encoder, batch_size)
+    texts = make_sentences(23, seed=9)
+    np.testing.assert_array_equal(sharded(texts), encoder.encode(texts, batch_size=batch_size))
+    sets = load(suites=["stsb", "pairs"], senteval_path=str(senteval), pairs_dev=str(pairs_file))
+    assert sets.score(sharded, "dev") == pytest.approx(sets.score(encoder.encode, "dev"), abs=1e-3)
+
+
+def test_scoring_leaves_training_mode_on(pairs_file: Path, encoder: SentenceEncoder) -> None:
+    encoder.train()
+    sets = load_pairs(pairs_file)
+    sharded = ShardedEncode(encoder, 16)
+    assert sets.score(sharded, "dev") == sets.score(sharded, "dev")
+    assert encoder.training
+
+
+class TestMissingData:
+    def test_nothing_names_the_senteval_folder(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("HNCSE_DATA", raising=False)
+        error = failure()
+        assert "evaluation.senteval_path" in str(error) and "$HNCSE_DATA" in str(error) and error.hint
+
+    def test_the_folder_is_not_there(self, tmp_path: Path) -> None:
+        error = failure(senteval_path=str(tmp_path / "none"))
+        assert str(tmp_path / "none") in str(error) and "evaluation.senteval_path" in error.hint
+
+    def test_the_folder_is_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("x")
+        assert str(tmp_path / "file") in str(failure(senteval_path=str(tmp_path / "file")))
+
+    def test_the_folder_lacks_the_set(self, tmp_path: Path) -> None:
+        error = failure(senteval_path=str(tmp_path))
+        assert "STSBenchmark" in str(error) and error.hint
+
+    def test_the_folder_lacks_a_split(self, senteval: Path) -> None:
+        (senteval / "STS/STSBenchmark/sts-test.csv").unlink()
+        error = failure(senteval_path=str(senteval))
+        assert "sts-test.csv" in str(error) and error.hint
+
+    @pytest.mark.parametrize("which", ["pairs_dev", "pairs_test"])
+    def test_a_pairs_file_is_not_there(self, pairs_file: Path, tmp_path: Path, which: str) -> None:
+        files = {"pairs_dev": str(pairs_file), "pairs_test": str(pairs_file)} | {which: str(tmp_path / "none.tsv")}
+        error = failure(suites="pairs", metric="pairs/mrr", **files)
+        assert str(tmp_path / "none.tsv") in str(error)
+
+    def test_a_broken_pairs_file_names_the_line(self, tmp_path: Path) -> None:
+        (tmp_path / "pairs.tsv").write_text("one\ttwo\nonly one\n")
+        error = failure(suites="pairs", metric="pairs/mrr", pairs_dev=str(tmp_path / "pairs.tsv"))
+        assert "pairs.tsv:2" in str(error) and error.hint

@@ -1,0 +1,153 @@
+"""One optimiser step: what dropout hangs on, clipping, and accumulation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_sentences
+from torch import Tensor
+
+from hncse_ray.config import load_settings
+from hncse_ray.encoder import SentenceEncoder, load_encoder
+from hncse_ray.training.objective import Objective
+from hncse_ray.training.step import LocalBatch, StepContext, train_step
+
+SENTENCES = make_sentences(24, seed=11)
+Views = list[list[Tensor]]
+
+
+class Watched(Objective):
+    """The real objective, which keeps the views that it was given."""
+
+    seen: Views
+
+    def __call__(self, views, **how):  # type: ignore[no-untyped-def]
+        self.__dict__.setdefault("seen", []).append([view.detach().clone() for view in views])
+        return super().__call__(views, **how)
+
+
+def build(model: Path, *overrides: str) -> tuple[SentenceEncoder, Watched]:
+    tree = {"corpus": {"source": "python-docs"}, "encoder": {"model": str(model), "pooling": "mean"}}
+    settings = load_settings(tree, overrides)
+    encoder = load_encoder(model, settings.encoder)
+    return encoder, Watched(settings.objective, dimension=encoder.dimension, device=encoder.device)
+
+
+def take(
+    encoder: SentenceEncoder,
+    objective: Objective,
+    *numbers: int,
+    seed: int = 1,
+    rate: float = 0.0,
+    chunk: int | None = None,
+    max_grad_norm: float = 1e9,
+    texts: list[str] = SENTENCES[:8],
+) -> tuple[dict[str, Tensor], Tensor]:
+    rows = encoder.tokenize(texts)
+    batches = [LocalBatch(number, rows, (len(rows),)) for number in numbers]
+    context = StepContext(objective=objective, seed=seed, step=0, total_steps=10, chunk_size=chunk)
+    optimizer = torch.optim.SGD([p for p in encoder.parameters() if p.requires_grad], lr=rate)
+    return train_step(encoder, optimizer, batches, context, max_grad_norm=max_grad_norm)
+
+
+def gradient(encoder: SentenceEncoder) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("objective", ["info_nce", "three_view"])
+def test_every_view_has_dropout_of_its_own(tiny_model: Path, objective: str) -> None:
+    encoder, watched = build(tiny_model, f"objective.name={objective}")
+    take(encoder, watched, 0)
+    views = watched.seen[0]
+    assert len(views) == (3 if objective == "three_view" else 2)
+    for i, left in enumerate(views):
+        for right in views[i + 1 :]:
+            assert (left - right).norm(dim=1).min() > 1e-3
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_dropout_hangs_on_seed_and_batch_alone(tiny_model: Path, chunk: int | None) -> None:
+    encoder, watched = build(tiny_model)
+    torch.manual_seed(99)
+    take(encoder, watched, 5, chunk=chunk)
+    torch.randn(1000)  # whatever was drawn in between
+    take(encoder, watched, 5, chunk=chunk)
+    take(encoder, watched, 6, chunk=chunk)
+    take(encoder, watched, 5, seed=2, chunk=chunk)
+    first, again, next_batch, other_seed = (seen[0] for seen in watched.seen)
+    assert torch.equal(first, again)
+    assert (first - next_batch).norm(dim=1).min() > 1e-3
+    assert (first - other_seed).norm(dim=1).min() > 1e-3
+
+
+def test_chunks_of_a_batch_have_dropout_of_their_own(tiny_model: Path) -> None:
+    encoder, watched = build(tiny_model)
+    take(encoder, watched, 0, chunk=2, texts=SENTENCES[:2] * 3)
+    first, second, third = watched.seen[0][0].split(2)
+    assert (first - second).norm(dim=1).min() > 1e-3
+    assert (second - third).norm(dim=1).min() > 1e-3
+
+
+def test_random_pairs_hang_on_seed_and_batch_alone(tiny_model: Path) -> None:
+    encoder, watched = build(
+        tiny_model, "encoder.dropout=0", "objective.name=hard_negative_mixing", "objective.k=4", "objective.n_mixes=3"
+    )
+    losses = [
+        float(take(encoder, watched, number, seed=seed)[0]["loss"]) for number, seed in ((0, 1), (0, 1), (1, 1), (0, 2))
+    ]
+    assert losses[0] == losses[1]
+    assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize("bound", [0.01, 1e9])
+def test_the_gradient_is_clipped_and_its_true_norm_reported(tiny_model: Path, bound: float) -> None:
+    encoder, watched = build(tiny_model)
+    before = torch.cat([p.detach().clone().flatten() for p in encoder.parameters()])
+    metrics, _ = take(encoder, watched, 0, rate=1.0, max_grad_norm=bound)
+    moved = torch.cat([p.detach().flatten() for p in encoder.parameters()]) - before
+    assert metrics["grad_norm"] > 0.05
+    assert moved.norm() == pytest.approx(min(bound, float(metrics["grad_norm"])), rel=1e-3)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_accumulated_batches_are_averaged(tiny_model: Path, chunk: int | None) -> None:
+    encoder, watched = build(tiny_model)
+    losses, gradients = [], []
+    for number in (0, 1, 2):
+        metrics, _ = take(encoder, watched, number, chunk=chunk)
+        losses.append(float(metrics["loss"]))
+        gradients.append(gradient(encoder))
+    metrics, z1 = take(encoder, watched, 0, 1, 2, chunk=chunk)
+    assert float(metrics["loss"]) == pytest.approx(np.mean(losses), rel=1e-6)
+    mean = torch.stack(gradients).mean(0)
+    assert (gradient(encoder) - mean).norm() <= 1e-5 * mean.norm()
+    assert metrics["grad_norm"] == pytest.approx(float(mean.norm()), rel=1e-5)
+    assert torch.equal(z1, watched.seen[-1][0])  # of the last batch
+
+
+def test_a_step_forgets_the_gradient_before_it(tiny_model: Path) -> None:
+    encoder, watched = build(tiny_model)
+    take(encoder, watched, 0)
+    first = gradient(encoder)
+    take(encoder, watched, 1)
+    take(encoder, watched, 0)
+    assert torch.equal(gradient(encoder), first)
+
+
+def test_a_step_trains_though_the_encoder_was_evaluating(tiny_model: Path) -> None:
+    encoder, watched = build(tiny_model)
+    encoder.eval()
+    take(encoder, watched, 0)
+    assert not torch.equal(*watched.seen[0])
+
+
+def test_what_a_step_returns_holds_no_graph(tiny_model: Path) -> None:
+    encoder, watched = build(tiny_model, "objective.name=hybrid", "objective.k=4")
+    for chunk in (None, 3):
+        metrics, z1 = take(encoder, watched, 0, chunk=chunk)
+        assert not z1.requires_grad
+        assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())
+        assert {"loss", "grad_norm"} <= metrics.keys()
