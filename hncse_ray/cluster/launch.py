@@ -6,7 +6,8 @@ import logging
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,19 @@ from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus, prepare_corpus
 from hncse_ray.encoder import SentenceEncoder, autocast_dtype, has_dropout, length_limit, load_encoder, tokenizer_digest
 from hncse_ray.errors import ClusterError, DataError, HncseError, ModelError, StorageError, TrainingError
-from hncse_ray.reporting import LineReporter, MetricsFile, Reporter, Reporters, RunFinished, StageProgress, TensorBoard
+from hncse_ray.reporting import (
+    Event,
+    LineReporter,
+    MetricsFile,
+    Reporter,
+    Reporters,
+    RunFinished,
+    StageProgress,
+    TensorBoard,
+)
 from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets
 from hncse_ray.training.distributed import raise_together
-from hncse_ray.training.run_folder import RunFolder, check_run_folder, claim_run_folder, write_folder
+from hncse_ray.training.run_folder import RunFolder, claim_run_folder, write_folder
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +84,7 @@ def prepare(settings: Settings, encoder: SentenceEncoder, reporter: Reporter) ->
 def train(settings: Settings, *, reporter: Reporter | None = None) -> RunResult:
     """Train an encoder as the settings say; go on where an interrupted run of the same settings stopped.
 
-    Everything that can be checked is checked before Ray is started and before the run's folder is touched.
+    Everything that can be checked is checked before Ray is started; a run that is refused leaves no folder.
 
     Args:
         settings: see :func:`hncse_ray.load_settings`.
@@ -83,11 +93,28 @@ def train(settings: Settings, *, reporter: Reporter | None = None) -> RunResult:
     Raises:
         HncseError: bad settings, data, model, cluster or storage; or training failed for a known cause.
     """
-    reporter = reporter or LineReporter()
     if "://" in settings.run.storage_path:
         raise StorageError("only folders are supported", f"run.storage_path={settings.run.storage_path}",
                            "Name a local folder or a network mount")  # fmt: skip
-    check_run_folder(settings)
+    with claim_run_folder(settings) as folder:
+        result = folder.finished()
+        if result is None:
+            result = _train(settings, folder, reporter or LineReporter())
+            folder.write_result(asdict(result))
+        else:
+            logger.info("run %s is finished already", settings.run.name)
+    return RunResult(
+        model=str(folder.model),
+        steps=result.step,
+        best_step=result.best_step,
+        sentences_per_s=result.sentences_per_s,
+        before=result.before,
+        after=result.after,
+    )
+
+
+def _train(settings: Settings, folder: RunFolder, reporter: Reporter) -> RunFinished:
+    """Check everything that can be checked, then start Ray and train."""
     model = settings.encoder.model
     encoder = load_encoder(model, settings.encoder, seed=settings.run.seed)
     if not has_dropout(encoder):
@@ -103,24 +130,9 @@ def train(settings: Settings, *, reporter: Reporter | None = None) -> RunResult:
             f"corpus {settings.corpus.source}",
             "Lower train.batch_size or give a larger corpus",
         )
-    del encoder
     with ray_session():
         plan = plan_workers(settings.cluster, ray.cluster_resources())
-        with claim_run_folder(settings) as folder:
-            result = folder.finished()
-            if result is None:
-                result = _run(settings, plan, corpus, sets, folder, reporter)
-                folder.write_result(asdict(result))
-            else:
-                logger.info("run %s is finished already", settings.run.name)
-    return RunResult(
-        model=str(folder.model),
-        steps=result.step,
-        best_step=result.best_step,
-        sentences_per_s=result.sentences_per_s,
-        before=result.before,
-        after=result.after,
-    )
+        return _run(settings, plan, corpus, sets, folder, reporter)
 
 
 def _run(
@@ -131,12 +143,11 @@ def _run(
     folder: RunFolder,
     reporter: Reporter,
 ) -> RunFinished:
-    files = Reporters([MetricsFile(folder.path / "metrics.jsonl"), TensorBoard(folder.path / "tensorboard")])
     log = logging.FileHandler(folder.path / "log.txt", encoding="utf-8")
     log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("hncse_ray").addHandler(log)
     try:
-        with event_channel(Reporters([files, reporter])) as events:
+        with event_channel(reporter) as events:
             trainer = TorchTrainer(
                 _train_worker,
                 train_loop_config={
@@ -165,7 +176,6 @@ def _run(
         reporter.on(outcome)
         return outcome
     finally:
-        files.close()
         logging.getLogger("hncse_ray").removeHandler(log)
         log.close()
 
@@ -209,10 +219,29 @@ def _train_worker(config: dict[str, Any]) -> RunFinished | HncseError:
             failure = error
         raise_together(failure)
         assert job is not None
-        store = RayRunStore(Path(config["folder"]))
-        return fit(job, store, lambda event: events.put.remote(event))
+        folder = Path(config["folder"])
+        with _files(folder) as files:
+
+            def emit(event: Event) -> None:
+                files.on(event)
+                events.put.remote(event)
+
+            return fit(job, RayRunStore(folder), emit)
     except HncseError as error:
         return error
+
+
+@contextmanager
+def _files(folder: Path) -> Iterator[Reporter]:
+    """Open the metrics on disk. Rank 0 writes them, as it writes the checkpoints, not the driver.
+
+    So what a checkpoint has seen is in them, even if the driver was killed and the workers got a little further.
+    """
+    files = Reporters([MetricsFile(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard")])
+    try:
+        yield files
+    finally:
+        files.close()
 
 
 def _build_job(settings: Settings, config: dict[str, Any]) -> TrainJob:

@@ -57,35 +57,18 @@ class RunFolder:
         write_atomically(self.path / "result.json", json.dumps(result, indent=2) + "\n")
 
 
-def check_run_folder(settings: Settings) -> None:
-    """Find out, without changing anything, what :func:`claim_run_folder` would refuse.
-
-    Raises:
-        StorageError: the folder cannot be written, or holds another run or something else.
-    """
-    path = Path(settings.run_dir)
-    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if not existing.is_dir():
-        raise StorageError(f"cannot be made: {existing} is a file", str(path), "Choose another run.storage_path")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise StorageError(f"cannot be written in {existing}", str(path), "Choose another run.storage_path")
-    stored = path / "settings.yaml"
-    if stored.exists():
-        if changed := _changed_settings(stored, settings):
-            raise StorageError(f"holds a run with other settings: {'; '.join(changed)}", str(path), _OTHER)
-    elif path.exists() and any(entry.name != ".lock" for entry in path.iterdir()):
-        raise StorageError("is not empty and holds no run", str(path), _OTHER)
-
-
 @contextmanager
 def claim_run_folder(settings: Settings) -> Iterator[RunFolder]:
     """Hold a run's folder for as long as the context lasts, creating it if need be.
 
+    A folder that was created here is removed again if the context ends in an error before anything was put into it.
+
     Raises:
-        StorageError: as :func:`check_run_folder`; or another process holds it.
+        StorageError: the folder cannot be written, holds another run or something else, or is in use.
     """
-    check_run_folder(settings)
     path = Path(settings.run_dir)
+    made = [place for place in (path, *path.absolute().parents) if not place.exists()]
+    _refuse(path, settings)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("a")
@@ -98,10 +81,33 @@ def claim_run_folder(settings: Settings) -> Iterator[RunFolder]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise StorageError("is in use by another process", str(path), "Choose another run.name") from error
-        check_run_folder(settings)  # again: another process may have been first
-        if not (path / "settings.yaml").exists():
-            write_atomically(path / "settings.yaml", settings.to_yaml())
-        yield RunFolder(path)
+        _refuse(path, settings)  # again: another process may have been first
+        try:
+            if not (path / "settings.yaml").exists():
+                write_atomically(path / "settings.yaml", settings.to_yaml())
+            yield RunFolder(path)
+        except BaseException:
+            if made and {entry.name for entry in path.iterdir()} <= {".lock", "settings.yaml"}:
+                shutil.rmtree(path)
+                for parent in made[1:]:
+                    if not any(parent.iterdir()):
+                        parent.rmdir()
+            raise
+
+
+def _refuse(path: Path, settings: Settings) -> None:
+    """Find out, without changing anything, whether the folder can be used for a run."""
+    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise StorageError(f"cannot be made: {existing} is a file", str(path), "Choose another run.storage_path")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise StorageError(f"cannot be written in {existing}", str(path), "Choose another run.storage_path")
+    stored = path / "settings.yaml"
+    if stored.exists():
+        if changed := _changed_settings(stored, settings):
+            raise StorageError(f"holds a run with other settings: {'; '.join(changed)}", str(path), _OTHER)
+    elif path.exists() and any(entry.name != ".lock" for entry in path.iterdir()):
+        raise StorageError("is not empty and holds no run", str(path), _OTHER)
 
 
 def write_atomically(path: Path, text: str) -> None:
