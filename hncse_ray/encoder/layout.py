@@ -28,6 +28,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from hncse_ray.config import EncoderSettings, Pooling
+from hncse_ray.encoder.dropout import replace_dropout
 from hncse_ray.encoder.encoder import SentenceEncoder
 from hncse_ray.encoder.precision import autocast_dtype
 from hncse_ray.encoder.resolve import resolve_model
@@ -70,6 +71,7 @@ def load_encoder(
             "Set encoder.pooling, e.g. mean or cls",
         )
     backbone = _load_backbone(folder, settings, str(model))
+    replace_dropout(backbone)
     tokenizer = _load_tokenizer(folder, backbone, settings, str(model))
     head = stored.load_head(folder)
     if head is None and settings.head == "tanh":
