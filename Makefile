@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-QUERIES := "return the indices that would sort an array" "read a table from a comma separated file" "wait until all tasks have finished"
+QUERIES := "return the indices that would sort an array" "read a table from a comma separated file" "compute the inverse of a matrix"
 
 .PHONY: demo test check clean
 

@@ -183,7 +183,7 @@ def _write(
             written += len(batch)
             tokens += sum(map(len, input_ids))
             if progress is not None:
-                progress("tokenise", written, None)
+                progress("preparing the corpus", written, None)
         if not written:
             dropped = ", ".join(f"{reason} {counts[reason]}" for reason in DROP_REASONS if counts[reason])
             raise DataError(
