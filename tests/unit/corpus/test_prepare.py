@@ -132,7 +132,7 @@ def test_report_is_on_disk_and_progress_is_told(prepare, text_file):
     assert facts["digest"] == corpus.digest == corpus.path.name
     assert facts["rows"] == 50
     assert facts["settings"]["path"] == [text_file]
-    assert told[-1] == ("tokenise", 50, None)
+    assert told[-1] == ("preparing the corpus", 50, None)
 
 
 def test_the_datasets_library_opens_it(prepare, text_file):
