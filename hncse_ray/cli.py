@@ -207,8 +207,11 @@ def run_training(settings: Settings, console: Console) -> dict[str, Any]:
     from hncse_ray.cluster import train as run_train
     from hncse_ray.reporting import score_table
 
-    with _reporter(console) as reporter:
-        result = run_train(settings, reporter=reporter)
+    if console.is_terminal:
+        with _reporter(console) as reporter:
+            result = run_train(settings, reporter=reporter)
+    else:  # the run's own lines go where the log goes
+        result = run_train(settings)
     console.print(score_table(result.before, result.after))
     console.print(f"model: {result.model}  (best on dev at step {result.best_step} of {result.steps})", markup=False)
     if result.best_step == 0:
@@ -241,6 +244,8 @@ def _configure_logging(console: Console) -> None:
         handler: logging.Handler
         if console.is_terminal:
             handler = RichHandler(console=console, show_time=False, show_path=False, level=logging.WARNING)
+            # The lines of a run are for its log file: here its bars show the same.
+            handler.addFilter(lambda record: record.name != "hncse_ray.reporting.reporters")
         else:
             handler = logging.StreamHandler(console.file)
             handler.setFormatter(logging.Formatter("%(message)s"))
@@ -249,10 +254,10 @@ def _configure_logging(console: Console) -> None:
 
 @contextmanager
 def _reporter(console: Console) -> Iterator[Reporter]:
-    """Show progress while the context lasts: bars in a terminal, lines elsewhere. The log file has the lines anyway."""
-    from hncse_ray.reporting import LineReporter, Reporters, TerminalReporter
+    """Show progress while the context lasts: bars in a terminal, lines elsewhere."""
+    from hncse_ray.reporting import LineReporter, TerminalReporter
 
-    reporter = Reporters([LineReporter(), *([TerminalReporter(console)] if console.is_terminal else [])])
+    reporter = TerminalReporter(console) if console.is_terminal else LineReporter()
     try:
         yield reporter
     finally:

@@ -88,7 +88,7 @@ def train(settings: Settings, *, reporter: Reporter | None = None) -> RunResult:
 
     Args:
         settings: see :func:`hncse_ray.load_settings`.
-        reporter: receives the run's events, besides its log and metrics files; default: lines in the log.
+        reporter: receives the run's events too; its log and metrics files have them in any case.
 
     Raises:
         HncseError: bad settings, data, model, cluster or storage; or training failed for a known cause.
@@ -99,7 +99,7 @@ def train(settings: Settings, *, reporter: Reporter | None = None) -> RunResult:
     with claim_run_folder(settings) as folder:
         result = folder.finished()
         if result is None:
-            result = _train(settings, folder, reporter or LineReporter())
+            result = _train(settings, folder, Reporters([LineReporter(), *([reporter] if reporter else [])]))
             folder.write_result(asdict(result))
         else:
             logger.info("run %s is finished already", settings.run.name)

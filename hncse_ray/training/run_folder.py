@@ -99,7 +99,7 @@ def _refuse(path: Path, settings: Settings) -> None:
     """Find out, without changing anything, whether the folder can be used for a run."""
     existing = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not existing.is_dir():
-        raise StorageError(f"cannot be made: {existing} is a file", str(path), "Choose another run.storage_path")
+        raise StorageError(f"cannot be written: {existing} is a file", str(path), "Choose another run.storage_path")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise StorageError(f"cannot be written in {existing}", str(path), "Choose another run.storage_path")
     stored = path / "settings.yaml"
