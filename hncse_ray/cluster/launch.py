@@ -130,6 +130,7 @@ def _train(settings: Settings, folder: RunFolder, reporter: Reporter) -> RunFini
             f"corpus {settings.corpus.source}",
             "Lower train.batch_size or give a larger corpus",
         )
+    reporter.on(StageProgress("starting Ray and the workers", 0, None))
     with ray_session():
         plan = plan_workers(settings.cluster, ray.cluster_resources())
         return _run(settings, plan, corpus, sets, folder, reporter)

@@ -50,6 +50,7 @@ class TerminalReporter:
         if isinstance(event, StageProgress):
             self._bar(event.stage, event.done, event.total)
         elif isinstance(event, RunStarted):
+            self._end_stages()
             console.print(describe(event), highlight=False, markup=False)
             self._bar("training", event.step, event.total_steps)
         elif isinstance(event, StepsLogged):
@@ -67,6 +68,13 @@ class TerminalReporter:
     def close(self) -> None:
         """Leave the bars as they stand."""
         self._progress.stop()
+
+    def _end_stages(self) -> None:
+        """Take away the bars of stages whose length was never known: they cannot fill."""
+        for name, task in list(self._tasks.items()):
+            if self._progress.tasks[self._progress.task_ids.index(task)].total is None:
+                self._progress.remove_task(task)
+                del self._tasks[name]
 
     def _bar(self, name: str, done: int, total: int | None = None) -> None:
         if name not in self._tasks:
