@@ -2,7 +2,8 @@
 
 import pytest
 
-from hncse_ray.config import load_settings, recipe_folder
+from hncse_ray.config import load_settings
+from hncse_ray.recipe import recipe_folder
 
 RECIPES = sorted(path.stem for path in recipe_folder().glob("*.yaml"))
 

@@ -263,7 +263,7 @@ class TestTerminalReporter:
         text = self.shown([started(), scored(4, 0.875), scored(4, 0.125, "test"), logged(5)])
         assert "dev 0.8750" in text.splitlines()[-1]
 
-    @pytest.mark.parametrize("text", ["/runs/[draft]/step_8 is damaged", "at [/work/runs]", "[bold", "[red]x[/]"])
+    @pytest.mark.parametrize("text", ["/runs/[draft]/step_8 is damaged", "at [/data/runs]", "[bold", "[red]x[/]"])
     def test_brackets_are_no_markup(self, text: str) -> None:
         assert text in self.shown([started(), Notice(text)])
 

@@ -1,0 +1,64 @@
+"""Finding recipes, by path or by the name of one that comes with the package, and reading them."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hncse_ray.errors import SettingsError
+
+
+def recipe_folder() -> Path:
+    """The folder with the recipes that come with the package (a wheel carries them inside the package)."""
+    package = Path(__file__).parent
+    return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """Resolve a recipe given as a path or by the bare name of one that comes with the package.
+
+    Raises:
+        SettingsError: neither exists; the message names the nearest known recipe.
+    """
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise SettingsError("is a directory, not a recipe", str(recipe), "Name a YAML file")
+    names = sorted(p.stem for p in recipe_folder().glob("*.yaml"))
+    if path.name in names and len(path.parts) == 1:
+        return recipe_folder() / f"{path.name}.yaml"
+    near = difflib.get_close_matches(path.stem, names, n=1, cutoff=0.4)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    raise SettingsError("no such recipe", str(recipe), f"{hint}Known by name: {', '.join(names)}")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, where plain YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a recipe as a tree of plain values.
+
+    Raises:
+        SettingsError: it cannot be read, is not valid YAML, gives a key twice or holds no mapping.
+    """
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"cannot be read ({error})", str(path)) from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"is not valid YAML ({' '.join(str(error).split())})", str(path)) from None
+    if not isinstance(tree, dict):
+        raise SettingsError("holds no settings", str(path), "A recipe is a mapping of sections: corpus, encoder, ...")
+    return tree
