@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 def ray_session() -> Iterator[None]:
     """Be connected to Ray: to the cluster named by ``RAY_ADDRESS``, else to one started here, ended afterwards.
 
-    A cluster started here listens on the loopback interface, with token authentication on. If this process is
-    connected already, that connection is used and left as it is.
+    A cluster started here has token authentication on, and its dashboard on the loopback interface. If this process
+    is connected already, that connection is used and left as it is.
 
     Raises:
         ClusterError: the named cluster cannot be reached.
