@@ -325,43 +325,45 @@ class TestEncode:
         result = hncse("encode", saved_model, "-", "--out", tmp_path / "v.npy", stdin=LINES.replace(b"\n", b"\r\n"))
         self.assert_vectors(result, tmp_path / "v.npy", saved_model)
 
-    def refused(self, out: Path, *said: object, model: Path, texts: object, stdin: bytes | None = None) -> None:
+    def assert_refusal(self, out: Path, *said: object, model: Path, texts: object, stdin: bytes | None = None) -> None:
         folder = None if str(out.parent) == "/proc" or not out.parent.is_dir() else out.parent
         before = files(folder) if folder else {}
         assert_refused(hncse("encode", model, texts, "--out", out, stdin=stdin), *said)
         assert (files(folder) if folder else {}) == before
 
     def test_a_missing_file(self, saved_model: Path, tmp_path: Path) -> None:
-        self.refused(tmp_path / "v.npy", "none.txt: no such file", model=saved_model, texts=tmp_path / "none.txt")
+        self.assert_refusal(
+            tmp_path / "v.npy", "none.txt: no such file", model=saved_model, texts=tmp_path / "none.txt"
+        )
 
     def test_a_directory(self, saved_model: Path, tmp_path: Path) -> None:
-        self.refused(tmp_path / "v.npy", "is a directory", model=saved_model, texts=tmp_path)
+        self.assert_refusal(tmp_path / "v.npy", "is a directory", model=saved_model, texts=tmp_path)
 
     def test_a_truncated_gzip_file(self, saved_model: Path, tmp_path: Path) -> None:
         path = tmp_path / "cut.gz"
         path.write_bytes(gzip.compress(LINES * 50)[:200])
-        self.refused(tmp_path / "v.npy", "cut.gz: is not a whole gzip file", model=saved_model, texts=path)
+        self.assert_refusal(tmp_path / "v.npy", "cut.gz: is not a whole gzip file", model=saved_model, texts=path)
 
     def test_no_text(self, saved_model: Path, tmp_path: Path) -> None:
         (tmp_path / "empty.txt").write_bytes(b"")
-        self.refused(tmp_path / "v.npy", "empty.txt", model=saved_model, texts=tmp_path / "empty.txt")
-        self.refused(tmp_path / "v.npy", "no text", model=saved_model, texts="-", stdin=b"")
+        self.assert_refusal(tmp_path / "v.npy", "empty.txt", model=saved_model, texts=tmp_path / "empty.txt")
+        self.assert_refusal(tmp_path / "v.npy", "no text", model=saved_model, texts="-", stdin=b"")
 
     @pytest.mark.parametrize("where", ["-", "file"])
     def test_bytes_that_are_no_text(self, saved_model: Path, tmp_path: Path, where: str) -> None:
         content = b"good line here\nbad \xff\xfe line\n"
         (tmp_path / "bytes.txt").write_bytes(content)
         texts = "-" if where == "-" else tmp_path / "bytes.txt"
-        self.refused(tmp_path / "v.npy", "UTF-8", model=saved_model, texts=texts, stdin=content)
+        self.assert_refusal(tmp_path / "v.npy", "UTF-8", model=saved_model, texts=texts, stdin=content)
 
     @pytest.mark.parametrize("out", ["file/v.npy", "none/v.npy", "v.txt", "folder.npy", "/proc/v.npy"])
     def test_an_output_that_cannot_be_written(self, saved_model: Path, texts: Path, tmp_path: Path, out: str) -> None:
         (tmp_path / "file").write_text("a file")
         (tmp_path / "folder.npy").mkdir()
-        self.refused(tmp_path / out, tmp_path / out, "cannot be written", model=saved_model, texts=texts)
+        self.assert_refusal(tmp_path / out, tmp_path / out, "cannot be written", model=saved_model, texts=texts)
 
     def test_an_unknown_model(self, texts: Path, tmp_path: Path) -> None:
-        self.refused(tmp_path / "v.npy", "no such model folder", model=tmp_path / "none", texts=texts)
+        self.assert_refusal(tmp_path / "v.npy", "no such model folder", model=tmp_path / "none", texts=texts)
 
 
 class TestEvaluate:

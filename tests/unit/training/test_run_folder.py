@@ -77,15 +77,15 @@ class TestClaiming:
     def test_what_does_not_change_the_results_may_change(self, tmp_path: Path, override: str) -> None:
         with claim_run_folder(settings(tmp_path)):
             pass
-        with claim_run_folder(settings(tmp_path, override)):
-            pass
+        with claim_run_folder(settings(tmp_path, override)) as folder:
+            assert load_settings(folder.path / "settings.yaml") == settings(tmp_path)
 
     def test_a_moved_folder_is_still_the_same_run(self, tmp_path: Path) -> None:
         with claim_run_folder(settings(tmp_path / "here")):
             pass
         (tmp_path / "here").rename(tmp_path / "there")
-        with claim_run_folder(settings(tmp_path / "there")):
-            pass
+        with claim_run_folder(settings(tmp_path / "there")) as folder:
+            assert load_settings(folder.path / "settings.yaml") == settings(tmp_path / "here")
 
     def test_a_folder_with_other_peoples_files_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "run").mkdir()
