@@ -17,6 +17,7 @@ import psutil
 import pytest
 import yaml
 
+pytestmark = pytest.mark.timeout(900)  # a start takes 40 s on two quiet cores, and some tests make three
 STEPS = 100  # long enough that a kill at a checkpoint comes before the end
 
 
@@ -35,7 +36,7 @@ class Command:
         )
 
     def finish(self) -> dict:
-        out, err = self.process.communicate(timeout=200)
+        out, err = self.process.communicate(timeout=300)
         assert self.process.returncode == 0, err
         return json.loads(out.splitlines()[-1])
 
@@ -54,7 +55,7 @@ class Command:
         return wait_for(lambda: not self.processes(), seconds=40)
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> bool:
+def wait_for(condition: Callable[[], object], seconds: float = 240) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
@@ -147,7 +148,7 @@ def test_killed_then_interrupted_goes_on_with_the_same_losses(recipe: Path, refe
     first = Command(recipe, "run.name=stopped")
     assert wait_for((run / "settings.yaml").exists)
     rival = Command(recipe, "run.name=stopped")
-    _, err = rival.process.communicate(timeout=100)
+    _, err = rival.process.communicate(timeout=200)
     assert rival.process.returncode == 2 and "in use by another process" in err
     assert wait_for(checkpoint(recipe, "stopped", 10))
     first.process.kill()
@@ -157,7 +158,7 @@ def test_killed_then_interrupted_goes_on_with_the_same_losses(recipe: Path, refe
     second = Command(recipe, "run.name=stopped")
     assert wait_for(lambda: "resumes at step" in (run / "log.txt").read_text())
     second.process.send_signal(signal.SIGINT)
-    _, err = second.process.communicate(timeout=60)
+    _, err = second.process.communicate(timeout=120)
     assert second.process.returncode == 130
     assert "the same command again goes on" in err and "Traceback" not in err
     assert second.is_gone(), second.processes()
