@@ -1,4 +1,4 @@
-"""The command line: ``hncse prepare | train | encode | evaluate``.
+"""The command line: ``hncse prepare | train | encode | evaluate | mine | search``.
 
 Every expected failure is one message on standard error and exit status 2. With ``--json`` the last line on
 standard output is one JSON object, and everything meant for people goes to standard error.
@@ -158,6 +158,41 @@ def evaluate(
 
 
 @app.command()
+def mine(
+    model: ModelArgument,
+    corpus: Annotated[str, typer.Argument(help="A text, JSONL, CSV or Parquet file, or a recipe for its corpus.")],
+    overrides: OverridesArgument = None,
+    out: Annotated[Path, typer.Option(help="The .parquet file to write.")] = Path("triplets.parquet"),
+    as_json: JsonOption = False,
+) -> None:
+    """Find hard negatives for every sentence, as a file that sentence-transformers trains from.
+
+    Selection and pool are set by negatives.*, such as negatives.per_anchor=4 negatives.num_shards=2.
+    """
+
+    def run(console: Console) -> dict[str, Any]:
+        settings = load_settings(_mining_tree(model, corpus), overrides or ())
+        from hncse_ray.cluster import mine as run_mine
+
+        with _reporter(console) as reporter:
+            report = run_mine(settings, out, reporter=reporter)
+        table = Table(title="Hard negatives")
+        table.add_column("of the hits")
+        table.add_column("count", justify="right")
+        for rule, count in report.removed.items():
+            table.add_row(f"removed: {rule.replace('_', ' ')}", f"{count:,}")
+        console.print(table)
+        console.print(
+            f"{report.rows:,} rows, mean similarity of negatives {report.mean_similarity:.3f};"
+            f" {report.without:,} sentences had too few; {report.seconds:.0f} s -> {report.out}",
+            markup=False,
+        )
+        return asdict(report)
+
+    _command(run, as_json)
+
+
+@app.command()
 def search(
     model: ModelArgument,
     recipe: RecipeArgument,
@@ -262,6 +297,18 @@ def _reporter(console: Console) -> Iterator[Reporter]:
         yield reporter
     finally:
         reporter.close()
+
+
+def _mining_tree(model: str, corpus: str) -> dict[str, Any]:
+    """Settings of a mining job: a file is read as its name says, anything else is a recipe."""
+    sources = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+    path, max_length = Path(corpus), 128
+    if path.suffix in ("", ".yaml", ".yml") and not (path.suffix == "" and path.is_file()):
+        recipe = load_settings(corpus)
+        tree, max_length = {"corpus": recipe.corpus.model_dump()}, recipe.encoder.max_length
+    else:
+        tree = {"corpus": {"source": sources.get(path.suffix, "text"), "path": corpus}}
+    return tree | {"encoder": {"model": model, "max_length": max_length}, "negatives": {"source": "pool"}}
 
 
 def _encoder_settings(model: str, pooling: str) -> EncoderSettings:

@@ -185,9 +185,57 @@ OBJECTIVES: dict[str, type[Section]] = {
 
 
 class NegativesSettings(Section):
-    """Where negatives beyond the global batch come from."""
+    """Neighbours from the whole corpus, found by an index of an earlier state of the encoder.
 
-    source: Literal["none"] = Field("none", description="none = the other sentences of the global batch")
+    The index is a pool of actors beside the trainers (``pool``), or lives in the first trainer (``in_process``).
+    """
+
+    source: Literal["none", "in_process", "pool"] = Field(
+        "none", description="none = only the other sentences of the global batch"
+    )
+    use: Literal["fresh", "stored"] = Field(
+        "stored", description="fresh = encoded again with the batch, with gradient; stored = the index's vectors"
+    )
+    columns: Literal["own", "all", "none"] = Field(
+        "own", description="whose neighbours an anchor is repelled from; none = they are only mixed"
+    )
+    per_anchor: int = Field(1, ge=1, le=1024, description="neighbours used of each anchor, m")
+    candidates: int = Field(32, ge=1, le=2000, description="neighbours looked up of each anchor, k; m are selected")
+    max_score: float | None = Field(0.9, gt=-1, le=1, description="nearer ones are taken for false negatives")
+    relative_margin: float | None = Field(
+        None, ge=0, lt=1, description="so are those above (1 - margin) x the mean similarity of positives"
+    )
+    skip_hardest: int = Field(0, ge=0, description="of those left, pass over so many of the nearest")
+    sampling: Literal["top", "uniform", "softmax"] = "top"
+    sampling_temperature: float = Field(0.05, gt=0, description="of softmax sampling")
+    refresh: Literal["async", "sync"] = Field("async", description="sync = training waits for a new index")
+    refresh_every_steps: int | None = Field(100, ge=1, description="null = one index, made at the start")
+    max_staleness_steps: int | None = Field(None, ge=1, description="training waits rather than use an older index")
+    index: Literal["auto", "flat", "ivf_flat", "ivf_pq", "exact_torch"] = Field(
+        "auto", description="auto = flat (exact) where it fits into memory, else ivf_pq"
+    )
+    nprobe: int = Field(32, ge=1, description="lists searched by the ivf kinds")
+    encode_batch_size: int = Field(128, ge=1)
+    num_shards: int = Field(1, ge=1, le=4096, description="actors of the pool; each holds a part of the rows")
+    cpus_per_shard: float = Field(0, ge=0, description="reserved; 0 = the shards share the trainers' CPUs")
+    gpus_per_shard: float = Field(0, ge=0, description="whole, or a fraction of one")
+    threads_per_shard: int | None = Field(None, ge=1, description="default: the reserved CPUs, else all of a node")
+    prefetch_batches: int = Field(2, ge=1, le=64, description="batches whose neighbours are looked up ahead")
+    timeout_s: float = Field(10, gt=0, description="a step waits so long for an answer, then goes on without")
+    build_timeout_s: float = Field(3600, gt=0, description="a build that takes longer is given up")
+
+    @model_validator(mode="after")
+    def _numbers_agree(self) -> NegativesSettings:
+        if self.per_anchor + self.skip_hardest > self.candidates:
+            raise ValueError(
+                f"per_anchor {self.per_anchor} + skip_hardest {self.skip_hardest} is more than the"
+                f" {self.candidates} candidates"
+            )
+        if self.source == "in_process" and (self.num_shards, self.cpus_per_shard, self.gpus_per_shard) != (1, 0, 0):
+            raise ValueError("source 'in_process' is one shard in the first trainer; for more set source: pool")
+        if self.gpus_per_shard > 1 and self.gpus_per_shard % 1:
+            raise ValueError(f"gpus_per_shard {self.gpus_per_shard} must be a whole number or a fraction of one")
+        return self
 
 
 class TrainSettings(Section):
@@ -268,9 +316,32 @@ class Settings(Section):
                 f"objective.k = {self.objective.k} is larger than the {batch - 1} candidates of an anchor"
                 f" (train.batch_size - 1); lower objective.k or raise train.batch_size"
             )
+        self._check_neighbours()
         if workers > batch:
             raise ValueError(f"cluster.num_workers = {workers} is more than train.batch_size = {batch} sentences")
         return self
+
+    def _check_neighbours(self) -> None:
+        negatives, name = self.negatives, self.objective.name
+        if negatives.source == "none":
+            return
+        if negatives.columns == "none" and name in ("info_nce", "three_view"):
+            raise ValueError(f"negatives.columns = none leaves objective {name!r} without use for global negatives")
+        if name == "instance_smoothing":
+            if negatives.use == "fresh":
+                raise ValueError("instance_smoothing draws its groups from stored vectors; set negatives.use=stored")
+            if self.neighbours_per_anchor + negatives.skip_hardest > negatives.candidates:
+                raise ValueError(
+                    f"objective.group_size {self.neighbours_per_anchor} + negatives.skip_hardest"
+                    f" {negatives.skip_hardest} is more than negatives.candidates = {negatives.candidates}"
+                )
+
+    @property
+    def neighbours_per_anchor(self) -> int:
+        """How many neighbours of an anchor the objective is given, m."""
+        if isinstance(self.objective, InstanceSmoothing):
+            return self.objective.group_size
+        return self.negatives.per_anchor
 
     @property
     def run_dir(self) -> str:

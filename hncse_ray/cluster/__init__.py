@@ -1,6 +1,29 @@
-"""All Ray code: the session, the event channel, the Train launcher."""
+"""All Ray code: the session, the event channel, the Train launcher, the negative pool, mining."""
 
-from hncse_ray.cluster.launch import RunResult, prepare, train
-from hncse_ray.cluster.session import ray_session
+from __future__ import annotations
 
-__all__ = ["RunResult", "prepare", "ray_session", "train"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hncse_ray.cluster.launch import RunResult, prepare, train
+    from hncse_ray.cluster.mine import MineReport, mine
+    from hncse_ray.cluster.session import ray_session
+
+__all__ = ["MineReport", "RunResult", "mine", "prepare", "ray_session", "train"]
+
+# Every actor is a process that imports its own module: loading all of them for each would take longer than a short run.
+_LAZY = {
+    "MineReport": "mine",
+    "RunResult": "launch",
+    "mine": "mine",
+    "prepare": "launch",
+    "ray_session": "session",
+    "train": "launch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"hncse_ray.cluster.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,15 @@ from ray.train import Checkpoint, CheckpointConfig, CheckpointUploadMode, Failur
 from ray.train.torch import TorchTrainer
 
 from hncse_ray.cluster.channel import event_channel
-from hncse_ray.cluster.resources import WorkerPlan, plan_workers
+from hncse_ray.cluster.metrics import RayMetrics
+from hncse_ray.cluster.pool import PoolClient, negative_pool
+from hncse_ray.cluster.resources import PoolPlan, WorkerPlan, plan_pool, plan_workers
 from hncse_ray.cluster.session import ray_session
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus, prepare_corpus
 from hncse_ray.encoder import SentenceEncoder, autocast_dtype, has_dropout, length_limit, load_encoder, tokenizer_digest
 from hncse_ray.errors import ClusterError, DataError, HncseError, ModelError, StorageError, TrainingError
+from hncse_ray.negatives import InProcessSource, NegativeSource
 from hncse_ray.reporting import (
     Event,
     LineReporter,
@@ -35,9 +38,11 @@ from hncse_ray.reporting import (
     StageProgress,
     TensorBoard,
 )
+from hncse_ray.storage import write_folder
 from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets
-from hncse_ray.training.distributed import raise_together
-from hncse_ray.training.run_folder import RunFolder, claim_run_folder, write_folder
+from hncse_ray.training.distributed import raise_together, rank
+from hncse_ray.training.run_folder import RunFolder, claim_run_folder
+from hncse_ray.training.shard import build_shard
 
 logger = logging.getLogger(__name__)
 
@@ -132,13 +137,18 @@ def _train(settings: Settings, folder: RunFolder, reporter: Reporter) -> RunFini
         )
     reporter.on(StageProgress("starting Ray and the workers", 0, None))
     with ray_session():
-        plan = plan_workers(settings.cluster, ray.cluster_resources())
-        return _run(settings, plan, corpus, sets, folder, reporter)
+        resources, pool = ray.cluster_resources(), None
+        if settings.negatives.source != "none":
+            pool = plan_pool(settings.negatives, resources, rows=len(corpus), dimension=encoder.dimension)
+            reporter.on(StageProgress(pool.describe(), 0, None))
+        plan = plan_workers(settings.cluster, resources, pool)
+        return _run(settings, plan, pool, corpus, sets, folder, reporter)
 
 
 def _run(
     settings: Settings,
     plan: WorkerPlan,
+    pool: PoolPlan | None,
     corpus: Corpus,
     sets: EvaluationSets,
     folder: RunFolder,
@@ -148,7 +158,10 @@ def _run(
     log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("hncse_ray").addHandler(log)
     try:
-        with event_channel(reporter) as events:
+        with event_channel(reporter) as events, ExitStack() as stack:
+            handles = None
+            if pool is not None and settings.negatives.source == "pool":
+                handles = stack.enter_context(negative_pool(settings, pool, corpus, folder.path / "index"))
             trainer = TorchTrainer(
                 _train_worker,
                 train_loop_config={
@@ -158,6 +171,8 @@ def _run(
                     "threads": plan.threads,
                     "folder": str(folder.path.absolute()),
                     "events": events,
+                    "index": None if pool is None else pool.index,
+                    "pool": handles,
                 },
                 scaling_config=ScalingConfig(
                     num_workers=plan.num_workers,
@@ -221,7 +236,7 @@ def _train_worker(config: dict[str, Any]) -> RunFinished | HncseError:
         raise_together(failure)
         assert job is not None
         folder = Path(config["folder"])
-        with _files(folder) as files:
+        with _records(folder, settings.run.name) as files:
 
             def emit(event: Event) -> None:
                 files.on(event)
@@ -233,12 +248,12 @@ def _train_worker(config: dict[str, Any]) -> RunFinished | HncseError:
 
 
 @contextmanager
-def _files(folder: Path) -> Iterator[Reporter]:
-    """Open the metrics on disk. Rank 0 writes them, as it writes the checkpoints, not the driver.
+def _records(folder: Path, run: str) -> Iterator[Reporter]:
+    """Open the metrics on disk and Ray's. Rank 0 writes them, as it writes the checkpoints, not the driver.
 
     So what a checkpoint has seen is in them, even if the driver was killed and the workers got a little further.
     """
-    files = Reporters([MetricsFile(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard")])
+    files = Reporters([MetricsFile(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard"), RayMetrics(run)])
     try:
         yield files
     finally:
@@ -249,7 +264,25 @@ def _build_job(settings: Settings, config: dict[str, Any]) -> TrainJob:
     device = ray.train.torch.get_device()
     encoder = load_encoder(settings.encoder.model, settings.encoder, device=device, seed=settings.run.seed)
     precision = autocast_dtype(settings.encoder.precision, device)[1]
-    return TrainJob(settings, Corpus.open(config["corpus"]), encoder, ray.get(config["sets"]), precision)
+    corpus = Corpus.open(config["corpus"])
+    source = _build_source(settings, corpus, config) if rank() == 0 else None
+    return TrainJob(settings, corpus, encoder, ray.get(config["sets"]), precision, source)
+
+
+def _build_source(settings: Settings, corpus: Corpus, config: dict[str, Any]) -> NegativeSource | None:
+    if config["pool"] is not None:
+        return PoolClient(config["pool"], timeout_s=settings.negatives.timeout_s)
+    if config["index"] is None:
+        return None
+    shard = build_shard(
+        settings.negatives,
+        settings.encoder,
+        corpus,
+        plan=config["index"],
+        threads=config["threads"],
+        device=ray.train.torch.get_device(),
+    )
+    return InProcessSource(shard, corpus_digest=corpus.digest, rows=len(corpus))
 
 
 class RayRunStore:

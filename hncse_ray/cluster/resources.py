@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from hncse_ray.config import ClusterSettings
+from hncse_ray.config import ClusterSettings, NegativesSettings
 from hncse_ray.errors import ClusterError
+from hncse_ray.negatives import IndexPlan, plan_index
 
 
 @dataclass(frozen=True)
@@ -26,33 +28,104 @@ class WorkerPlan:
     use_gpu: bool
 
 
-def plan_workers(settings: ClusterSettings, total: Mapping[str, float]) -> WorkerPlan:
-    """Share the cluster out over the workers.
+@dataclass(frozen=True)
+class PoolPlan:
+    """What the shards of the negative pool get.
+
+    Attributes:
+        num_shards: how many there are.
+        cpus: reserved for each; 0 = they share the trainers'.
+        gpus: reserved for each.
+        threads: compute threads of each.
+        index: the index of the largest.
+    """
+
+    num_shards: int
+    cpus: float
+    gpus: float
+    threads: int
+    index: IndexPlan
+
+    def describe(self) -> str:
+        """Return the pool in one line: shards, and the memory of each."""
+        return f"index of {self.num_shards} shard(s), each {self.index.describe()}"
+
+
+def plan_pool(settings: NegativesSettings, total: Mapping[str, float], *, rows: int, dimension: int) -> PoolPlan:
+    """Share the corpus out over the shards, and see whether cluster and memory hold them.
+
+    Args:
+        settings: what was asked for.
+        total: the cluster's resources as Ray counts them (``CPU``, ``GPU``, ``memory`` in bytes).
+        rows: of the corpus.
+        dimension: width of the embeddings.
+
+    Raises:
+        ClusterError: it does not fit; the message does the sum.
+    """
+    n, cpus, gpus = settings.num_shards, settings.cpus_per_shard, settings.gpus_per_shard
+    if n > rows:
+        raise ClusterError(f"{n} shards for a corpus of {rows} sentences", "negatives.num_shards", "Ask for fewer")
+    for name, asked in (("CPU", cpus), ("GPU", gpus)):
+        there = total.get(name, 0.0)
+        if asked * n > there:
+            raise ClusterError(f"{n} shards x {asked:g} {name}s = {asked * n:g}, but the cluster has {there:g}",
+                               f"negatives.{name.lower()}s_per_shard", "Lower it, or ask for fewer shards")  # fmt: skip
+    memory = None if gpus else total.get("memory")  # how much a GPU has is known only to the shard on it
+    index = plan_index(
+        settings.index,
+        rows=-(-rows // n),
+        dimension=dimension,
+        memory_bytes=None if memory is None else memory / n,
+        nprobe=settings.nprobe,
+        on_gpu=gpus > 0,
+    )
+    threads = settings.threads_per_shard or max(1, int(cpus or total.get("CPU", 1.0) // n))
+    return PoolPlan(num_shards=n, cpus=cpus, gpus=gpus, threads=threads, index=index)
+
+
+def plan_workers(settings: ClusterSettings, total: Mapping[str, float], pool: PoolPlan | None = None) -> WorkerPlan:
+    """Share what the pool leaves of the cluster out over the workers.
 
     Args:
         settings: what was asked for.
         total: the cluster's resources as Ray counts them (``CPU``, ``GPU``).
+        pool: what is reserved before the workers.
 
     Raises:
         ClusterError: it does not fit; the message does the sum.
     """
     n, cpus, gpus = settings.num_workers, total.get("CPU", 0.0), total.get("GPU", 0.0)
-    use_gpu = settings.use_gpu is True or (settings.use_gpu == "auto" and gpus >= n)
+    pool_cpus, pool_gpus = (0.0, 0.0) if pool is None else (pool.cpus * pool.num_shards, pool.gpus * pool.num_shards)
+    free_cpus, free_gpus = cpus - pool_cpus, gpus - pool_gpus
+    use_gpu = settings.use_gpu is True or (settings.use_gpu == "auto" and free_gpus >= n)
     if settings.use_gpu is True and gpus == 0:
         raise ClusterError("a GPU was asked for and the cluster has none", "cluster.use_gpu",
                            "Set cluster.use_gpu=false, or start Ray on a machine with a GPU")  # fmt: skip
-    if use_gpu and gpus < n:
-        raise ClusterError(f"{n} workers x 1 GPU = {n}, but the cluster has {gpus:g}", "cluster.num_workers",
+    if use_gpu and free_gpus < n:
+        raise ClusterError(_sum(f"{n} workers x 1 GPU", n, pool, "gpus", gpus), "cluster.num_workers",
                            "Ask for fewer workers, or set cluster.use_gpu=false")  # fmt: skip
     share = settings.cpus_per_worker
     if share is None:
-        if n > cpus:
+        if n > free_cpus:
             raise ClusterError(
-                f"{n} workers x 1 CPU = {n}, but the cluster has {cpus:g}", "cluster.num_workers",
+                _sum(f"{n} workers x 1 CPU", n, pool, "cpus", cpus), "cluster.num_workers",
                 "Ask for fewer workers, or set cluster.cpus_per_worker below 1 to let them share",
             )  # fmt: skip
-        share = float(cpus // n)
-    elif share * n > cpus:
-        raise ClusterError(f"{n} workers x {share:g} CPUs = {share * n:g}, but the cluster has {cpus:g}",
+        share = float(free_cpus // n)
+    elif share * n > free_cpus:
+        raise ClusterError(_sum(f"{n} workers x {share:g} CPUs", share * n, pool, "cpus", cpus),
                            "cluster.cpus_per_worker", "Lower it, or ask for fewer workers")  # fmt: skip
     return WorkerPlan(num_workers=n, cpus=share, threads=max(1, int(share)), use_gpu=use_gpu)
+
+
+def _sum(workers: str, asked: float, pool: PoolPlan | None, what: Literal["cpus", "gpus"], there: float) -> str:
+    """Write the sum out: workers, and the pool where it takes some, against the cluster."""
+    shards = 0.0 if pool is None else getattr(pool, what)
+    if pool is None or not shards:
+        return f"{workers} = {asked:g}, but the cluster has {there:g}"
+    total = asked + shards * pool.num_shards
+    return (
+        f"{workers} + {pool.num_shards} shards x {shards:g} {what[:-1].upper()}s = {total:g},"
+        f" but the cluster has {there:g}"
+    )

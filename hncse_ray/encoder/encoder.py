@@ -30,6 +30,9 @@ class SentenceEncoder(nn.Module):
         head_in_training_only: leave the head out when not training, as SimCSE does at test time.
         max_length: tokens kept of a text when encoding, special tokens included.
         autocast: the dtype of the autocast used in training; None = fp32.
+
+    Attributes:
+        inference_autocast: the same when not training; fp32 unless a caller sets it.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class SentenceEncoder(nn.Module):
         self.head_in_training_only = head_in_training_only
         self.max_length = max_length
         self.autocast = autocast
+        self.inference_autocast: torch.dtype | None = None
         # The backbone's own pooler (BERT has one) is not part of any pooling here. It stays, so that what is saved
         # is a complete model, but it gets no gradient, and DDP must not wait for one.
         if (pooler := getattr(backbone, "pooler", None)) is not None:
@@ -82,9 +86,8 @@ class SentenceEncoder(nn.Module):
             ``[B, D]`` fp32, rows of unit norm.
         """
         needs_layers = self.pooling in ("first_last_mean", "last_two_mean")
-        with torch.autocast(
-            device_type=input_ids.device.type, dtype=self.autocast, enabled=self.training and self.autocast is not None
-        ):
+        dtype = self.autocast if self.training else self.inference_autocast
+        with torch.autocast(device_type=input_ids.device.type, dtype=dtype, enabled=dtype is not None):
             output = self.backbone(
                 input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=needs_layers, return_dict=True
             )

@@ -7,10 +7,11 @@ the same device, so that nothing waits for the accelerator.
 
 from hncse_ray.objectives.contrastive import info_nce, three_view
 from hncse_ray.objectives.mixing import hard_negative_mixing, hybrid, positive_mixing
-from hncse_ray.objectives.similarity import Metrics
+from hncse_ray.objectives.similarity import Columns, Metrics
 from hncse_ray.objectives.smoothing import cosine_ramp, instance_smoothing
 
 __all__ = [
+    "Columns",
     "Metrics",
     "cosine_ramp",
     "hard_negative_mixing",

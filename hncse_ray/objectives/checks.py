@@ -41,25 +41,37 @@ def check_views(z1_BD: Tensor, **others: Tensor) -> None:
 
 def check_negatives(z1_BD: Tensor, g_BmD: Tensor | None, usable_Bm: Tensor | None) -> None:
     """Raise ValueError unless negatives are [B, m, D] and their mask, if any, is bool [B, m]."""
+    _check_rows_of_anchors("negatives", "m", z1_BD, g_BmD, usable_Bm)
+
+
+def check_neighbours(z1_BD: Tensor, neighbours_BgD: Tensor | None, usable_Bg: Tensor | None) -> None:
+    """Raise ValueError unless neighbours are [B, g, D] and their mask, if any, is bool [B, g]."""
+    _check_rows_of_anchors("neighbours", "g", z1_BD, neighbours_BgD, usable_Bg)
+
+
+def check_columns(columns: str, g_BmD: Tensor | None, columns_mask_BN: Tensor | None) -> None:
+    """Raise ValueError unless columns is a known word and their mask, if any, is bool [B, B * m] of "all"."""
+    if columns not in ("own", "all", "none"):
+        raise ValueError(f"columns is {columns!r}; it must be 'own', 'all' or 'none'")
+    if columns_mask_BN is None:
+        return
+    shape = tuple(columns_mask_BN.shape)
+    if columns != "all":
+        raise ValueError(f"columns_mask has shape {shape} but columns is {columns!r}; it is allowed only with 'all'")
     if g_BmD is None:
-        if usable_Bm is not None:
-            raise ValueError(
-                f"negatives_mask has shape {tuple(usable_Bm.shape)} but negatives is None; "
-                "a mask is allowed only with negatives"
-            )
-        return
-    B, D = z1_BD.shape
-    if g_BmD.ndim != 3 or g_BmD.shape[0] != B or g_BmD.shape[2] != D:
-        raise ValueError(f"negatives has shape {tuple(g_BmD.shape)}; it must be [B, m, D] with B = {B} and D = {D}")
-    check_floating("negatives", g_BmD)
-    if usable_Bm is None:
-        return
-    if usable_Bm.shape != g_BmD.shape[:2]:
+        raise ValueError(f"columns_mask has shape {shape} but negatives is None; it is allowed only with negatives")
+    B, m = g_BmD.shape[:2]
+    if shape != (B, B * m):
+        raise ValueError(f"columns_mask has shape {shape}; it must be [B, B * m] = {(B, B * m)}")
+    _check_bool("columns_mask", columns_mask_BN)
+
+
+def check_negatives_are_columns(columns: str) -> None:
+    """Raise ValueError for the word that leaves negatives without a use where nothing is mixed."""
+    if columns == "none":
         raise ValueError(
-            f"negatives_mask has shape {tuple(usable_Bm.shape)}; it must be [B, m] = {tuple(g_BmD.shape[:2])}"
+            "columns is 'none'; it must be 'own' or 'all', for without mixing the negatives would have no use"
         )
-    if usable_Bm.dtype != torch.bool:
-        raise ValueError(f"negatives_mask has dtype {usable_Bm.dtype}; it must be torch.bool")
 
 
 def check_pairs(pairs_Bs2: Tensor, *, batch_size: int, n_mixes: int) -> None:
@@ -81,6 +93,36 @@ def check_pair_ranks(pairs_Bs2: Tensor, *, upper: int) -> None:
             f"pairs has ranks from {low} to {high}; they must lie in [0, {upper}), "
             "the smaller of k and the number of candidates of a row"
         )
+
+
+def _check_rows_of_anchors(
+    name: str, letter: str, z1_BD: Tensor, rows_BnD: Tensor | None, usable_Bn: Tensor | None
+) -> None:
+    """Raise ValueError unless rows are [B, n, D] and their mask, if any, is bool [B, n]; `letter` stands for n."""
+    if rows_BnD is None:
+        if usable_Bn is not None:
+            raise ValueError(
+                f"{name}_mask has shape {tuple(usable_Bn.shape)} but {name} is None; a mask is allowed only with {name}"
+            )
+        return
+    B, D = z1_BD.shape
+    if rows_BnD.ndim != 3 or rows_BnD.shape[0] != B or rows_BnD.shape[2] != D:
+        raise ValueError(
+            f"{name} has shape {tuple(rows_BnD.shape)}; it must be [B, {letter}, D] with B = {B} and D = {D}"
+        )
+    check_floating(name, rows_BnD)
+    if usable_Bn is None:
+        return
+    if usable_Bn.shape != rows_BnD.shape[:2]:
+        raise ValueError(
+            f"{name}_mask has shape {tuple(usable_Bn.shape)}; it must be [B, {letter}] = {tuple(rows_BnD.shape[:2])}"
+        )
+    _check_bool(f"{name}_mask", usable_Bn)
+
+
+def _check_bool(name: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.bool:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; it must be torch.bool")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

@@ -11,6 +11,7 @@ from hncse_ray.objectives import checks
 from hncse_ray.objectives.pairs import draw_pairs
 from hncse_ray.objectives.similarity import (
     MIN_NORM,
+    Columns,
     Contrast,
     Metrics,
     as_metric,
@@ -35,6 +36,8 @@ def positive_mixing(
     w_pos: float,
     w_neg: float,
     negatives_mask: Tensor | None = None,
+    columns: Columns = "own",
+    columns_mask: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """HNCSE-PM: mix the hardest negative into a positive that it rivals.
 
@@ -46,7 +49,7 @@ def positive_mixing(
     - becomes (p z2_i + q h_i) / (p + q) where p <= q: the negative is closer.
 
     The mixes are normalised and stand in z2's place as columns of the logits, for every row; the negatives
-    remain further columns, as in `info_nce`. Gradient flows through the mixes and through p and q; which
+    are further columns, as `columns` says. Gradient flows through the mixes and through p and q; which
     case holds is a constant.
 
     Guards: the positive stays z2_i where p <= 0 (the relative gap has no meaning, and the mix would point
@@ -64,6 +67,9 @@ def positive_mixing(
         w_pos: weight of the positive in the second case; at least 0. Only the ratio to `w_neg` matters.
         w_neg: weight of the hardest negative in the second case; at least 0.
         negatives_mask: bool [B, m], True where a negative is usable; the others take no part.
+        columns: "own" or "all" as in `info_nce`, or "none": negatives are candidates for mixing and no
+            columns. The candidates of an anchor are the batch's and its own in each case.
+        columns_mask: see `info_nce`.
 
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 inputs), and the metrics of `info_nce` (similarities of the
@@ -71,14 +77,13 @@ def positive_mixing(
         `share_kept` (guarded ones among them), `share_weighted_mix` and `share_similarity_mix`.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, B < 2, or a number is out of its range.
+        ValueError: shapes or dtypes do not fit together, B < 2, or an argument is out of its range.
     """
     _check_positive_mixing(temperature=temperature, margin=margin, w_pos=w_pos, w_neg=w_neg)
     with autocast_off(z1):
-        c = contrast(z1, z2, negatives, negatives_mask)
+        c = contrast(z1, z2, negatives, negatives_mask, columns=columns, columns_mask=columns_mask)
         positives_BD, shares = _mixed_positives(c, margin=margin, w_pos=w_pos, w_neg=w_neg)
-        columns = [c.z1_BD @ positives_BD.T, c.s_Bm]
-        loss, accuracy = cross_entropy(columns, temperature=temperature)
+        loss, accuracy = cross_entropy([c.z1_BD @ positives_BD.T, c.columns_BN], temperature=temperature)
         return loss, shared_metrics(c, accuracy) | shares
 
 
@@ -94,14 +99,17 @@ def hard_negative_mixing(
     pairs: Tensor | None = None,
     generator: torch.Generator | None = None,
     negatives_mask: Tensor | None = None,
+    columns: Columns = "own",
+    columns_mask: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """HNCSE-HNM: make harder negatives by mixing pairs of an anchor's hardest ones.
 
     The candidates of anchor i are every z2_j, j != i, and the anchor's own negatives; n_0, n_1, ... are the k
     most similar to z1_i, the most similar first. Each of `n_mixes` pairs of ranks (a, b) gives
     `normalise(alpha n_a + (1 - alpha) n_b)`, and these mixes are further columns of row i beside the z2 and
-    the negatives. Gradient flows through the mixes. They are never materialised: only their cosines are
-    computed, from the similarities of n_a and n_b and from the Gram matrix of the k candidates.
+    the negatives, as `columns` says. Gradient flows through the mixes. They are never materialised: only
+    their cosines are computed, from the similarities of n_a and n_b and from the Gram matrix of the k
+    candidates.
 
     An anchor with fewer than k candidates draws among those it has, and with fewer than 2 has no mixes. A
     mix shorter than 1e-3 (opposite vectors) has no direction and is left out.
@@ -125,6 +133,8 @@ def hard_negative_mixing(
             on the generator's state and on shapes alone, so ranks that hold equal generators draw equal
             pairs. It may live on another device than z1. None stands for the default one of z1's device.
         negatives_mask: bool [B, m], True where a negative is usable; the others take no part.
+        columns: see `positive_mixing`.
+        columns_mask: see `info_nce`.
 
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 inputs), and the metrics of `info_nce` with
@@ -132,14 +142,14 @@ def hard_negative_mixing(
         `candidates_used` (mean number of candidates drawn from).
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, B < 2, or a number or a rank is out of its range.
+        ValueError: shapes or dtypes do not fit together, B < 2, or an argument or a rank is out of its range.
     """
     _check_negative_mixing(temperature=temperature, k=k, n_mixes=n_mixes, alpha=alpha)
     with autocast_off(z1):
-        c = contrast(z1, z2, negatives, negatives_mask)
+        c = contrast(z1, z2, negatives, negatives_mask, columns=columns, columns_mask=columns_mask)
         pairs = _pairs_or_draw(c, k, n_mixes, pairs=pairs, generator=generator, masked=negatives_mask is not None)
         mixes_Bs, mix_metrics = _mixed_negatives(c, pairs, k=k, alpha=alpha)
-        loss, accuracy = cross_entropy([c.s_BB, c.s_Bm, mixes_Bs], temperature=temperature)
+        loss, accuracy = cross_entropy([c.s_BB, c.columns_BN, mixes_Bs], temperature=temperature)
         return loss, shared_metrics(c, accuracy) | mix_metrics
 
 
@@ -158,11 +168,14 @@ def hybrid(
     pairs: Tensor | None = None,
     generator: torch.Generator | None = None,
     negatives_mask: Tensor | None = None,
+    columns: Columns = "own",
+    columns_mask: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """HNCSE (arXiv 2411.12156): `positive_mixing` and `hard_negative_mixing` at once.
 
     The mixed positives stand in z2's place as columns; the mixed negatives, made from the original z2 and
-    negatives and not from mixed positives, are further columns.
+    negatives and not from mixed positives, are further columns. As in both, `columns` decides which negatives
+    are columns, never which are candidates.
 
     Args:
         z1: anchors, unit-norm rows [B, D].
@@ -178,22 +191,24 @@ def hybrid(
         pairs: see `hard_negative_mixing`.
         generator: see `hard_negative_mixing`.
         negatives_mask: bool [B, m], True where a negative is usable; the others take no part.
+        columns: see `positive_mixing`.
+        columns_mask: see `info_nce`.
 
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 inputs), and the metrics of both parts.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, B < 2, or a number or a rank is out of its range.
+        ValueError: shapes or dtypes do not fit together, B < 2, or an argument or a rank is out of its range.
     """
     _check_positive_mixing(temperature=temperature, margin=margin, w_pos=w_pos, w_neg=w_neg)
     _check_negative_mixing(temperature=temperature, k=k, n_mixes=n_mixes, alpha=alpha)
     with autocast_off(z1):
-        c = contrast(z1, z2, negatives, negatives_mask)
+        c = contrast(z1, z2, negatives, negatives_mask, columns=columns, columns_mask=columns_mask)
         positives_BD, shares = _mixed_positives(c, margin=margin, w_pos=w_pos, w_neg=w_neg)
         pairs = _pairs_or_draw(c, k, n_mixes, pairs=pairs, generator=generator, masked=negatives_mask is not None)
         mixes_Bs, mix_metrics = _mixed_negatives(c, pairs, k=k, alpha=alpha)
-        columns = [c.z1_BD @ positives_BD.T, c.s_Bm, mixes_Bs]
-        loss, accuracy = cross_entropy(columns, temperature=temperature)
+        similarities = [c.z1_BD @ positives_BD.T, c.columns_BN, mixes_Bs]
+        loss, accuracy = cross_entropy(similarities, temperature=temperature)
         return loss, shared_metrics(c, accuracy) | shares | mix_metrics
 
 

@@ -1,10 +1,12 @@
 """What all objectives share: precision, candidates and their similarities, cross entropy over columns.
 
 Shape letters: B anchors (the global batch), D embedding size, m global negatives of one anchor,
-C = B + m candidate slots of one anchor, k hardest candidates, s mixed negatives.
+N columns that global negatives add to an anchor's logits, C = B + m candidate slots of one anchor, k hardest
+candidates, s mixed negatives.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,9 @@ from torch import Tensor
 from hncse_ray.objectives import checks
 
 Metrics = dict[str, Tensor]
+
+Columns = Literal["own", "all", "none"]
+"""Whose global negatives are columns of an anchor's logits: its own, those of all anchors, or nobody's."""
 
 MIN_NORM = 1e-6
 """A mix shorter than this has no direction to speak of and is never normalised."""
@@ -41,6 +46,9 @@ class Contrast:
         g_BmD: each anchor's own global negatives (m may be 0), zero where not usable.
         s_BB: z1_i . z2_j.
         s_Bm: z1_i . g_im, -inf where not usable.
+        usable_Bm: which of them are usable; None if no negatives were given.
+        columns_BN: the similarities of the global negatives that are columns of the logits, -inf where a
+            column takes no part: s_Bm for "own"; z1_i . g_jn in column j * m + n for "all"; none for "none".
         candidates_BC: similarity of each anchor to its candidates N_i: slot j < B is z2_j (-inf for j = i),
             slot B + j is the anchor's own negative j (-inf where not usable).
         count_B: number of candidates of each anchor, at least B - 1 >= 1.
@@ -51,6 +59,8 @@ class Contrast:
     g_BmD: Tensor
     s_BB: Tensor
     s_Bm: Tensor
+    usable_Bm: Tensor | None
+    columns_BN: Tensor
     candidates_BC: Tensor
     count_B: Tensor
 
@@ -70,24 +80,37 @@ class Contrast:
         return torch.where((slots_Bk < B).unsqueeze(-1), in_batch_BkD, own_BkD)
 
 
-def contrast(z1: Tensor, z2: Tensor, negatives: Tensor | None, negatives_mask: Tensor | None) -> Contrast:
+def contrast(
+    z1: Tensor,
+    z2: Tensor,
+    negatives: Tensor | None,
+    negatives_mask: Tensor | None,
+    *,
+    columns: Columns,
+    columns_mask: Tensor | None,
+) -> Contrast:
     """Check the embeddings, bring them to the working dtype and compare every anchor to its candidates.
+
+    The candidates are the same whatever `columns` says: it only decides which negatives an anchor repels.
 
     Call under `autocast_off`.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, or B < 2.
+        ValueError: shapes or dtypes do not fit together, B < 2, or `columns` is unknown.
     """
     checks.check_views(z1, z2=z2)
     checks.check_negatives(z1, negatives, negatives_mask)
+    checks.check_columns(columns, negatives, columns_mask)
     B, D = z1.shape
     g_BmD = z1.new_empty(B, 0, D) if negatives is None else negatives
     dtype = working_dtype(z1, z2, g_BmD)
     z1_BD, z2_BD, g_BmD = z1.to(dtype), z2.to(dtype), g_BmD.to(dtype)
     m = g_BmD.shape[1]
 
+    usable_Bm = None if negatives is None else torch.ones(B, m, dtype=torch.bool, device=z1.device)
     count_B = torch.full((B,), B - 1 + m, device=z1.device)
     if negatives_mask is not None:
+        usable_Bm = negatives_mask
         # Padding may hold anything, NaN included, and 0 * NaN would reach z1's gradient: blank it first.
         g_BmD = torch.where(negatives_mask.unsqueeze(-1), g_BmD, 0.0)
         count_B = B - 1 + negatives_mask.sum(dim=1)
@@ -98,7 +121,18 @@ def contrast(z1: Tensor, z2: Tensor, negatives: Tensor | None, negatives_mask: T
         s_Bm = s_Bm.masked_fill(~negatives_mask, -torch.inf)
     itself_BB = torch.eye(B, dtype=torch.bool, device=z1.device)
     candidates_BC = torch.cat([s_BB.masked_fill(itself_BB, -torch.inf), s_Bm], dim=1)
-    return Contrast(z1_BD, z2_BD, g_BmD, s_BB, s_Bm, candidates_BC, count_B)
+
+    if columns == "own":
+        columns_BN = s_Bm
+    elif columns == "none":
+        columns_BN = s_Bm[:, :0]
+    else:
+        columns_BN = z1_BD @ g_BmD.reshape(B * m, D).T
+        if negatives_mask is not None:
+            columns_BN = columns_BN.masked_fill(~negatives_mask.reshape(B * m), -torch.inf)
+        if columns_mask is not None:
+            columns_BN = columns_BN.masked_fill(~columns_mask, -torch.inf)
+    return Contrast(z1_BD, z2_BD, g_BmD, s_BB, s_Bm, usable_Bm, columns_BN, candidates_BC, count_B)
 
 
 def cross_entropy(columns: list[Tensor], *, temperature: float) -> tuple[Tensor, Tensor]:
@@ -122,12 +156,16 @@ def cross_entropy(columns: list[Tensor], *, temperature: float) -> tuple[Tensor,
 
 
 def shared_metrics(c: Contrast, accuracy: Tensor) -> Metrics:
-    """The metrics that every objective reports."""
-    return {
+    """The metrics that every objective reports; their names depend on whether negatives were given alone."""
+    metrics = {
         "positive_similarity": as_metric(c.s_BB.diagonal().mean()),
         "hardest_negative_similarity": as_metric(c.candidates_BC.amax(dim=1).mean()),
         "contrastive_accuracy": as_metric(accuracy),
     }
+    if c.usable_Bm is not None:
+        usable_s_Bm = torch.where(c.usable_Bm, c.s_Bm, 0.0)
+        metrics["negative_similarity"] = as_metric(usable_s_Bm.sum() / c.usable_Bm.sum().clamp(min=1))
+    return metrics
 
 
 def as_metric(value: Tensor) -> Tensor:

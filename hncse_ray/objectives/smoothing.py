@@ -19,13 +19,15 @@ from hncse_ray.objectives.similarity import (
 def instance_smoothing(
     z1: Tensor,
     z2: Tensor,
-    buffer: Tensor,
+    buffer: Tensor | None = None,
     *,
     temperature: float,
     group_size: int,
     attention_temperature: float,
     weight: float,
-) -> tuple[Tensor, Metrics, Tensor]:
+    neighbours: Tensor | None = None,
+    neighbours_mask: Tensor | None = None,
+) -> tuple[Tensor, Metrics, Tensor | None]:
     """Contrast anchors with their positives, and with averages over each positive's neighbourhood.
 
     The batch's z2, detached, is first pushed to the end of the buffer, and the oldest rows leave. The group
@@ -38,6 +40,10 @@ def instance_smoothing(
     A batch larger than the buffer leaves only its last K rows there. The most similar buffer row is passed
     over for every i all the same.
 
+    With `neighbours`, say of the whole corpus from a global index, the group of z2_i is z2_i and these, and
+    the buffer is neither read nor changed. They carry no gradient either. A row without a usable neighbour
+    keeps z*_i = z2_i, and while no row has one, the loss is `info_nce(z1, z2)` alone.
+
     IS-CSE (arXiv 2305.07424), method section; the paper has K = 1024, group_size = 16,
     attention_temperature = 2 and weight = 0.1, or for large models a ramp from 0.005 to 0.05
     (`cosine_ramp`).
@@ -46,37 +52,51 @@ def instance_smoothing(
         z1: anchors, unit-norm rows [B, D].
         z2: positives, unit-norm rows [B, D].
         buffer: earlier positives [K, D], oldest first, rows of zeros where not yet filled; not modified.
+            May be None where neighbours are given.
         temperature: divides the cosines of the contrast; above 0.
-        group_size: number of neighbours in a group beside the positive itself; from 1 to K - 1.
+        group_size: number of neighbours in a group beside the positive itself; from 1 to K - 1. Ignored
+            where neighbours are given: all usable ones are in the group.
         attention_temperature: divides the cosines inside a group; above 0.
         weight: of the smoothed term; at least 0.
+        neighbours: each positive's neighbours, unit-norm [B, g, D], without the sentence itself; g may be 0.
+        neighbours_mask: bool [B, g], True where a neighbour is usable; the others take no part, whatever they
+            hold.
 
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 inputs); the metrics of `info_nce(z1, z2)` with
-        `smoothing_active` (1 once the buffer is full, else 0) and `smoothing_loss` (the unweighted smoothed
-        term, 0 while not active); and the new buffer [K, D], of the old one's dtype, without gradient.
+        `smoothing_active` (1 once the buffer is full, else 0; with neighbours, the share of rows that have a
+        usable one) and `smoothing_loss` (the unweighted smoothed term, 0 while nothing is active); and the
+        new buffer [K, D], of the old one's dtype, without gradient (with neighbours, `buffer` as it is).
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, B < 2, or a number is out of its range.
+        ValueError: shapes or dtypes do not fit together, B < 2, a number is out of its range, or there is
+            neither a buffer nor neighbours.
     """
-    _check_smoothing(z1, z2, buffer, group_size, attention_temperature, weight)
+    _check_smoothing(z1, z2, attention_temperature, weight)
+    checks.check_neighbours(z1, neighbours, neighbours_mask)
+    if neighbours is not None:
+        group_BgD, usable_Bg = _given(neighbours, neighbours_mask)
+        active = usable_Bg.any(dim=1).float().mean()
+    else:
+        if buffer is None:
+            raise ValueError("buffer is None and neighbours is None; one of them must be given")
+        _check_buffer(z1, buffer, group_size)
+        buffer = _push(buffer, z2)
+        group_BgD, usable_Bg = _nearest(z1, z2, buffer, group_size=group_size)
+        active = (buffer[0] != 0).any()
+
     base, metrics = info_nce(z1, z2, temperature=temperature)
-    new_buffer = _push(buffer, z2)
     with autocast_off(z1):
-        dtype = working_dtype(z1, z2, buffer)
-        smoothed_BD = _smooth(
-            z2.to(dtype),
-            new_buffer.to(dtype),
-            group_size=group_size,
-            attention_temperature=attention_temperature,
+        dtype = working_dtype(z1, z2, group_BgD)
+        smoothed_BD = _average(
+            z2.to(dtype), group_BgD.to(dtype), usable_Bg, attention_temperature=attention_temperature
         )
     smoothed, _ = info_nce(z1, smoothed_BD, temperature=temperature)
-    active = (new_buffer[0] != 0).any()
     # A choice on the device: asking for the flag here would make the host wait at every step.
-    smoothed = torch.where(active, smoothed, 0.0)
+    smoothed = torch.where(active > 0, smoothed, 0.0)
     metrics["smoothing_active"] = as_metric(active)
     metrics["smoothing_loss"] = as_metric(smoothed)
-    return base + weight * smoothed, metrics, new_buffer
+    return base + weight * smoothed, metrics, buffer
 
 
 def cosine_ramp(step: int, total_steps: int, *, start: float, end: float) -> float:
@@ -101,12 +121,13 @@ def cosine_ramp(step: int, total_steps: int, *, start: float, end: float) -> flo
     return end + (start - end) * math.cos(math.pi * step / total_steps)
 
 
-def _check_smoothing(
-    z1: Tensor, z2: Tensor, buffer: Tensor, group_size: int, attention_temperature: float, weight: float
-) -> None:
+def _check_smoothing(z1: Tensor, z2: Tensor, attention_temperature: float, weight: float) -> None:
     checks.check_views(z1, z2=z2)
     checks.check_positive("attention_temperature", attention_temperature)
     checks.check_at_least("weight", weight, 0)
+
+
+def _check_buffer(z1: Tensor, buffer: Tensor, group_size: int) -> None:
     if buffer.ndim != 2 or buffer.shape[1] != z1.shape[1]:
         raise ValueError(f"buffer has shape {tuple(buffer.shape)}; it must be [K, D] with D = {z1.shape[1]}")
     checks.check_floating("buffer", buffer)
@@ -123,15 +144,30 @@ def _push(buffer_KD: Tensor, z_BD: Tensor) -> Tensor:
     return torch.cat([kept_KD, z_BD.detach()[-K:].to(buffer_KD.dtype)])
 
 
-def _smooth(z2_BD: Tensor, buffer_KD: Tensor, *, group_size: int, attention_temperature: float) -> Tensor:
-    """z*: each positive averaged with its neighbours in the buffer, unit-norm [B, D]."""
-    nearest_Bg = (z2_BD.detach() @ buffer_KD.T).topk(group_size + 1, dim=1).indices[:, 1:]
-    neighbours_BgD = buffer_KD[nearest_Bg]
+def _nearest(z1: Tensor, z2: Tensor, buffer: Tensor, *, group_size: int) -> tuple[Tensor, Tensor]:
+    """The neighbours of each positive in the buffer after the nearest row, [B, g, D], all usable [B, g]."""
+    with autocast_off(z1):
+        dtype = working_dtype(z1, z2, buffer)
+        buffer_KD = buffer.to(dtype)
+        nearest_Bg = (z2.detach().to(dtype) @ buffer_KD.T).topk(group_size + 1, dim=1).indices[:, 1:]
+    return buffer_KD[nearest_Bg], torch.ones_like(nearest_Bg, dtype=torch.bool)
+
+
+def _given(neighbours_BgD: Tensor, usable_Bg: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The neighbours without gradient, and which are usable [B, g]; zeros where not."""
+    neighbours_BgD = neighbours_BgD.detach()
+    if usable_Bg is None:
+        return neighbours_BgD, torch.ones(neighbours_BgD.shape[:2], dtype=torch.bool, device=neighbours_BgD.device)
+    # Padding may hold anything, NaN included, and 0 * NaN would reach the average and z2's gradient.
+    return torch.where(usable_Bg.unsqueeze(-1), neighbours_BgD, 0.0), usable_Bg
+
+
+def _average(z2_BD: Tensor, neighbours_BgD: Tensor, usable_Bg: Tensor, *, attention_temperature: float) -> Tensor:
+    """z*: each positive averaged with its usable neighbours, unit-norm [B, D]; itself if it has none."""
     own_B1 = z2_BD.square().sum(dim=1, keepdim=True)
-    others_Bg = (neighbours_BgD @ z2_BD.unsqueeze(-1)).squeeze(-1)
+    others_Bg = (neighbours_BgD @ z2_BD.unsqueeze(-1)).squeeze(-1).masked_fill(~usable_Bg, -torch.inf)
     attention_BG = torch.softmax(torch.cat([own_B1, others_Bg], dim=1) / attention_temperature, dim=1)
     others_BD = (attention_BG[:, 1:].unsqueeze(1) @ neighbours_BgD).squeeze(1)
     sum_BD = attention_BG[:, :1] * z2_BD + others_BD
-    every_B = torch.ones(z2_BD.shape[0], dtype=torch.bool, device=z2_BD.device)
-    smoothed_BD, _ = normalise_or_keep(sum_BD, z2_BD, chosen_B=every_B)
+    smoothed_BD, _ = normalise_or_keep(sum_BD, z2_BD, chosen_B=usable_Bg.any(dim=1))
     return smoothed_BD

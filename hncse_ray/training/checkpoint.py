@@ -44,7 +44,9 @@ class TrainState:
         sentences: sentences trained on, repeats counted.
         train_seconds: time spent on them; evaluation and checkpoints left out.
         corpus_digest: of the prepared corpus.
-        index_version: of the global negatives in use; None without a negative pool.
+        positive_similarity: mean cosine of the two views, at the last log.
+        index_version: of the global negatives in use, and the positive similarity they were selected by; None
+            without global negatives.
     """
 
     step: int = 0
@@ -57,7 +59,25 @@ class TrainState:
     sentences: int = 0
     train_seconds: float = 0.0
     corpus_digest: str = ""
+    positive_similarity: float = 1.0
     index_version: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a run takes up from a checkpoint beside the parts that it was loaded into.
+
+    Attributes:
+        state: where the run stands.
+        best: weights of the best dev score.
+        index: weights that the global negatives in use were made from, if they were kept.
+        passed_over: a line for each damaged checkpoint that was newer.
+    """
+
+    state: TrainState
+    best: Weights | None
+    index: Weights | None
+    passed_over: list[str]
 
 
 class RunStore(Protocol):
@@ -99,6 +119,7 @@ def write_checkpoint(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     objective: Objective,
     best: Weights | None,
+    index: Weights | None = None,
 ) -> None:
     """Write everything that going on needs.
 
@@ -111,10 +132,13 @@ def write_checkpoint(
         schedule: its position.
         objective: its state.
         best: weights of the best dev score; None if they are the present ones.
+        index: weights that the global negatives in use were made from; None if going on does not need them.
     """
     save_file(copy_weights(encoder), folder / "encoder.safetensors")
     if best is not None:
         save_file(best, folder / "best.safetensors")
+    if index is not None:
+        save_file(index, folder / "index.safetensors")
     moments = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
     torch.save(moments | {"objective": objective.state_dict()}, folder / "training.pt")
     (folder / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
@@ -131,7 +155,7 @@ def read_newest(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     objective: Objective,
-) -> tuple[TrainState, Weights | None, list[str]]:
+) -> Resumed:
     """Load the newest whole checkpoint into the given parts.
 
     Args:
@@ -142,8 +166,7 @@ def read_newest(
         objective: takes the state.
 
     Returns:
-        The state (a fresh one if there is no checkpoint), the best weights so far, and a line for each damaged
-        checkpoint that was passed over.
+        What is not taken by the parts; a fresh state if there is no checkpoint.
     """
     passed_over: list[str] = []
     for folder in candidates:
@@ -159,9 +182,14 @@ def read_newest(
         optimizer.load_state_dict(moments["optimizer"])
         schedule.load_state_dict(moments["schedule"])
         objective.load_state_dict(moments["objective"])
-        kept = folder / "best.safetensors"
-        return state, load_file(kept) if kept.exists() else weights, passed_over
-    return TrainState(), None, passed_over
+        kept, index = folder / "best.safetensors", folder / "index.safetensors"
+        return Resumed(
+            state=state,
+            best=load_file(kept) if kept.exists() else weights,
+            index=load_file(index) if index.exists() else None,
+            passed_over=passed_over,
+        )
+    return Resumed(TrainState(), None, None, passed_over)
 
 
 def _check(folder: Path) -> TrainState:

@@ -6,7 +6,7 @@ Every function is the identity, or local, where no process group is initialised.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from hncse_ray.encoder import SentenceEncoder, length_batches
 from hncse_ray.errors import HncseError
+
+Value = TypeVar("Value")
 
 
 def world_size() -> int:
@@ -86,6 +88,16 @@ class ShardedEncode:
             dist.all_reduce(total)  # each row was written by one rank, the others hold zeros: the sum is exact
             out_ND = total.cpu().numpy()
         return out_ND
+
+
+def broadcast(value: Value | None) -> Value:
+    """Return the first rank's value on every rank; the others' is not looked at."""
+    box = [value]
+    if world_size() > 1:
+        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
+        dist.broadcast_object_list(box, src=0, device=device)
+    assert box[0] is not None
+    return box[0]
 
 
 def raise_together(error: HncseError | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +17,16 @@ from hncse_ray.corpus import BatchPlan, Corpus, rank_slice
 from hncse_ray.encoder import SentenceEncoder, save_encoder
 from hncse_ray.errors import HncseError, StorageError
 from hncse_ray.evaluation import uniformity
+from hncse_ray.negatives import NegativeSource
 from hncse_ray.reporting.events import CheckpointSaved, Evaluated, Event, Notice, RunFinished, RunStarted, StepsLogged
-from hncse_ray.training.checkpoint import RunStore, Weights, copy_weights, read_newest, write_checkpoint
+from hncse_ray.training.checkpoint import RunStore, copy_weights, read_newest, write_checkpoint
 from hncse_ray.training.distributed import ShardedEncode, raise_together, rank, world_size
 from hncse_ray.training.evaluator import EvaluationSets, Scores, Split
 from hncse_ray.training.guards import Guards
+from hncse_ray.training.negatives import BatchNegatives, GlobalNegatives
 from hncse_ray.training.objective import Metrics, Objective
 from hncse_ray.training.schedule import build_optimizer, build_schedule
-from hncse_ray.training.step import LocalBatch, StepContext, train_step
+from hncse_ray.training.step import LocalBatch, StepContext, StepNegatives, train_step
 
 Emit = Callable[[Event], None]
 _SPLITS: tuple[Split, ...] = ("dev", "test")
@@ -32,13 +34,14 @@ _SPLITS: tuple[Split, ...] = ("dev", "test")
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What a rank trains: all of it is the same on every rank."""
+    """What a rank trains: all of it is the same on every rank, but for ``source``, which only the first has."""
 
     settings: Settings
     corpus: Corpus
     encoder: SentenceEncoder
     sets: EvaluationSets
     precision: str = ""
+    source: NegativeSource | None = None
 
 
 def fit(job: TrainJob, store: RunStore, emit: Emit) -> RunFinished:
@@ -56,7 +59,12 @@ def fit(job: TrainJob, store: RunStore, emit: Emit) -> RunFinished:
         TrainingError: not a number, or collapse.
         StorageError: a checkpoint or the model could not be written.
     """
-    return _Trainer(job, store, emit if rank() == 0 else lambda event: None).run()
+    trainer = _Trainer(job, store, emit if rank() == 0 else lambda event: None)
+    try:
+        return trainer.run()
+    finally:
+        if trainer.negatives is not None:
+            trainer.negatives.close()
 
 
 class _Trainer:
@@ -78,22 +86,37 @@ class _Trainer:
         self.optimizer = build_optimizer(self.encoder, train)
         self.schedule = build_schedule(self.optimizer, train, self.total_steps)
         self.objective = Objective(
-            self.settings.objective, dimension=self.encoder.dimension, device=self.encoder.device
+            self.settings.objective,
+            dimension=self.encoder.dimension,
+            device=self.encoder.device,
+            columns=self.settings.negatives.columns,
         )
         self.encode = ShardedEncode(self.encoder, self.settings.evaluation.batch_size)
         self.guards = Guards(train)
         self.log = _Log()
-        self.best: Weights | None
-        self.state, self.best, passed_over = read_newest(
+        resumed = read_newest(
             store.checkpoints(),
             encoder=self.encoder,
             optimizer=self.optimizer,
             schedule=self.schedule,
             objective=self.objective,
         )
-        for line in passed_over:
+        self.state, self.best = resumed.state, resumed.best
+        for line in resumed.passed_over:
             emit(Notice(f"passed over: {line}"))
+        self._check_corpus()
         self._announce(job.precision)
+        self.negatives: GlobalNegatives | None = None
+        if self.settings.negatives.source != "none":
+            self.negatives = GlobalNegatives(
+                self.settings,
+                corpus=self.corpus,
+                plan=self.plan,
+                dimension=self.encoder.dimension,
+                source=job.source,
+                notify=lambda text: emit(Notice(text)),
+            )
+            self.negatives.resume(self.state, resumed.index)
         if self.settings.encoder.compile:
             self.encoder.backbone.compile(dynamic=True)
         self.model: SentenceEncoder | DistributedDataParallel = self.encoder
@@ -132,6 +155,8 @@ class _Trainer:
                 total_steps=self.total_steps,
                 chunk_size=train.grad_cache_chunk_size,
             )
+            if self.negatives is not None:
+                self.negatives.refresh(state, lambda: copy_weights(self.encoder))
             batches = self._next_batches()
             metrics, z1_BD = train_step(self.model, self.optimizer, batches, context, max_grad_norm=train.max_grad_norm)
             self.log.add(metrics, z1_BD, sum(sum(b.sizes) for b in batches), float(self.schedule.get_last_lr()[0]))
@@ -145,13 +170,28 @@ class _Trainer:
 
     def _next_batches(self) -> list[LocalBatch]:
         first = self.state.step * self.settings.train.accumulation_steps
+        numbers = range(first, first + self.settings.train.accumulation_steps)
+        negatives: Sequence[BatchNegatives | None] = [None] * len(numbers)
+        if self.negatives is not None:
+            negatives = self.negatives.take(numbers, self.state)
         batches = []
-        for number in range(first, first + self.settings.train.accumulation_steps):
+        for number, batch_negatives in zip(numbers, negatives, strict=True):
             ids = self.plan.batch(number)
             sizes = tuple(len(rank_slice(ids, r, world_size())) for r in range(world_size()))
             rows = self.corpus.token_rows(rank_slice(ids, rank(), world_size()))
-            batches.append(LocalBatch(number, rows, sizes))
+            batches.append(LocalBatch(number, rows, sizes, self._for_step(batch_negatives)))
         return batches
+
+    def _for_step(self, negatives: BatchNegatives | None) -> StepNegatives | None:
+        """Add the token rows of this rank's fresh negatives."""
+        if negatives is None:
+            return None
+        fresh_bm = None
+        if negatives.vectors_BmD is None:
+            ids_bm = rank_slice(negatives.ids_Bm, rank(), world_size())
+            rows = iter(self.corpus.token_rows(ids_bm[ids_bm >= 0]))
+            fresh_bm = [[next(rows) if i >= 0 else None for i in ids_m] for ids_m in ids_bm]
+        return StepNegatives(negatives.mask_Bm, negatives.columns_mask, negatives.vectors_BmD, fresh_bm)
 
     def _write_log(self) -> None:
         if self.log.steps == 0:
@@ -161,6 +201,9 @@ class _Trainer:
         self.log.seconds += time.perf_counter() - started
         finite = math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])
         means["uniformity"] = uniformity(z1_BD.float().cpu().numpy()) if finite else math.nan
+        self.state.positive_similarity = means["positive_similarity"]
+        if self.negatives is not None:
+            means |= self.negatives.metrics(self.state.step)
         speed = self.log.sentences / self.log.seconds
         self.state.train_seconds += self.log.seconds
         self.state.sentences += self.log.sentences
@@ -204,9 +247,19 @@ class _Trainer:
                 schedule=self.schedule,
                 objective=self.objective,
                 best=None if self.state.best_step == self.state.step else self.best,
+                index=None if self.negatives is None else self.negatives.index_weights,
             ),
         )
         self.emit(CheckpointSaved(self.state.step, time.perf_counter() - started))
+
+    def _check_corpus(self) -> None:
+        if self.state.step and self.state.corpus_digest != self.corpus.digest:
+            raise StorageError(
+                "its checkpoints come from another corpus: the source has changed since",
+                self.settings.run_dir,
+                "Restore the old source, or choose another run.name",
+            )
+        self.state.corpus_digest = self.corpus.digest
 
     def _finish(self, stopped_early: bool) -> RunFinished:
         state = self.state

@@ -9,8 +9,7 @@ import fcntl
 import json
 import os
 import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,23 @@ import yaml
 from hncse_ray.config import Settings
 from hncse_ray.errors import StorageError
 from hncse_ray.reporting.events import RunFinished
+from hncse_ray.storage import write_atomically
 
 # Settings that may change between the start of a run and its resumption: they do not change what is computed.
-_FREE = ("run.storage_path", "cluster.", "corpus.cache_dir", "corpus.num_processes", "evaluation.batch_size")
+_FREE = (
+    "run.storage_path",
+    "cluster.",
+    "corpus.cache_dir",
+    "corpus.num_processes",
+    "evaluation.batch_size",
+    "negatives.num_shards",
+    "negatives.cpus_per_shard",
+    "negatives.gpus_per_shard",
+    "negatives.threads_per_shard",
+    "negatives.prefetch_batches",
+    "negatives.timeout_s",
+    "negatives.build_timeout_s",
+)
 _OTHER = "Choose another run.name, or remove the folder"
 
 
@@ -108,50 +121,6 @@ def _refuse(path: Path, settings: Settings) -> None:
             raise StorageError(f"holds a run with other settings: {'; '.join(changed)}", str(path), _OTHER)
     elif path.exists() and any(entry.name != ".lock" for entry in path.iterdir()):
         raise StorageError("is not empty and holds no run", str(path), _OTHER)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old one or the whole new one.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"cannot be written ({error.strerror})", str(path)) from error
-
-
-def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Fill a new folder by ``write(folder)`` and put it in place of ``path`` only when it is whole.
-
-    Raises:
-        StorageError: the disk is full or the place cannot be written; nothing of the attempt remains.
-    """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    replaced = path.with_name(f".{path.name}.old.{uuid.uuid4().hex[:8]}")
-    try:
-        # What a process left that was killed while it wrote; between its two renames, the old folder too.
-        kept = next(path.parent.glob(f".{path.name}.old.*"), None)
-        if kept is not None and not path.exists():
-            os.replace(kept, path)
-        for leftover in path.parent.glob(f".{path.name}.*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write(partial)
-        if path.exists():
-            os.replace(path, replaced)
-        os.replace(partial, path)
-    except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if replaced.exists() and not path.exists():
-            os.replace(replaced, path)
-        # safetensors and torch report a full disk as errors of their own, not as OSError.
-        raise StorageError(f"cannot be written ({error})", str(path), "Is the disk full?") from error
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _changed_settings(stored: Path, settings: Settings) -> list[str]:

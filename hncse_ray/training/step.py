@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hncse_ray.encoder import SentenceEncoder
 from hncse_ray.training.distributed import gather_rows, rank, world_size
-from hncse_ray.training.objective import Metrics, Objective
+from hncse_ray.training.objective import Metrics, Neighbours, Objective
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,30 @@ class LocalBatch:
         number: index of the global batch since the start of training; seeds dropout and random pairs.
         rows: token ids of this rank's b sentences.
         sizes: b of every rank.
+        negatives: the global negatives of the whole batch; None where the run uses none.
     """
 
     number: int
     rows: Sequence[NDArray[np.integer]]
     sizes: tuple[int, ...]
+    negatives: StepNegatives | None = None
+
+
+@dataclass(frozen=True)
+class StepNegatives:
+    """Global negatives as a step needs them.
+
+    Attributes:
+        mask_Bm: which are usable, of all ranks.
+        columns_mask: ``[B, B * m]``, see the objectives, or None.
+        stored_BmD: their vectors, where they come from the index; None where they are encoded again.
+        fresh_bm: token ids of this rank's, where they are encoded again, None where not usable.
+    """
+
+    mask_Bm: NDArray[np.bool_]
+    columns_mask: NDArray[np.bool_] | None
+    stored_BmD: NDArray[np.float32] | None
+    fresh_bm: Sequence[Sequence[NDArray[np.integer] | None]] | None
 
 
 @dataclass(frozen=True)
@@ -83,11 +102,11 @@ def _backward_whole(
     model: Any, batch: LocalBatch, context: StepContext, *, scale: float, accumulate: bool
 ) -> tuple[Metrics, Tensor]:
     with _no_sync(model, accumulate):
-        local = _encode_views(model, batch, context, chunk=0, rows=slice(None))
-        views = [gather_rows(z_bD, batch.sizes) for z_bD in local]
-        loss, metrics = _loss(views, batch, context)
+        local = _encode(model, batch, context, chunk=0, rows=slice(None))
+        embedded = [gather_rows(z, batch.sizes) for z in local]
+        loss, metrics = _loss(embedded, batch, context)
         (loss * scale).backward()  # type: ignore[no-untyped-call]
-    return metrics | {"loss": loss.detach()}, views[0]
+    return metrics | {"loss": loss.detach()}, embedded[0]
 
 
 def _backward_cached(
@@ -102,33 +121,58 @@ def _backward_cached(
     chunks = [slice(start, start + context.chunk_size) for start in range(0, len(batch.rows), context.chunk_size)]
     encoder: SentenceEncoder = getattr(model, "module", model)
     with torch.no_grad():
-        parts = [_encode_views(encoder, batch, context, chunk=c, rows=rows) for c, rows in enumerate(chunks)]
-    local = [torch.cat(view).requires_grad_() for view in zip(*parts, strict=True)]
-    views = [gather_rows(z_bD, batch.sizes) for z_bD in local]
-    loss, metrics = _loss(views, batch, context)
+        parts = [_encode(encoder, batch, context, chunk=c, rows=rows) for c, rows in enumerate(chunks)]
+    local = [torch.cat(part).requires_grad_() for part in zip(*parts, strict=True)]
+    embedded = [gather_rows(z, batch.sizes) for z in local]
+    loss, metrics = _loss(embedded, batch, context)
     (loss * scale).backward()  # type: ignore[no-untyped-call]
     for c, rows in enumerate(chunks):
         with _no_sync(model, accumulate or c < len(chunks) - 1):
-            views_cD = _encode_views(model, batch, context, chunk=c, rows=rows)
-            cached = [z_bD.grad[rows] for z_bD in local if z_bD.grad is not None]
-            torch.autograd.backward(views_cD, cached)
-    return metrics | {"loss": loss.detach()}, views[0]
+            # Of fresh negatives that no objective has used there is no gradient.
+            pairs = [
+                (z_c, z.grad[rows])
+                for z_c, z in zip(_encode(model, batch, context, chunk=c, rows=rows), local, strict=True)
+                if z.grad is not None
+            ]
+            torch.autograd.backward([z_c for z_c, _ in pairs], [grad for _, grad in pairs])
+    return metrics | {"loss": loss.detach()}, embedded[0]
 
 
-def _loss(views: list[Tensor], batch: LocalBatch, context: StepContext) -> tuple[Tensor, Metrics]:
+def _loss(embedded: list[Tensor], batch: LocalBatch, context: StepContext) -> tuple[Tensor, Metrics]:
+    views, fresh = embedded[: context.objective.views], embedded[context.objective.views :]
+    device = views[0].device
     # Every rank draws the same pairs: the generator knows the batch's number, not the rank.
-    generator = torch.Generator(device=views[0].device).manual_seed(_seed(context.seed, batch.number))
-    return context.objective(views, step=context.step, total_steps=context.total_steps, generator=generator)
+    generator = torch.Generator(device=device).manual_seed(_seed(context.seed, batch.number))
+    neighbours = None
+    if (negatives := batch.negatives) is not None:
+        vectors_BmD = fresh[0] if negatives.stored_BmD is None else _tensor(negatives.stored_BmD, device)
+        columns_mask = None if negatives.columns_mask is None else _tensor(negatives.columns_mask, device)
+        neighbours = Neighbours(vectors_BmD, _tensor(negatives.mask_Bm, device), columns_mask)
+    return context.objective(views, neighbours, step=context.step, total_steps=context.total_steps, generator=generator)
 
 
-def _encode_views(model: Any, batch: LocalBatch, context: StepContext, *, chunk: int, rows: slice) -> list[Tensor]:
-    """Embed rows once a view, all views in one forward; dropout depends on seed, batch, rank and chunk alone."""
+def _encode(model: Any, batch: LocalBatch, context: StepContext, *, chunk: int, rows: slice) -> list[Tensor]:
+    """Embed rows once a view, and their fresh negatives, all in one forward: views ``[c, D]``, negatives ``[c, m, D]``.
+
+    Dropout depends on seed, batch, rank and chunk alone.
+    """
     encoder: SentenceEncoder = getattr(model, "module", model)
     torch.manual_seed(_seed(context.seed, batch.number, rank(), chunk))
-    ids_bL, mask_bL = encoder.batch_tensors(batch.rows[rows])
-    n = context.objective.views
-    z = model(ids_bL.repeat(n, 1), None if mask_bL is None else mask_bL.repeat(n, 1))
-    return list(z.chunk(n))
+    anchors, n = batch.rows[rows], context.objective.views
+    if batch.negatives is None or batch.negatives.fresh_bm is None:
+        ids_cL, mask_cL = encoder.batch_tensors(anchors)
+        z = model(ids_cL.repeat(n, 1), None if mask_cL is None else mask_cL.repeat(n, 1))
+        return list(z.chunk(n))
+    slots = [tokens for own in batch.negatives.fresh_bm[rows] for tokens in own]
+    usable = [i for i, tokens in enumerate(slots) if tokens is not None]
+    z = model(*encoder.batch_tensors([*anchors] * n + [tokens for tokens in slots if tokens is not None]))
+    views, fresh = z[: n * len(anchors)], z[n * len(anchors) :]
+    fresh_cmD = z.new_zeros(len(slots), z.shape[1]).index_copy(0, torch.tensor(usable, device=z.device), fresh)
+    return [*views.chunk(n), fresh_cmD.view(len(anchors), -1, z.shape[1])]
+
+
+def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def _seed(*parts: int) -> int:

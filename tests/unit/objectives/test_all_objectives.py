@@ -29,8 +29,14 @@ WITH_NEGATIVES = {
     "hard_negative_mixing": functools.partial(hard_negative_mixing, **NEGATIVE),
     "hybrid": functools.partial(hybrid, **POSITIVE, **NEGATIVE),
 }
-DRAWS_PAIRS = ("hard_negative_mixing", "hybrid")
-EVERY = [*WITH_NEGATIVES, "three_view", "instance_smoothing"]
+MIXING = [name for name in WITH_NEGATIVES if name != "info_nce"]
+WITH_NEGATIVES |= {
+    **{f"{name}, all columns": functools.partial(WITH_NEGATIVES[name], columns="all") for name in [*WITH_NEGATIVES]},
+    **{f"{name}, no columns": functools.partial(WITH_NEGATIVES[name], columns="none") for name in MIXING},
+}
+DRAWS_PAIRS = [name for name in WITH_NEGATIVES if name.startswith(("hard_negative_mixing", "hybrid"))]
+OWN = ["info_nce", *MIXING]
+EVERY = [*WITH_NEGATIVES, "three_view", "three_view with negatives", "instance_smoothing", "smoothing of neighbours"]
 
 
 def unit(x: Tensor) -> Tensor:
@@ -71,6 +77,10 @@ def evaluate(name: str, v: dict[str, Tensor], temperature: float = 0.2) -> tuple
     """Any objective with everything that it can take."""
     if name == "three_view":
         return three_view(v["z1"], v["z2"], v["z3"], temperature=temperature)
+    if name == "three_view with negatives":
+        return three_view(v["z1"], v["z2"], v["z3"], v["g"], temperature=temperature, columns="all")
+    if name == "smoothing of neighbours":
+        return instance_smoothing(v["z1"], v["z2"], temperature=temperature, neighbours=v["g"], **SMOOTHING)[:2]
     if name == "instance_smoothing":
         buffer = full_buffer(v["z1"].dtype)
         return instance_smoothing(v["z1"], v["z2"], buffer, temperature=temperature, **SMOOTHING)[:2]
@@ -131,6 +141,8 @@ def test_no_negatives_in_three_spellings(name: str) -> None:
     v = embeddings()
     objective = functools.partial(WITH_NEGATIVES[name], v["z1"], v["z2"], temperature=0.2, **pairs_for(name))
     expected, expected_metrics = objective()
+    assert "negative_similarity" not in expected_metrics
+    expected_metrics |= {"negative_similarity": torch.tensor(0.0)}
     nothing_usable = torch.zeros(B, M, dtype=torch.bool)
     for given in (
         objective(v["g"][:, :0]),
@@ -143,10 +155,12 @@ def test_no_negatives_in_three_spellings(name: str) -> None:
 @pytest.mark.parametrize("name", WITH_NEGATIVES)
 def test_a_mask_of_all_true_changes_nothing(name: str) -> None:
     v = embeddings()
-    objective = functools.partial(WITH_NEGATIVES[name], temperature=0.2, **pairs_for(name))
+    objective = functools.partial(WITH_NEGATIVES[name], v["z1"], v["z2"], v["g"], temperature=0.2, **pairs_for(name))
     everything = torch.ones(B, M, dtype=torch.bool)
-    masked = objective(v["z1"], v["z2"], v["g"], negatives_mask=everything)
-    torch.testing.assert_close(masked, objective(v["z1"], v["z2"], v["g"]), atol=1e-12, rtol=0)
+    torch.testing.assert_close(objective(negatives_mask=everything), objective(), atol=1e-12, rtol=0)
+    if name.endswith("all columns"):
+        masked = objective(columns_mask=torch.ones(B, B * M, dtype=torch.bool))
+        torch.testing.assert_close(masked, objective(), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("name", WITH_NEGATIVES)
@@ -189,6 +203,11 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
 
         def function(z1: Tensor, z2: Tensor, _z3: Tensor, _g: Tensor) -> Tensor:
             return instance_smoothing(z1, z2, buffer, temperature=0.3, **settings)[0]
+    elif name == "smoothing of neighbours":
+        neighbours = v["g"].detach().clone()  # which carry no gradient
+
+        def function(z1: Tensor, z2: Tensor, _z3: Tensor, _g: Tensor) -> Tensor:
+            return evaluate(name, {"z1": z1, "z2": z2, "g": neighbours}, temperature=0.3)[0]
     else:
 
         def function(z1: Tensor, z2: Tensor, z3: Tensor, g: Tensor) -> Tensor:
@@ -204,8 +223,17 @@ def test_equal_embeddings_cost_the_log_of_the_number_of_columns(name: str, shift
     same = unit(torch.full((D,), shift, dtype=torch.float64))
     views = {key: same.expand_as(tensor) for key, tensor in embeddings().items()}
     loss, metrics = evaluate(name, views)
-    log = {n: torch.tensor(float(n), dtype=torch.float64).log() for n in (B, B + M, B + M + S)}
+    log = {n: torch.tensor(float(n), dtype=torch.float64).log() for n in range(1, B + B * M + S + 1)}
     expected = {
+        "info_nce, all columns": log[B + B * M],
+        "positive_mixing, all columns": log[B + B * M],
+        "positive_mixing, no columns": log[B],
+        "hard_negative_mixing, all columns": log[B + B * M + S],
+        "hard_negative_mixing, no columns": log[B + S],
+        "hybrid, all columns": log[B + B * M + S],
+        "hybrid, no columns": log[B + S],
+        "three_view with negatives": 2 * log[B + B * M],
+        "smoothing of neighbours": (1 + SMOOTHING["weight"]) * log[B],
         "info_nce": log[B + M],
         "positive_mixing": log[B + M],
         "hard_negative_mixing": log[B + M + S],
@@ -246,6 +274,130 @@ def test_only_an_anchors_own_negatives_are_its_columns() -> None:
     torch.testing.assert_close(together - base, sum(loss - base for loss in row_losses))
 
 
+def usable_and_repelled() -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(3)
+    return torch.rand(B, M, generator=rng) < 0.7, torch.rand(B, B * M, generator=rng) < 0.6
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_own_columns_are_all_columns_with_a_block_diagonal_mask(name: str) -> None:
+    v = {key: tensor.requires_grad_() for key, tensor in embeddings().items()}
+    usable, _ = usable_and_repelled()
+    own_block = torch.eye(B, dtype=torch.bool).repeat_interleave(M, dim=1)
+    objective = functools.partial(
+        WITH_NEGATIVES[name], v["z1"], v["z2"], v["g"], temperature=0.2, negatives_mask=usable, **pairs_for(name)
+    )
+    own, masked = objective(), objective(columns="all", columns_mask=own_block)
+    assert torch.equal(own[0], objective(columns="own")[0])  # the default
+    torch.testing.assert_close(own, masked, atol=1e-12, rtol=0)
+    inputs = [v[key] for key in ("z1", "z2", "g")]
+    for mine, other in zip(torch.autograd.grad(own[0], inputs), torch.autograd.grad(masked[0], inputs), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-12, rtol=0)
+    assert (own[0] - objective(columns="all")[0]).detach().abs() > 1e-3
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_no_columns_are_all_columns_masked_away(name: str) -> None:
+    v = embeddings()
+    objective = functools.partial(WITH_NEGATIVES[name], v["z1"], v["z2"], v["g"], temperature=0.2, **pairs_for(name))
+    none = objective(columns="none")
+    nothing = torch.zeros(B, B * M, dtype=torch.bool)
+    torch.testing.assert_close(none, objective(columns="all", columns_mask=nothing), atol=1e-12, rtol=0)
+    without, _ = WITH_NEGATIVES[name](v["z1"], v["z2"], temperature=0.2, **pairs_for(name))
+    # as candidates they still matter
+    assert abs(float(none[0] - without)) > 1e-3 and abs(float(none[0] - objective()[0])) > 1e-3
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_anchor_repels_the_only_usable_negatives(name: str) -> None:
+    """Only anchor 4 has usable negatives: with "all" they are columns of every row, and candidates of row 4."""
+    v = embeddings()
+    usable = torch.zeros(B, M, dtype=torch.bool)
+    usable[4] = True
+    objective = functools.partial(WITH_NEGATIVES[name], temperature=0.2, **pairs_for(name))
+    all_columns = objective(v["z1"], v["z2"], v["g"], negatives_mask=usable, columns="all")
+    everyones = v["g"][4].expand(B, M, D)
+    if name == "info_nce":
+        expected = objective(v["z1"], v["z2"], everyones)[0]
+        torch.testing.assert_close(all_columns[0], expected, atol=1e-12, rtol=0)
+    own = objective(v["z1"], v["z2"], v["g"], negatives_mask=usable)
+    assert all_columns[0] > own[0] + 1e-3  # every row has more columns
+    unchanged = own[1].keys() - {"contrastive_accuracy"}
+    assert all(all_columns[1][key] == own[1][key] for key in unchanged)  # and the same candidates
+    row_4 = float((v["g"][4] @ v["z1"][4]).mean())
+    assert all_columns[1]["negative_similarity"] == pytest.approx(row_4)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_columns_of_an_anchor_follow_the_order_of_its_negatives(name: str) -> None:
+    """Negatives reordered within each anchor, and both masks with them: column j * m + n is negative n of j."""
+    v = embeddings()
+    usable, repelled = usable_and_repelled()
+    order_BM = torch.stack([torch.randperm(M, generator=torch.Generator().manual_seed(i)) for i in range(B)])
+    columns = (torch.arange(B)[:, None] * M + order_BM).flatten()
+    rows = torch.arange(B)[:, None]
+    objective = functools.partial(WITH_NEGATIVES[name], v["z1"], v["z2"], temperature=0.2, columns="all")
+    expected = objective(v["g"], negatives_mask=usable, columns_mask=repelled, **pairs_for(name))
+    g, usable = v["g"][rows, order_BM], usable[rows, order_BM]
+    reordered = objective(g, negatives_mask=usable, columns_mask=repelled[:, columns], **pairs_for(name))
+    torch.testing.assert_close(reordered, expected, atol=1e-12, rtol=0)
+    stale = objective(g, negatives_mask=usable, columns_mask=repelled, **pairs_for(name))
+    assert abs(float(stale[0] - expected[0])) > 1e-4
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_order_of_the_batch_does_not_matter_with_both_masks(name: str) -> None:
+    v = embeddings()
+    usable, repelled = usable_and_repelled()
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    objective = functools.partial(WITH_NEGATIVES[name], temperature=0.2, columns="all")
+    pairs = pairs_for(name)
+    expected = objective(v["z1"], v["z2"], v["g"], negatives_mask=usable, columns_mask=repelled, **pairs)
+    shuffled = {
+        "negatives_mask": usable[order],
+        "columns_mask": repelled.reshape(B, B, M)[order][:, order].reshape(B, B * M),
+        **{key: tensor[order] for key, tensor in pairs.items()},
+    }
+    got = objective(v["z1"][order], v["z2"][order], v["g"][order], **shuffled)
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_padding_may_hold_nan_under_both_masks(name: str) -> None:
+    """A mask of columns that would let padding through does not."""
+    v = embeddings()
+    usable, repelled = usable_and_repelled()
+    repelled[:, ~usable.flatten()] = True
+    g = torch.where(usable[..., None], v["g"], float("nan")).requires_grad_()
+    z1, z2 = v["z1"].requires_grad_(), v["z2"].requires_grad_()
+    objective = functools.partial(
+        WITH_NEGATIVES[name], z1, z2, negatives_mask=usable, columns="all", temperature=0.2, **pairs_for(name)
+    )
+    loss, metrics = objective(g, columns_mask=repelled)
+    torch.testing.assert_close((loss, metrics), objective(v["g"], columns_mask=repelled), atol=1e-12, rtol=0)
+    loss.backward()
+    assert all(torch.isfinite(t.grad).all() for t in (z1, z2, g))
+    assert (g.grad[~usable] == 0).all() and (g.grad[usable] != 0).any()
+
+
+@pytest.mark.parametrize("name", [*WITH_NEGATIVES, "three_view"])
+def test_negative_similarity_is_a_mean_over_usable_negatives(name: str) -> None:
+    v = embeddings()
+    if name == "three_view":
+        objective = functools.partial(three_view, v["z1"], v["z2"], v["z3"], temperature=0.2)
+        anchors = [v["z1"], v["z2"]]
+    else:
+        objective = functools.partial(WITH_NEGATIVES[name], v["z1"], v["z2"], temperature=0.2, **pairs_for(name))
+        anchors = [v["z1"]]
+    usable, _ = usable_and_repelled()
+    for mask in (usable, torch.ones_like(usable), torch.zeros_like(usable)):
+        cosines = [float(v["g"][i, n] @ z[i]) for z in anchors for i in range(B) for n in range(M) if mask[i, n]]
+        metric = objective(v["g"], negatives_mask=mask)[1]["negative_similarity"]
+        assert metric == pytest.approx(sum(cosines) / max(len(cosines), 1), abs=1e-6)
+        assert metric.dtype == torch.float32 and metric.ndim == 0
+    assert "negative_similarity" not in objective()[1]
+
+
 def test_accuracy_of_a_collapsed_encoder_is_zero() -> None:
     z = torch.zeros(4, 3)
     z[:, 0] = 1.0
@@ -284,9 +436,14 @@ def test_nothing_waits_for_the_device(name: str) -> None:
     v = {key: tensor.requires_grad_() for key, tensor in embeddings().items()}
     with NoHostSync():
         if name in WITH_NEGATIVES:
-            usable = torch.ones(B, M, dtype=torch.bool)
+            masks = {"negatives_mask": torch.ones(B, M, dtype=torch.bool)}
+            if name.endswith("all columns"):
+                masks["columns_mask"] = torch.ones(B, B * M, dtype=torch.bool)
             # pairs are drawn here: only given ones have values to check
-            loss, _ = WITH_NEGATIVES[name](v["z1"], v["z2"], v["g"], temperature=0.2, negatives_mask=usable)
+            loss, _ = WITH_NEGATIVES[name](v["z1"], v["z2"], v["g"], temperature=0.2, **masks)
+        elif name == "smoothing of neighbours":
+            masks = {"neighbours_mask": torch.ones(B, M, dtype=torch.bool)}
+            loss, _, _ = instance_smoothing(v["z1"], v["z2"], temperature=0.2, neighbours=v["g"], **masks, **SMOOTHING)
         else:
             loss, _ = evaluate(name, v)
         loss.backward()

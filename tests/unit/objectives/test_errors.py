@@ -32,15 +32,21 @@ OBJECTIVES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "three_view": (three_view, {"z3": torch.ones(B, D)}),
     "instance_smoothing": (instance_smoothing, SMOOTHING),
 }
-WITH_NEGATIVES = ["info_nce", "positive_mixing", "hard_negative_mixing", "hybrid"]
+WITH_NEGATIVES = ["info_nce", "positive_mixing", "hard_negative_mixing", "hybrid", "three_view"]
+MIXES_NOTHING = ["info_nce", "three_view"]
 MIXES_POSITIVES = ["positive_mixing", "hybrid"]
 MIXES_NEGATIVES = ["hard_negative_mixing", "hybrid"]
+NEIGHBOURS = {"neighbours": torch.ones(B, M, D)}
 NAN, INF = float("nan"), float("inf")
 
 
 def call(name: str, **changed: Any) -> Any:
     function, settings = OBJECTIVES[name]
     return function(**{"temperature": 0.05, **VIEWS, **settings, **changed})
+
+
+def yes(*shape: int) -> torch.Tensor:
+    return torch.ones(*shape, dtype=torch.bool)
 
 
 def pairs(*shape: int, fill: int = 0, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -77,6 +83,39 @@ REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
         {**NEGATIVES, "negatives_mask": torch.ones(B, M)},
         "negatives_mask has dtype torch.float32; it must be torch.bool",
     ),
+    (WITH_NEGATIVES, {**NEGATIVES, "columns": "both"}, "columns is 'both'; it must be 'own', 'all' or 'none'"),
+    (MIXES_NOTHING, {**NEGATIVES, "columns": "none"}, "columns is 'none'; it must be 'own' or 'all'"),
+    (MIXES_NOTHING, {"columns": "none"}, "the negatives would have no use"),
+    (
+        WITH_NEGATIVES,
+        {**NEGATIVES, "columns_mask": yes(B, B * M)},
+        "columns_mask has shape (4, 8) but columns is 'own'; it is allowed only with 'all'",
+    ),
+    (
+        [*MIXES_POSITIVES, "hard_negative_mixing"],
+        {**NEGATIVES, "columns": "none", "columns_mask": yes(B, B * M)},
+        "columns_mask has shape (4, 8) but columns is 'none'",
+    ),
+    (
+        WITH_NEGATIVES,
+        {"columns": "all", "columns_mask": yes(B, B * M)},
+        "columns_mask has shape (4, 8) but negatives is None",
+    ),
+    (
+        WITH_NEGATIVES,
+        {**NEGATIVES, "columns": "all", "columns_mask": yes(B, M)},
+        "columns_mask has shape (4, 2); it must be [B, B * m] = (4, 8)",
+    ),
+    (
+        WITH_NEGATIVES,
+        {**NEGATIVES, "columns": "all", "columns_mask": yes(1, B * M)},
+        "columns_mask has shape (1, 8)",
+    ),
+    (
+        WITH_NEGATIVES,
+        {**NEGATIVES, "columns": "all", "columns_mask": torch.ones(B, B * M)},
+        "columns_mask has dtype torch.float32; it must be torch.bool",
+    ),
     (MIXES_POSITIVES, {"margin": -0.1}, "margin is -0.1; it must be finite and at least 0"),
     (MIXES_POSITIVES, {"margin": NAN}, "margin is nan"),
     (MIXES_POSITIVES, {"w_pos": -1.0}, "w_pos is -1.0"),
@@ -107,6 +146,31 @@ REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
     (["instance_smoothing"], {"buffer": torch.ones(6, D + 1)}, "buffer has shape (6, 4); it must be [K, D]"),
     (["instance_smoothing"], {"buffer": torch.ones(D)}, "buffer has shape (3,)"),
     (["instance_smoothing"], {"buffer": pairs(6, D)}, "buffer has dtype torch.int64"),
+    (["instance_smoothing"], {"buffer": None}, "buffer is None and neighbours is None; one of them must be given"),
+    (
+        ["instance_smoothing"],
+        {"neighbours": torch.ones(M, D)},
+        "neighbours has shape (2, 3); it must be [B, g, D] with B = 4 and D = 3",
+    ),
+    (["instance_smoothing"], {"neighbours": torch.ones(B + 1, M, D)}, "neighbours has shape (5, 2, 3)"),
+    (["instance_smoothing"], {"neighbours": torch.ones(B, M, D + 1)}, "neighbours has shape (4, 2, 4)"),
+    (["instance_smoothing"], {"neighbours": pairs(B, M, D)}, "neighbours has dtype torch.int64"),
+    (
+        ["instance_smoothing"],
+        {"neighbours_mask": yes(B, M)},
+        "neighbours_mask has shape (4, 2) but neighbours is None; a mask is allowed only with neighbours",
+    ),
+    (
+        ["instance_smoothing"],
+        {**NEIGHBOURS, "neighbours_mask": yes(B, M + 1)},
+        "neighbours_mask has shape (4, 3); it must be [B, g] = (4, 2)",
+    ),
+    (
+        ["instance_smoothing"],
+        {**NEIGHBOURS, "neighbours_mask": torch.ones(B, M)},
+        "neighbours_mask has dtype torch.float32; it must be torch.bool",
+    ),
+    (["instance_smoothing"], {**NEIGHBOURS, "buffer": None, "weight": -0.1}, "weight is -0.1"),
 ]
 
 
@@ -114,7 +178,13 @@ REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
 def test_the_unchanged_arguments_are_accepted(name: str) -> None:
     call(name)
     if name in WITH_NEGATIVES:
-        call(name, **NEGATIVES, negatives_mask=torch.ones(B, M, dtype=torch.bool))
+        call(name, **NEGATIVES, negatives_mask=yes(B, M))
+        call(name, **NEGATIVES, negatives_mask=yes(B, M), columns="all", columns_mask=yes(B, B * M))
+    if name == "instance_smoothing":
+        call(name, **NEIGHBOURS, neighbours_mask=yes(B, M), buffer=None)
+        call(name, **NEIGHBOURS, group_size=0)  # which does not matter here
+    if name in MIXES_POSITIVES or name in MIXES_NEGATIVES:
+        call(name, **NEGATIVES, columns="none")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Every objective against Python loops written from its definition: values, metrics and gradients in fp64."""
 
+import copy
+import functools
 import math
 
 import pytest
@@ -20,6 +22,7 @@ from hncse_ray.objectives import (
 torch.set_num_threads(1)
 
 TOLERANCE = 1e-10
+COLUMN_SHAPES = [(2, 3, 1), (2, 17, 5), (5, 768, 2), (9, 17, 3), (3, 3, 0)]
 SHAPES = [(B, D, m) for B in (2, 3, 9) for D in (3, 17, 768) for m in (0, 1, 5)]
 
 
@@ -46,6 +49,7 @@ class Case:
         self.k, self.s = 4, 7
         available = self.k if masked else min(self.k, B - 1 + m)
         self.pairs = torch.randint(available, (B, self.s, 2), generator=rng)
+        self.columns_mask = torch.rand(B, B * m, generator=rng) < 0.7 if masked else None
         self.inputs = [self.z1, self.z2, self.z3, self.g]
         for tensor in self.inputs:
             tensor.requires_grad_()
@@ -53,6 +57,24 @@ class Case:
     def usable(self, i: int) -> list[Tensor]:
         """The usable negatives of anchor i."""
         return [g for j, g in enumerate(self.g[i]) if self.mask is None or self.mask[i, j]]
+
+    def columns(self, i: int, columns: str | None) -> list[Tensor]:
+        """The global negatives that anchor i repels, in the order of the columns."""
+        if columns == "own":
+            return self.usable(i)
+        if columns in ("none", None):
+            return []
+        B, m = self.g.shape[:2]
+        return [
+            self.g[j, n]
+            for j in range(B)
+            for n in range(m)
+            if self.mask is None or (self.mask[j, n] and self.columns_mask[i, j * m + n])
+        ]
+
+    def columns_keywords(self, columns: str) -> dict:
+        """What an objective takes for the same."""
+        return {"columns": columns} | ({"columns_mask": self.columns_mask} if columns == "all" else {})
 
     def candidates(self, i: int) -> list[Tensor]:
         """N_i, hardest first."""
@@ -89,9 +111,17 @@ def naive_mixed_negatives(case: Case, i: int, alpha: float) -> list[Tensor]:
 
 
 def naive(
-    case: Case, *, temperature: float, positive: dict | None = None, alpha: float | None = None
+    case: Case,
+    *,
+    temperature: float,
+    positive: dict | None = None,
+    alpha: float | None = None,
+    columns: str | None = "own",
 ) -> tuple[Tensor, dict[str, float]]:
-    """InfoNCE with mixed positives if `positive` is given and mixed negatives if `alpha` is."""
+    """InfoNCE with mixed positives if `positive` is given and mixed negatives if `alpha` is.
+
+    `columns` is None where no negatives are given.
+    """
     B = len(case.z1)
     positives, kinds = list(case.z2), []
     if positive is not None:
@@ -100,15 +130,18 @@ def naive(
     losses, hits, mix_cosines = [], [], []
     for i in range(B):
         mixes = [] if alpha is None else naive_mixed_negatives(case, i, alpha)
-        columns = [case.z1[i] @ n for n in [*positives, *case.usable(i), *mixes]]
-        losses.append(row_loss(columns, i, temperature))
-        hits.append(all(columns[i] > c for j, c in enumerate(columns) if j != i))
+        cosines = [case.z1[i] @ n for n in [*positives, *case.columns(i, columns), *mixes]]
+        losses.append(row_loss(cosines, i, temperature))
+        hits.append(all(cosines[i] > c for j, c in enumerate(cosines) if j != i))
         mix_cosines += [dot(case.z1[i], n) for n in mixes]
     metrics = {
         "positive_similarity": sum(dot(case.z1[i], case.z2[i]) for i in range(B)) / B,
         "hardest_negative_similarity": sum(dot(case.z1[i], case.candidates(i)[0]) for i in range(B)) / B,
         "contrastive_accuracy": sum(hits) / B,
     }
+    if columns is not None:
+        own = [dot(case.z1[i], n) for i in range(B) for n in case.usable(i)]
+        metrics["negative_similarity"] = sum(own) / max(len(own), 1)
     if positive is not None:
         for kind in ("share_kept", "share_weighted_mix", "share_similarity_mix"):
             metrics[kind] = kinds.count(kind) / B
@@ -205,6 +238,36 @@ def test_hybrid(B: int, D: int, m: int, masked: bool) -> None:
     assert_same(case, got, naive(case, temperature=0.2, positive=POSITIVE, alpha=0.3))
 
 
+@pytest.mark.parametrize("columns", ["own", "all", "none"])
+@pytest.mark.parametrize("name", ["info_nce", "positive_mixing", "hard_negative_mixing", "hybrid"])
+@pytest.mark.parametrize(("B", "D", "m"), COLUMN_SHAPES)
+def test_whose_negatives_are_columns(B: int, D: int, m: int, name: str, columns: str, masked: bool) -> None:
+    if name == "info_nce" and columns == "none":
+        return  # refused: see test_errors.py
+    case = Case(B, D, m, masked=masked)
+    positive = POSITIVE if name in ("positive_mixing", "hybrid") else None
+    mixing = {"k": case.k, "n_mixes": case.s, "alpha": 0.3, "pairs": case.pairs}
+    objective = {
+        "info_nce": info_nce,
+        "positive_mixing": functools.partial(positive_mixing, **POSITIVE),
+        "hard_negative_mixing": functools.partial(hard_negative_mixing, **mixing),
+        "hybrid": functools.partial(hybrid, **POSITIVE, **mixing),
+    }[name]
+    keywords = {"negatives_mask": case.mask, **case.columns_keywords(columns)}
+    got = objective(case.z1, case.z2, case.g, temperature=0.2, **keywords)
+    alpha = 0.3 if name in ("hard_negative_mixing", "hybrid") else None
+    assert_same(case, got, naive(case, temperature=0.2, positive=positive, alpha=alpha, columns=columns))
+
+
+def test_the_random_masks_of_columns_matter() -> None:
+    """They leave out usable columns, other anchors' and own ones, and columns of each kind remain."""
+    case = Case(9, 17, 3, masked=True)
+    usable = case.mask.reshape(1, 27).expand(9, 27)
+    own = torch.eye(9, dtype=torch.bool).repeat_interleave(3, dim=1)
+    for kept in (case.columns_mask, ~case.columns_mask):
+        assert (usable & own & kept).any() and (usable & ~own & kept).any()
+
+
 @given(
     B=st.integers(2, 7),
     D=st.integers(2, 24),
@@ -251,13 +314,25 @@ def test_hybrid_for_any_shape_and_setting(
 @pytest.mark.parametrize(("B", "D"), [(2, 3), (9, 17), (5, 768)])
 def test_three_view(B: int, D: int) -> None:
     case = Case(B, D, 0, masked=False)
-    first, first_metrics = naive(case, temperature=0.2)
-    later = Case(B, D, 0, masked=False)
-    later.z1, later.z2 = case.z2, case.z3
-    second, second_metrics = naive(later, temperature=0.2)
-    mean = {name: (first_metrics[name] + second_metrics[name]) / 2 for name in first_metrics}
     got = three_view(case.z1, case.z2, case.z3, temperature=0.2)
-    assert_same(case, got, (first + second, mean))
+    assert_same(case, got, naive_three_view(case, columns=None))
+
+
+@pytest.mark.parametrize("columns", ["own", "all"])
+@pytest.mark.parametrize(("B", "D", "m"), COLUMN_SHAPES)
+def test_three_view_with_negatives(B: int, D: int, m: int, masked: bool, columns: str) -> None:
+    case = Case(B, D, m, masked=masked)
+    keywords = {"negatives_mask": case.mask, **case.columns_keywords(columns)}
+    got = three_view(case.z1, case.z2, case.z3, case.g, temperature=0.2, **keywords)
+    assert_same(case, got, naive_three_view(case, columns=columns))
+
+
+def naive_three_view(case: Case, *, columns: str | None) -> tuple[Tensor, dict[str, float]]:
+    first, first_metrics = naive(case, temperature=0.2, columns=columns)
+    later = copy.copy(case)
+    later.z1, later.z2 = case.z2, case.z3
+    second, second_metrics = naive(later, temperature=0.2, columns=columns)
+    return first + second, {name: (first_metrics[name] + second_metrics[name]) / 2 for name in first_metrics}
 
 
 def naive_smoothing(
@@ -269,22 +344,35 @@ def naive_smoothing(
     attention_temperature: float,
     weight: float,
 ) -> tuple[Tensor, dict[str, float]]:
-    base, metrics = naive(case, temperature=temperature)
+    base, metrics = naive(case, temperature=temperature, columns=None)
     rows = [*buffer, *case.z2.detach()][-len(buffer) :]
     if not rows[0].any():
         return base, metrics | {"smoothing_active": 0.0, "smoothing_loss": 0.0}
-    stars = []
+    groups = []
     for z in case.z2:
         ordered = sorted(rows, key=lambda row, z=z: -dot(z, row))
-        group = [z, *ordered[1 : 1 + group_size]]
+        groups.append([z, *ordered[1 : 1 + group_size]])
+    smoothed = naive_smoothed_term(case, groups, temperature, attention_temperature)
+    metrics |= {"smoothing_active": 1.0, "smoothing_loss": float(smoothed.detach())}
+    return base + weight * smoothed, metrics
+
+
+def naive_smoothed_term(
+    case: Case, groups: list[list[Tensor]], temperature: float, attention_temperature: float
+) -> Tensor:
+    """Each group begins with the positive itself; alone it is not normalised once more."""
+    stars = []
+    for group in groups:
+        z = group[0]
+        if len(group) == 1:
+            stars.append(z)
+            continue
         scores = torch.stack([z @ member for member in group]) / attention_temperature
         weights = [score.exp() / scores.exp().sum() for score in scores]
         stars.append(unit(sum(w * member for w, member in zip(weights, group, strict=True))))
     B = len(case.z1)
     losses = [row_loss([case.z1[i] @ star for star in stars], i, temperature) for i in range(B)]
-    smoothed = torch.stack(losses).mean()
-    metrics |= {"smoothing_active": 1.0, "smoothing_loss": float(smoothed.detach())}
-    return base + weight * smoothed, metrics
+    return torch.stack(losses).mean()
 
 
 @pytest.mark.parametrize(("B", "D", "K"), [(2, 3, 6), (5, 17, 12), (4, 768, 9), (9, 17, 9), (9, 17, 6)])
@@ -300,3 +388,28 @@ def test_instance_smoothing(B: int, D: int, K: int, filled: int, group_size: int
     assert torch.equal(new_buffer, expected_buffer)
     assert math.isfinite(loss.item())
     assert_same(case, (loss, metrics), naive_smoothing(case, buffer, **settings))
+
+
+@pytest.mark.parametrize(("B", "D", "g"), [(2, 3, 1), (5, 17, 4), (4, 768, 9), (9, 3, 3)])
+@pytest.mark.parametrize("with_buffer", [False, True])
+def test_instance_smoothing_with_neighbours(B: int, D: int, g: int, masked: bool, with_buffer: bool) -> None:
+    case = Case(B, D, 0, masked=False)
+    other = Case(B, D, g, masked=masked)
+    neighbours, mask = unit(case.z2.detach()[:, None] + unit(other.g.detach())), other.mask
+    if mask is not None:
+        mask[0], mask[1] = True, False
+    settings = {"attention_temperature": 0.7, "weight": 0.3, "neighbours": neighbours, "neighbours_mask": mask}
+    buffer = torch.zeros(4, D) if with_buffer else None
+    loss, metrics, same_buffer = instance_smoothing(case.z1, case.z2, buffer, temperature=0.2, group_size=2, **settings)
+    assert same_buffer is buffer
+    assert buffer is None or not buffer.any()
+
+    groups = [
+        [z, *(n for j, n in enumerate(neighbours[i]) if mask is None or mask[i, j])] for i, z in enumerate(case.z2)
+    ]
+    base, expected = naive(case, temperature=0.2, columns=None)
+    smoothed = naive_smoothed_term(case, groups, 0.2, 0.7)
+    expected["smoothing_active"] = sum(len(group) > 1 for group in groups) / B
+    expected["smoothing_loss"] = float(smoothed.detach())
+    assert (expected["smoothing_active"] == 1) == (mask is None)
+    assert_same(case, (loss, metrics), (base + 0.3 * smoothed, expected))

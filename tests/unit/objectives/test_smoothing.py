@@ -132,6 +132,103 @@ def test_a_group_that_cancels_out_leaves_the_row() -> None:
     assert torch.isfinite(torch.autograd.grad(loss, z)[0]).all()
 
 
+def given(g: int, *, near: Tensor, seed: int = 7) -> Tensor:
+    """g neighbours of each row, [B, g, D]."""
+    return F.normalize(near.detach()[:, None] + rows(len(near) * g, seed=seed).reshape(len(near), g, -1), dim=2)
+
+
+def loss_and_gradient(z1: Tensor, z2: Tensor, **keywords: object) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    z1, z2 = z1.detach().requires_grad_(), z2.detach().requires_grad_()
+    loss, metrics, _ = instance_smoothing(z1, z2, **{**SETTINGS, **keywords})
+    return loss.detach(), metrics, torch.cat(torch.autograd.grad(loss, (z1, z2)))
+
+
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_neighbours_out_of_the_buffer_are_the_published_form(group_size: int) -> None:
+    z1, z2, buffer = rows(3, seed=1), rows(3, seed=2), rows(9, seed=3)
+    pushed = torch.cat([buffer[3:], z2])
+    nearest = (z2 @ pushed.T).argsort(dim=1, descending=True)[:, 1 : 1 + group_size]
+    of_buffer = loss_and_gradient(z1, z2, buffer=buffer, group_size=group_size)
+    of_index = loss_and_gradient(z1, z2, neighbours=pushed[nearest], group_size=99)
+    torch.testing.assert_close(of_index, of_buffer, atol=1e-12, rtol=0)
+
+
+def test_neighbours_leave_the_buffer_unread() -> None:
+    z1, z2 = rows(3, seed=1), rows(3, seed=2)
+    neighbours = given(2, near=z2)
+    expected = loss_and_gradient(z1, z2, neighbours=neighbours)
+    for buffer in (torch.full((4, 5), math.nan), torch.zeros(1, 1)):
+        before = buffer.clone()
+        _, _, returned = instance_smoothing(z1, z2, buffer, neighbours=neighbours, **SETTINGS)
+        assert returned is buffer and torch.equal(buffer.nan_to_num(7), before.nan_to_num(7))
+        torch.testing.assert_close(loss_and_gradient(z1, z2, neighbours=neighbours, buffer=buffer), expected)
+
+
+def test_neighbours_carry_no_gradient() -> None:
+    z1, z2 = rows(3, seed=1).requires_grad_(), rows(3, seed=2).requires_grad_()
+    neighbours = given(2, near=z2).requires_grad_()
+    for mask in (None, torch.tensor([[True, False]]).expand(3, 2)):
+        loss, metrics, _ = instance_smoothing(z1, z2, neighbours=neighbours, neighbours_mask=mask, **SETTINGS)
+        loss.backward()
+        assert neighbours.grad is None and metrics["smoothing_loss"] > 0
+        assert (z2.grad != 0).all()
+
+
+@pytest.mark.parametrize("filler", [math.nan, math.inf, 1e6])
+def test_masked_neighbours_may_hold_anything_and_take_no_part(filler: float) -> None:
+    z1, z2 = rows(4, seed=1), rows(4, seed=2)
+    neighbours = given(3, near=z2)
+    mask = torch.tensor([[True, True, True], [True, False, True], [False, False, True], [False, False, False]])
+    padded = torch.where(mask[..., None], neighbours, filler)
+    with torch.autograd.set_detect_anomaly(True):
+        got = loss_and_gradient(z1, z2, neighbours=padded, neighbours_mask=mask)
+    torch.testing.assert_close(got, loss_and_gradient(z1, z2, neighbours=neighbours, neighbours_mask=mask))
+    assert torch.isfinite(got[2]).all() and got[1]["smoothing_active"] == 0.75
+    order = torch.tensor([2, 0, 1])
+    reordered = loss_and_gradient(z1, z2, neighbours=padded[:, order], neighbours_mask=mask[:, order])
+    torch.testing.assert_close(reordered, got, atol=1e-12, rtol=0)
+
+
+def test_a_row_without_neighbours_keeps_its_positive_and_the_others_do_not() -> None:
+    z1, z2 = rows(3, seed=1), 1.5 * rows(3, seed=2)  # not unit-norm: what is kept is not normalised either
+    neighbours = given(2, near=z2)
+    mask = torch.tensor([[True, True], [False, False], [True, True]])
+    settings = {**SETTINGS, "attention_temperature": 1e9, "weight": 1.0}
+    loss, metrics, _ = instance_smoothing(z1, z2, neighbours=neighbours, neighbours_mask=mask, **settings)
+    stars = F.normalize(z2 + neighbours.sum(1), dim=1)
+    stars[1] = z2[1]
+    smoothed = info_nce(z1, stars, temperature=0.05)[0]
+    torch.testing.assert_close(loss, info_nce(z1, z2, temperature=0.05)[0] + smoothed)
+    assert metrics["smoothing_loss"] == pytest.approx(float(smoothed))
+    assert metrics["smoothing_active"] == pytest.approx(2 / 3)
+
+
+def test_nothing_is_added_while_no_row_has_a_neighbour() -> None:
+    z1, z2 = rows(3, seed=1).requires_grad_(), rows(3, seed=2).requires_grad_()
+    base, metrics = info_nce(z1, z2, temperature=0.05)
+    expected = base.detach(), torch.cat(torch.autograd.grad(base, (z1, z2)))
+    nothing = {"smoothing_active": torch.tensor(0.0), "smoothing_loss": torch.tensor(0.0)}
+    neighbours = given(2, near=z2)
+    for keywords in (
+        {"neighbours": neighbours[:, :0]},
+        {"neighbours": neighbours[:, :0], "neighbours_mask": torch.zeros(3, 0, dtype=torch.bool)},
+        {"neighbours": neighbours * math.nan, "neighbours_mask": torch.zeros(3, 2, dtype=torch.bool)},
+    ):
+        loss, got, gradient = loss_and_gradient(z1, z2, **keywords)
+        assert torch.equal(loss, expected[0]) and torch.equal(gradient, expected[1])
+        assert got == metrics | nothing
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_neighbours_of_another_dtype(dtype: torch.dtype) -> None:
+    z1, z2 = rows(3, seed=1).float(), rows(3, seed=2).float()
+    neighbours = given(2, near=z2).to(dtype)
+    loss, _, _ = loss_and_gradient(z1, z2, neighbours=neighbours)
+    expected, _, _ = loss_and_gradient(z1.double(), z2.double(), neighbours=neighbours.double())
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=0)
+
+
 def test_weight_zero_is_info_nce_in_value_and_gradient() -> None:
     z1, z2 = rows(3, seed=1), rows(3, seed=2).requires_grad_()
     loss, _, _ = instance_smoothing(z1, z2, rows(8, seed=3), **{**SETTINGS, "weight": 0.0})

@@ -19,10 +19,10 @@ from hncse_ray.encoder import load_encoder, tokenizer_digest
 from hncse_ray.errors import HncseError, StorageError, TrainingError
 from hncse_ray.reporting import Event, MetricsFile, Notice, RunFinished, RunStarted
 from hncse_ray.reporting.events import CheckpointSaved, Evaluated, StepsLogged
+from hncse_ray.storage import write_folder
 from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets
 from hncse_ray.training import loop as loop_module
 from hncse_ray.training.guards import Guards
-from hncse_ray.training.run_folder import write_folder
 
 Tree = dict[str, Any]
 Merge = Callable[[Event], None]

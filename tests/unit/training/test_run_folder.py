@@ -12,7 +12,8 @@ import pytest
 
 from hncse_ray.config import Settings, load_settings
 from hncse_ray.errors import StorageError
-from hncse_ray.training.run_folder import claim_run_folder, write_atomically, write_folder
+from hncse_ray.storage import write_atomically, write_folder
+from hncse_ray.training.run_folder import claim_run_folder
 
 TREE = {"corpus": {"source": "text", "path": "sentences.txt"}}
 RESULT = {"step": 12, "best_step": 8, "sentences_per_s": 10.0, "stopped_early": False}

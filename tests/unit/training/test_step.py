@@ -24,9 +24,9 @@ class Watched(Objective):
 
     seen: Views
 
-    def __call__(self, views, **how):  # type: ignore[no-untyped-def]
+    def __call__(self, views, neighbours=None, **how):  # type: ignore[no-untyped-def]
         self.__dict__.setdefault("seen", []).append([view.detach().clone() for view in views])
-        return super().__call__(views, **how)
+        return super().__call__(views, neighbours, **how)
 
 
 def build(model: Path, *overrides: str) -> tuple[SentenceEncoder, Watched]:

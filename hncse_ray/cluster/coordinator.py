@@ -1,0 +1,236 @@
+"""The pool's coordinator: owns the versions of the index and looks after its shards.
+
+A plain class that becomes an actor in :mod:`hncse_ray.cluster.pool`. It does not import transformers, so that it is
+up soon when it is restarted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from hncse_ray.negatives import BuildReport, IndexVersion, SourceStatus, Weights, weights_digest
+from hncse_ray.storage import write_atomically
+
+logger = logging.getLogger(__name__)
+
+_PING_S, _PING_TIMEOUT_S = 0.5, 5.0
+_REBUILD_PAUSE_S = 2.0
+
+
+@dataclass(frozen=True)
+class PoolState:
+    """What a client needs to know to ask the shards itself."""
+
+    status: SourceStatus
+    serving: tuple[int, ...]
+
+
+class PoolCoordinator:
+    """Owns the versions: keeps published weights, has all shards build, commits, and brings lost shards back.
+
+    A version is served once every shard has built it. A build that fails or takes too long leaves the one before.
+    After a restart of its own it goes on from the weights in its folder.
+
+    Args:
+        shards: the handles of the shard actors.
+        folder: keeps the weights of the served version, and which it is.
+        corpus_digest: of the corpus.
+        rows: of the corpus.
+        build_timeout_s: a build that takes longer is given up, and the shards that hang are restarted.
+    """
+
+    def __init__(
+        self, shards: list[Any], *, folder: str, corpus_digest: str, rows: int, build_timeout_s: float
+    ) -> None:
+        self._shards, self._folder = shards, Path(folder)
+        self._corpus_digest, self._rows, self._build_timeout_s = corpus_digest, rows, build_timeout_s
+        self._weights: dict[IndexVersion, Any] = {}  # references; owned here, so they outlive the trainers
+        self._holding: dict[int, list[IndexVersion]] = {}
+        self._repairs: dict[int, asyncio.Task] = {}
+        self._tasks: set[asyncio.Task] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._status = SourceStatus(shards=len(shards))
+        self._recover()
+
+    async def publish(self, weights: Weights, step: int) -> bool:
+        """Begin to make the version of these weights; False if another is being made."""
+        self._watch()
+        if not self._idle.is_set():
+            return False
+        version = IndexVersion(step, weights_digest(weights), self._corpus_digest, self._rows)
+        if version == self._status.version:
+            return True
+        self._idle.clear()
+        self._status = replace(self._status, building=True)
+        self._weights[version] = ray.put(weights)
+        self._spawn(self._make(version, weights))
+        return True
+
+    async def wait(self, timeout_s: float) -> bool:
+        """Return whether no version is being made, at the latest after ``timeout_s``."""
+        self._watch()
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        await self._look()
+        return True
+
+    async def state(self) -> PoolState:
+        """Return how the pool stands."""
+        self._watch()
+        version = self._status.version
+        serving = tuple(i for i, held in sorted(self._holding.items()) if version is not None and version in held)
+        return PoolState(replace(self._status, shards_alive=len(serving)), serving)
+
+    # ---- building
+
+    async def _make(self, version: IndexVersion, weights: Weights) -> None:
+        """Have every shard build a version; commit, or give it up."""
+        started = time.monotonic()
+        try:
+            file = self._folder / f"{version.weights_digest}.safetensors"
+            await asyncio.to_thread(_save_weights, file, weights)
+            deadline = started + self._build_timeout_s
+            shards = range(len(self._shards))
+            reports = await asyncio.gather(*(self._build(i, version, deadline) for i in shards), return_exceptions=True)
+            failures = [r for r in reports if isinstance(r, BaseException)]
+            if failures:
+                raise failures[0]
+            await asyncio.to_thread(self._commit, version, file)
+        except Exception as error:  # whatever it was, the version before stays, and the run's log says why
+            logger.warning("the index of step %d was given up", version.step, exc_info=error)
+            self._weights.pop(version, None)
+            failed = self._status.failed_builds + 1
+            self._status = replace(self._status, failed_builds=failed, last_failure=_reason(error))
+        else:
+            encode_s = max(r.encode_seconds for r in reports) or 1e-9
+            self._status = replace(
+                self._status,
+                version=version,
+                build_seconds=time.monotonic() - started,
+                rows_per_s=sum(r.rows for r in reports) / encode_s,
+            )
+            self._weights = {version: self._weights[version]}
+        finally:
+            self._status = replace(self._status, building=False)
+            await self._retire()
+            await self._look()
+            self._idle.set()
+
+    async def _build(self, number: int, version: IndexVersion, deadline: float) -> BuildReport:
+        """Have one shard build; tried again if it died on the way, as Ray restarts it."""
+        shard = self._shards[number]
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                call = shard.build.options(concurrency_group="build").remote(version, self._weights[version])
+                return await asyncio.wait_for(_result(call), max(left, 0.01))
+            except TimeoutError:
+                ray.kill(shard, no_restart=False)
+                raise TimeoutError(f"shard {number} was not ready after {self._build_timeout_s:g} s") from None
+            except (ActorUnavailableError, ActorDiedError):
+                if left < _REBUILD_PAUSE_S:
+                    raise
+                await asyncio.sleep(_REBUILD_PAUSE_S)
+
+    def _commit(self, version: IndexVersion, file: Path) -> None:
+        write_atomically(self._folder / "served.json", json.dumps({"version": asdict(version), "file": file.name}))
+        for old in self._folder.glob("*.safetensors"):
+            if old != file:
+                old.unlink(missing_ok=True)
+
+    def _recover(self) -> None:
+        """Take up what this actor has committed before it was killed; what an earlier run left is not used."""
+        served = self._folder / "served.json"
+        if not ray.get_runtime_context().was_current_actor_reconstructed:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        if not served.exists():
+            return
+        try:
+            content = json.loads(served.read_text(encoding="utf-8"))
+            version = IndexVersion(**content["version"])
+            self._weights[version] = ray.put(load_file(self._folder / content["file"]))
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            logger.warning("%s cannot be read; the next refresh makes a new index", served, exc_info=True)
+            return
+        self._status = replace(self._status, version=version)
+
+    # ---- watching over the shards
+
+    def _watch(self) -> None:
+        """Begin to look after the shards; an actor has its event loop only once it is called."""
+        if not self._tasks:
+            self._spawn(self._keep_looking())
+
+    async def _keep_looking(self) -> None:
+        while True:
+            await self._look()
+            await asyncio.sleep(_PING_S)
+
+    async def _look(self) -> None:
+        """Ask every shard what it holds; have those that lack the served version build it again."""
+        held = await asyncio.gather(*map(self._versions, range(len(self._shards))))
+        self._holding = {i: versions for i, versions in enumerate(held) if versions is not None}
+        version = self._status.version
+        if self._idle.is_set() and any(set(versions) - {version} for versions in self._holding.values()):
+            await self._retire()
+        for number, versions in self._holding.items():
+            repair = self._repairs.get(number)
+            if version is not None and version not in versions and (repair is None or repair.done()):
+                self._repairs[number] = self._spawn(self._repair(number, version))
+
+    async def _versions(self, number: int) -> list[IndexVersion] | None:
+        try:
+            call = self._shards[number].versions.options(concurrency_group="control").remote()
+            return await asyncio.wait_for(_result(call), _PING_TIMEOUT_S)
+        except (RayError, TimeoutError):
+            return None
+
+    async def _repair(self, number: int, version: IndexVersion) -> None:
+        try:
+            await self._build(number, version, time.monotonic() + self._build_timeout_s)
+        except Exception as error:  # tried again at the next look; the others go on serving
+            logger.warning("shard %d could not be brought back", number, exc_info=error)
+            await asyncio.sleep(_REBUILD_PAUSE_S)
+
+    async def _retire(self) -> None:
+        keep = [] if self._status.version is None else [self._status.version]
+        calls = [s.retire.options(concurrency_group="control").remote(keep) for s in self._shards]
+        await asyncio.gather(*(asyncio.wait_for(_result(c), _PING_TIMEOUT_S) for c in calls), return_exceptions=True)
+
+    def _spawn(self, work: Any) -> asyncio.Task:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _result(call: Any) -> Any:
+    return asyncio.wrap_future(call.future())
+
+
+def _save_weights(file: Path, weights: Weights) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    save_file({name: np.ascontiguousarray(array) for name, array in weights.items()}, partial)
+    partial.replace(file)
+
+
+def _reason(error: BaseException) -> str:
+    cause = getattr(error, "cause", None) or error
+    return f"{type(cause).__name__}: {cause}".splitlines()[0]

@@ -1,0 +1,243 @@
+"""The negative pool as training and mining use it: launched before them, asked by a client, gone after them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from hncse_ray.cluster.coordinator import PoolCoordinator, PoolState
+from hncse_ray.cluster.resources import PoolPlan
+from hncse_ray.cluster.shard_actor import ShardActor, ShardSpec
+from hncse_ray.config import Settings
+from hncse_ray.corpus import Corpus
+from hncse_ray.errors import ClusterError
+from hncse_ray.negatives import Hits, IndexVersion, SourceStatus, SourceUnavailable, Weights, merge_hits
+
+logger = logging.getLogger(__name__)
+
+_START_TIMEOUT_S = 300.0
+_POLL_S = 0.25
+_CONTROL_TIMEOUT_S = 10.0
+_PUBLISH_TIMEOUT_S = 120.0
+_GROUPS = {"search": 2, "build": 1, "control": 1}  # threads of a shard
+
+
+@dataclass(frozen=True)
+class PoolHandles:
+    """Where the pool's actors are; travels to whoever asks it."""
+
+    coordinator: Any
+    shards: tuple[Any, ...]
+
+
+@contextmanager
+def negative_pool(settings: Settings, plan: PoolPlan, corpus: Corpus, folder: Path) -> Iterator[PoolHandles]:
+    """Reserve the pool's resources, start its actors and yield their handles; on leaving all of it is gone.
+
+    Args:
+        settings: of the run.
+        plan: how many shards there are and what each gets; see :func:`plan_pool`.
+        corpus: the rows.
+        folder: where published weights are kept.
+
+    Raises:
+        ClusterError: the resources are not free, or the actors do not come up.
+        HncseError: why a shard cannot work.
+    """
+    group, shards, coordinator = None, [], None
+    resources = {"CPU": plan.cpus, "GPU": plan.gpus}
+    bundle = {name: amount for name, amount in resources.items() if amount}
+    try:
+        strategy: Any = "SPREAD"
+        if bundle:
+            group = placement_group([bundle] * plan.num_shards, strategy="PACK")
+            if not group.wait(_CONTROL_TIMEOUT_S):
+                raise ClusterError(f"{plan.num_shards} shards x {bundle} are not free on the cluster now",
+                                   "negatives", "Wait for other jobs to end, or ask for less")  # fmt: skip
+        for number in range(plan.num_shards):
+            if group is not None:
+                strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number)
+            spec = ShardSpec(
+                negatives=settings.negatives,
+                encoder=settings.encoder,
+                corpus=str(corpus.path),
+                plan=plan.index,
+                number=number,
+                count=plan.num_shards,
+                threads=plan.threads,
+                use_gpu=plan.gpus > 0,
+            )
+            actor = ray.remote(concurrency_groups=_GROUPS)(ShardActor).options(
+                num_cpus=plan.cpus, num_gpus=plan.gpus, scheduling_strategy=strategy, max_restarts=-1
+            )
+            shards.append(actor.remote(spec))
+        coordinator = ray.remote(PoolCoordinator).options(num_cpus=0, max_restarts=-1).remote(
+            shards,
+            folder=str(folder.absolute()),
+            corpus_digest=corpus.digest,
+            rows=len(corpus),
+            build_timeout_s=settings.negatives.build_timeout_s,
+        )  # fmt: skip
+        _wait_until_ready(shards)
+        yield PoolHandles(coordinator, tuple(shards))
+    finally:
+        for actor in (coordinator, *shards):
+            if actor is not None:
+                ray.kill(actor, no_restart=True)
+        if group is not None:
+            remove_placement_group(group)
+
+
+def _wait_until_ready(shards: Sequence[Any]) -> None:
+    try:
+        calls = [s.ready.options(concurrency_group="control").remote() for s in shards]
+        failures = ray.get(calls, timeout=_START_TIMEOUT_S)
+    except (RayError, GetTimeoutError) as error:
+        raise ClusterError(f"the shards of the negative pool did not come up ({_reason(error)})",
+                           "negatives") from error  # fmt: skip
+    for failure in failures:
+        if failure is not None:
+            raise failure
+
+
+class PoolClient:
+    """Asks the pool: owners give the rows' vectors, all shards search, the answers are merged. See NegativeSource.
+
+    A thread keeps the pool's state at hand, so that asking for it costs nothing.
+
+    Args:
+        handles: the pool's actors.
+        timeout_s: a shard that has not answered by then is left out.
+    """
+
+    def __init__(self, handles: PoolHandles, *, timeout_s: float) -> None:
+        self._coordinator, self._shards, self._timeout_s = handles.coordinator, handles.shards, timeout_s
+        self._state = PoolState(SourceStatus(shards=len(handles.shards)), ())
+        self._unreachable = ""
+        self._closed = threading.Event()
+        self._poll()
+        threading.Thread(target=self._keep_polling, name="pool-state", daemon=True).start()
+
+    def publish(self, weights: Weights, *, step: int) -> bool:
+        """Hand weights to the coordinator."""
+        accepted = self._control(self._coordinator.publish.remote(dict(weights), step), _PUBLISH_TIMEOUT_S)
+        self._poll()
+        return bool(accepted)
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until no version is being made."""
+        deadline = time.monotonic() + timeout_s
+        while (left := deadline - time.monotonic()) > 0:
+            slice_s = min(left, _CONTROL_TIMEOUT_S)
+            if self._control(self._coordinator.wait.remote(slice_s), 2 * _CONTROL_TIMEOUT_S):
+                break
+        self._poll()
+
+    def search(self, row_ids: np.ndarray, *, k: int) -> Hits:
+        """Find the k nearest rows of each of B rows."""
+        state = self._state
+        version = state.status.version
+        if version is None or not state.serving:
+            raise SourceUnavailable(self._unreachable or "no shard serves an index")
+        queries_BD, known_B = self._gather_vectors(row_ids, version, state.serving)
+        ids_Bk = np.full((len(row_ids), k), -1, dtype=np.int64)
+        scores_Bk = np.full((len(row_ids), k), -np.inf, dtype=np.float32)
+        queries = ray.put(queries_BD[known_B]) if len(state.serving) > 1 else queries_BD[known_B]
+        answers = self._ask({s: self._search(s).remote(version, queries, k) for s in state.serving})
+        scores_SQk, ids_SQk = (np.stack(parts) for parts in zip(*answers.values(), strict=True))
+        scores_Bk[known_B], ids_Bk[known_B] = merge_hits(scores_SQk, ids_SQk, k=k)
+        complete = len(answers) == len(self._shards) and bool(known_B.all())
+        return Hits(ids_Bk, scores_Bk, version, complete)
+
+    def vectors(self, ids: np.ndarray, *, version: IndexVersion) -> np.ndarray:
+        """Return the vectors of rows; all of them or none."""
+        vectors_nD, known_n = self._gather_vectors(ids, version, self._state.serving)
+        if not known_n.all():
+            raise SourceUnavailable("a shard was lost before its vectors were fetched")
+        return vectors_nD
+
+    def status(self) -> SourceStatus:
+        """Return how the pool stood a moment ago."""
+        if self._unreachable:
+            raise SourceUnavailable(self._unreachable)
+        return self._state.status
+
+    def close(self) -> None:
+        """Stop following the pool's state."""
+        self._closed.set()
+
+    def _gather_vectors(
+        self, ids: np.ndarray, version: IndexVersion, serving: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors ``[n, D]`` from the shards that own the rows, and which of them are there ``[n]``."""
+        owners = ids % len(self._shards)
+        owned = {s: np.flatnonzero(owners == s) for s in serving}
+        calls = {
+            s: self._shards[s].vectors.options(concurrency_group="search").remote(version, ids[index])
+            for s, index in owned.items()
+            if len(index)
+        }
+        answers = self._ask(calls)
+        width = next(iter(answers.values())).shape[1]
+        vectors_nD, known_n = np.zeros((len(ids), width), dtype=np.float32), np.zeros(len(ids), dtype=bool)
+        for s, part_nD in answers.items():
+            vectors_nD[owned[s]], known_n[owned[s]] = part_nD, True
+        return vectors_nD, known_n
+
+    def _search(self, number: int) -> Any:
+        return self._shards[number].search.options(concurrency_group="search")
+
+    def _ask(self, calls: dict[int, Any]) -> dict[int, Any]:
+        """Return the answers of those shards that answer in time.
+
+        Raises:
+            SourceUnavailable: none does, or one no longer holds the version.
+        """
+        ray.wait(list(calls.values()), num_returns=max(1, len(calls)), timeout=self._timeout_s, fetch_local=True)
+        answers, last = {}, "no shard that serves an index owns these rows"
+        for number, call in calls.items():
+            try:
+                answers[number] = ray.get(call, timeout=0)
+            except RayTaskError as error:
+                if isinstance(error.cause, SourceUnavailable):
+                    self._poll()
+                    raise error.cause from error
+                raise
+            except (RayError, GetTimeoutError) as error:
+                last = f"shard {number}: {_reason(error)}"
+        if not answers:
+            raise SourceUnavailable(last)
+        return answers
+
+    def _control(self, call: Any, timeout_s: float) -> Any:
+        try:
+            return ray.get(call, timeout=timeout_s)
+        except (RayError, GetTimeoutError) as error:
+            raise SourceUnavailable(f"the pool's coordinator does not answer ({_reason(error)})") from error
+
+    def _poll(self) -> None:
+        try:
+            self._state = self._control(self._coordinator.state.remote(), _CONTROL_TIMEOUT_S)
+            self._unreachable = ""
+        except SourceUnavailable as error:
+            self._unreachable = str(error)
+
+    def _keep_polling(self) -> None:
+        while not self._closed.wait(_POLL_S):
+            self._poll()
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

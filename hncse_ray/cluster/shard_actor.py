@@ -1,0 +1,77 @@
+"""The actor of one shard; a plain class that becomes an actor in :mod:`hncse_ray.cluster.pool`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hncse_ray.config import EncoderSettings, NegativesSettings
+from hncse_ray.corpus import Corpus
+from hncse_ray.errors import HncseError
+from hncse_ray.negatives import BuildReport, IndexPlan, IndexShard, IndexVersion, Weights
+from hncse_ray.training.shard import build_shard
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """What a shard actor is made from, again after every restart."""
+
+    negatives: NegativesSettings
+    encoder: EncoderSettings
+    corpus: str
+    plan: IndexPlan
+    number: int
+    count: int
+    threads: int
+    use_gpu: bool
+
+
+class ShardActor:
+    """An IndexShard in a process of its own.
+
+    Concurrency groups: ``search`` (vectors, search), ``build``, ``control`` (ready, versions, retire).
+    """
+
+    def __init__(self, spec: ShardSpec) -> None:
+        torch.set_num_threads(spec.threads)
+        self._failure: HncseError | None = None
+        try:
+            self._shard: IndexShard = build_shard(
+                spec.negatives,
+                spec.encoder,
+                Corpus.open(spec.corpus),
+                plan=spec.plan,
+                number=spec.number,
+                count=spec.count,
+                threads=spec.threads,
+                device=torch.device("cuda", 0) if spec.use_gpu else None,
+            )
+        except HncseError as error:  # asked for by the driver, which says it; a restart would fail the same way
+            self._failure = error
+
+    def ready(self) -> HncseError | None:
+        """Return why this shard cannot work, or None."""
+        return self._failure
+
+    def versions(self) -> list[IndexVersion]:
+        """Return the complete versions."""
+        return self._shard.versions()
+
+    def build(self, version: IndexVersion, weights: Weights) -> BuildReport:
+        """Make a version; see IndexShard."""
+        return self._shard.build(version, weights)
+
+    def retire(self, keep: Collection[IndexVersion]) -> None:
+        """Drop every version but these."""
+        self._shard.retire(keep)
+
+    def vectors(self, version: IndexVersion, ids: np.ndarray) -> np.ndarray:
+        """Return the vectors of rows that this shard owns."""
+        return self._shard.vectors(version, ids)
+
+    def search(self, version: IndexVersion, queries_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Search this shard's rows."""
+        return self._shard.search(version, queries_QD, k=k)

@@ -1,0 +1,65 @@
+"""A negative source inside the training process: for single-process runs, and the reference for the pool."""
+
+from __future__ import annotations
+
+from hncse_ray.negatives.shard import IndexShard
+from hncse_ray.negatives.source import (
+    Float32,
+    Hits,
+    IndexVersion,
+    Int64,
+    SourceStatus,
+    SourceUnavailable,
+    Weights,
+    weights_digest,
+)
+
+
+class InProcessSource:
+    """One shard with all rows; publishing builds at once, in the calling thread. See NegativeSource.
+
+    Args:
+        shard: the only shard.
+        corpus_digest: of the corpus behind it.
+        rows: its rows, N.
+    """
+
+    def __init__(self, shard: IndexShard, *, corpus_digest: str, rows: int) -> None:
+        self._shard, self._corpus_digest, self._rows = shard, corpus_digest, rows
+        self._status = SourceStatus()
+
+    def publish(self, weights: Weights, *, step: int) -> bool:
+        """Make and serve the version of these weights."""
+        version = IndexVersion(step, weights_digest(weights), self._corpus_digest, self._rows)
+        report = self._shard.build(version, weights)
+        self._shard.retire([version])
+        if report.seconds:
+            self._status = SourceStatus(
+                version=version,
+                shards_alive=1,
+                build_seconds=report.seconds,
+                rows_per_s=report.rows / report.encode_seconds,
+            )
+        return True
+
+    def wait(self, timeout_s: float) -> None:
+        """Nothing is ever under way."""
+
+    def search(self, row_ids: Int64, *, k: int) -> Hits:
+        """Find the k nearest rows of each of B rows."""
+        version = self._status.version
+        if version is None:
+            raise SourceUnavailable("nothing has been published yet")
+        scores_Bk, ids_Bk = self._shard.search(version, self._shard.vectors(version, row_ids), k=k)
+        return Hits(ids_Bk, scores_Bk, version)
+
+    def vectors(self, ids: Int64, *, version: IndexVersion) -> Float32:
+        """Return the vectors of rows."""
+        return self._shard.vectors(version, ids)
+
+    def status(self) -> SourceStatus:
+        """Return how the source stands."""
+        return self._status
+
+    def close(self) -> None:
+        """Nothing to let go of."""

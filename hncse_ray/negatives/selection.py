@@ -1,0 +1,260 @@
+"""From the index's hits to the negatives of a batch: drop likely false negatives, then choose m an anchor.
+
+Letters of shapes: B anchors, k hits of each, m negatives chosen for each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+Bool = npt.NDArray[np.bool_]
+
+SAMPLINGS = ("top", "uniform", "softmax")
+
+
+@dataclass(frozen=True)
+class SelectionRules:
+    """Which hits may be negatives, and which of those are taken.
+
+    Args:
+        per_anchor: m, negatives of an anchor; at least 1.
+        max_score: hits scoring above are dropped as likely false negatives; None: no limit.
+        relative_margin: hits scoring above `positive_score * (1 - relative_margin)` are dropped; None: no limit.
+        skip_hardest: of what is left, pass over so many of the hardest.
+        sampling: `top` takes the hardest, `uniform` any with equal chance, `softmax` each with a probability
+            in proportion to exp(score / temperature); always without replacement.
+        temperature: of softmax sampling; above 0.
+        exclude_batch: drop hits with the content of a row of the batch.
+        unique: choose each row for one anchor of the batch only, the first that would take it.
+
+    Raises:
+        ValueError: a number is out of its range or the sampling is unknown.
+    """
+
+    per_anchor: int
+    max_score: float | None
+    relative_margin: float | None
+    skip_hardest: int
+    sampling: Literal["top", "uniform", "softmax"]
+    temperature: float
+    exclude_batch: bool = True
+    unique: bool = False
+
+    def __post_init__(self) -> None:
+        if self.per_anchor < 1:
+            raise ValueError(f"per_anchor is {self.per_anchor}, must be at least 1")
+        if self.skip_hardest < 0:
+            raise ValueError(f"skip_hardest is {self.skip_hardest}, must be at least 0")
+        if self.sampling not in SAMPLINGS:
+            raise ValueError(f"sampling is {self.sampling!r}, must be one of {', '.join(SAMPLINGS)}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}, must be above 0")
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The negatives of a batch.
+
+    Args:
+        ids_Bm: row ids int64 [B, m], by falling score within an anchor; -1 where not usable.
+        scores_Bm: the index's scores fp32 [B, m]; 0 where not usable.
+        mask_Bm: bool [B, m], True where usable; the usable ones of an anchor stand first.
+        columns_mask: with `rules.unique`, where every anchor sees everyone's negatives, bool [B, B*m]: column
+            j*m + n is negative n of anchor j. False in row i where that negative is not usable, is row i
+            itself or has its content, or was among anchor i's hits and removed by `max_score` or
+            `relative_margin`. None without `rules.unique`.
+        removed: hits that each rule removed, a hit counted by the first rule that removes it. The keys in
+            order: itself, same_content, in_batch, max_score, relative_margin, skip_hardest, chosen_twice.
+    """
+
+    ids_Bm: Int64
+    scores_Bm: Float32
+    mask_Bm: Bool
+    columns_mask: Bool | None
+    removed: dict[str, int]
+
+
+def select(
+    ids_Bk: Int64,
+    scores_Bk: Float32,
+    *,
+    row_ids_B: Int64,
+    hashes_Bk: Int64,
+    row_hashes_B: Int64,
+    positive_score: float,
+    rules: SelectionRules,
+    seed: Sequence[int],
+) -> Selection:
+    """Choose the negatives of a batch from the index's hits. The outcome depends on nothing but the arguments.
+
+    The rules act in the order of `Selection.removed`; then `rules.sampling` takes up to m of the survivors.
+    Where fewer are left the mask says so: no row is repeated and no rule is bent to fill up. Limits of scores
+    are compared in fp32, and a score equal to a limit is kept.
+
+    With `rules.unique` the anchors choose one after the other, and what an earlier one has chosen is removed
+    from the survivors of the later ones (`chosen_twice` counts all of these). That pass is a Python loop over
+    the B*k hits, some ten milliseconds for a hundred thousand of them; all else is vectorised.
+
+    Args:
+        ids_Bk: row ids of the hits [B, k], best first, each at most once an anchor; -1: no hit (its score is
+            -inf), counted nowhere.
+        scores_Bk: their scores [B, k].
+        row_ids_B: row ids of the anchors [B].
+        hashes_Bk: content hash of each hit [B, k]; anything where there is none.
+        row_hashes_B: content hash of each anchor [B].
+        positive_score: what an anchor scores with its positive, the measure of `relative_margin`.
+        rules: which hits may be negatives, and which of those are taken.
+        seed: integers >= 0 that the sampling is drawn from, such as the run's seed and the batch's number.
+
+    Returns:
+        The negatives, with the mask and the counts that go with them.
+
+    Raises:
+        ValueError: shapes do not fit together, the score of a hit is not finite, or `relative_margin` is set
+            and `positive_score` is not finite.
+    """
+    hits = _Hits(
+        ids_Bk=np.asarray(ids_Bk, np.int64),
+        scores_Bk=np.asarray(scores_Bk, np.float32),
+        hashes_Bk=np.asarray(hashes_Bk, np.int64),
+        row_ids_B=np.asarray(row_ids_B, np.int64),
+        row_hashes_B=np.asarray(row_hashes_B, np.int64),
+    )
+    limit = _margin_limit(positive_score, rules.relative_margin)
+    alive_Bk, too_close_Bk, removed = _filter(hits, margin_limit=limit, rules=rules)
+    order_Bk = _order(hits.scores_Bk, alive_Bk, rules=rules, seed=seed)
+    if rules.unique:
+        chosen_Bk, twice = _choose_unique(order_Bk, alive_Bk, ids_Bk=hits.ids_Bk, per_anchor=rules.per_anchor)
+    else:
+        chosen_Bk, twice = _choose(order_Bk, alive_Bk, per_anchor=rules.per_anchor), 0
+    removed["chosen_twice"] = twice
+
+    # The chosen ones move to the front, in the order of the hits.
+    anchors, places = np.nonzero(chosen_Bk)
+    slots = np.cumsum(chosen_Bk, axis=1)[anchors, places] - 1
+    shape = (len(chosen_Bk), rules.per_anchor)
+    ids_Bm, scores_Bm = np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
+    hashes_Bm, mask_Bm = np.zeros(shape, np.int64), np.zeros(shape, np.bool_)
+    ids_Bm[anchors, slots] = hits.ids_Bk[anchors, places]
+    scores_Bm[anchors, slots] = hits.scores_Bk[anchors, places]
+    hashes_Bm[anchors, slots] = hits.hashes_Bk[anchors, places]
+    mask_Bm[anchors, slots] = True
+    columns_mask = _columns_mask(ids_Bm, hashes_Bm, hits=hits, too_close_Bk=too_close_Bk) if rules.unique else None
+    return Selection(ids_Bm, scores_Bm, mask_Bm, columns_mask, removed)
+
+
+@dataclass(frozen=True, eq=False)
+class _Hits:
+    """The arrays of one call of `select`, checked."""
+
+    ids_Bk: Int64
+    scores_Bk: Float32
+    hashes_Bk: Int64
+    row_ids_B: Int64
+    row_hashes_B: Int64
+
+    def __post_init__(self) -> None:
+        if self.ids_Bk.ndim != 2:
+            raise ValueError(f"ids_Bk must be [B, k], got shape {self.ids_Bk.shape}")
+        B, k = self.ids_Bk.shape
+        for name, shape in {"scores_Bk": (B, k), "hashes_Bk": (B, k), "row_ids_B": (B,), "row_hashes_B": (B,)}.items():
+            if (found := getattr(self, name).shape) != shape:
+                raise ValueError(f"{name} must have shape {shape} to fit ids_Bk {(B, k)}, got {found}")
+        if not np.isfinite(self.scores_Bk[self.ids_Bk >= 0]).all():
+            raise ValueError("scores_Bk: the score of a hit is not finite")
+
+
+def _margin_limit(positive_score: float, relative_margin: float | None) -> float | None:
+    if relative_margin is None:
+        return None
+    if not math.isfinite(positive_score):
+        raise ValueError(f"positive_score is {positive_score}; relative_margin needs a finite one")
+    return positive_score * (1 - relative_margin)
+
+
+def _filter(hits: _Hits, *, margin_limit: float | None, rules: SelectionRules) -> tuple[Bool, Bool, dict[str, int]]:
+    """Apply all rules but `unique`; return survivors [B, k], hits a score rule removed [B, k], and counts."""
+
+    def above(limit: float | None) -> Bool:
+        return np.zeros(hits.ids_Bk.shape, np.bool_) if limit is None else hits.scores_Bk > np.float32(limit)
+
+    breaches: dict[str, Bool] = {
+        "itself": hits.ids_Bk == hits.row_ids_B[:, None],
+        "same_content": hits.hashes_Bk == hits.row_hashes_B[:, None],
+        "in_batch": np.isin(hits.hashes_Bk, hits.row_hashes_B) if rules.exclude_batch else above(None),
+        "max_score": above(rules.max_score),
+        "relative_margin": above(margin_limit),
+    }
+    alive_Bk: Bool = hits.ids_Bk >= 0
+    too_close_Bk = np.zeros_like(alive_Bk)
+    removed: dict[str, int] = {}
+    for name, breach_Bk in breaches.items():
+        out_Bk = alive_Bk & breach_Bk
+        removed[name] = int(out_Bk.sum())
+        alive_Bk = alive_Bk & ~out_Bk
+        if name in ("max_score", "relative_margin"):
+            too_close_Bk |= out_Bk
+    skipped_Bk = alive_Bk & (np.cumsum(alive_Bk, axis=1) <= rules.skip_hardest)
+    removed["skip_hardest"] = int(skipped_Bk.sum())
+    return alive_Bk & ~skipped_Bk, too_close_Bk, removed
+
+
+def _order(scores_Bk: Float32, alive_Bk: Bool, *, rules: SelectionRules, seed: Sequence[int]) -> Int64:
+    """Return places of hits [B, k] in the order they are taken in, survivors before all others.
+
+    Adding Gumbel noise to log-weights and sorting draws without replacement in proportion to the weights
+    (Kool et al. 2019, arXiv 1903.06059); equal weights make it a uniform draw.
+    """
+    keys_Bk = np.zeros(alive_Bk.shape)  # equal keys keep the order of the hits: `top`
+    if rules.sampling != "top":
+        keys_Bk += np.random.default_rng(list(seed)).gumbel(size=alive_Bk.shape)
+    if rules.sampling == "softmax":
+        keys_Bk += np.where(alive_Bk, scores_Bk, 0).astype(np.float64) / rules.temperature
+    # lexsort: by its last key first, stable
+    return np.lexsort((-keys_Bk, ~alive_Bk), axis=1)
+
+
+def _choose(order_Bk: Int64, alive_Bk: Bool, *, per_anchor: int) -> Bool:
+    chosen_Bk = np.zeros_like(alive_Bk)
+    np.put_along_axis(chosen_Bk, order_Bk[:, :per_anchor], True, axis=1)
+    return chosen_Bk & alive_Bk
+
+
+def _choose_unique(order_Bk: Int64, alive_Bk: Bool, *, ids_Bk: Int64, per_anchor: int) -> tuple[Bool, int]:
+    """Let the anchors choose in turn; return the chosen [B, k] and how many survivors were gone by then."""
+    chosen_Bk = np.zeros_like(alive_Bk)
+    ordered_ids = np.take_along_axis(ids_Bk, order_Bk, axis=1).tolist()
+    taken: set[int] = set()
+    twice = 0
+    for i, n_alive in enumerate(alive_Bk.sum(axis=1).tolist()):
+        places: list[int] = []
+        for place, row in enumerate(ordered_ids[i][:n_alive]):
+            if row in taken:
+                twice += 1
+            elif len(places) < per_anchor:
+                taken.add(row)
+                places.append(place)
+        chosen_Bk[i, order_Bk[i, places]] = True
+    return chosen_Bk, twice
+
+
+def _columns_mask(ids_Bm: Int64, hashes_Bm: Int64, *, hits: _Hits, too_close_Bk: Bool) -> Bool:
+    """Return which of all negatives (columns, B*m) each anchor may be contrasted with [B, B*m]; see `Selection`."""
+    ids_C, hashes_C = ids_Bm.ravel(), hashes_Bm.ravel()
+    mask_BC: Bool = (ids_C >= 0) & (ids_C != hits.row_ids_B[:, None]) & (hashes_C != hits.row_hashes_B[:, None])
+    # Where each hit that was too close stands among the columns, if it does: a usable id is in one column only.
+    anchors, places = np.nonzero(too_close_Bk)
+    ids = hits.ids_Bk[anchors, places]
+    by_id = np.argsort(ids_C)
+    columns = by_id[np.minimum(np.searchsorted(ids_C, ids, sorter=by_id), len(ids_C) - 1)]
+    found = ids_C[columns] == ids
+    mask_BC[anchors[found], columns[found]] = False
+    return mask_BC

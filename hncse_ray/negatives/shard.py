@@ -1,0 +1,124 @@
+"""One shard: a slice of the corpus, the encoder that embeds it, and the indexes made of it, one a version."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import faiss
+import numpy as np
+import torch
+
+from hncse_ray.negatives.index import IndexPlan, VectorIndex, new_index
+from hncse_ray.negatives.source import Float32, Int64, SourceUnavailable, Weights
+from hncse_ray.negatives.source import IndexVersion as Version
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What making one version of one shard took."""
+
+    rows: int
+    seconds: float
+    encode_seconds: float
+
+
+class IndexShard:
+    """Rows ``number, number + count, number + 2 count, ...`` of a corpus, searchable in every version it holds.
+
+    Searches may come from several threads, also while one other thread builds. A version is complete when it
+    appears in :meth:`versions`, and is never changed afterwards, so no answer can mix two.
+
+    Args:
+        number: which shard this is, 0 <= number < count.
+        count: how many shards share the rows.
+        lengths: tokens of each corpus row ``[N]``; rows are encoded sorted by them.
+        encode: embeds rows given by their ids, ``[n] -> [n, D]``, unit norm.
+        load_weights: hands published weights to the encoder behind ``encode``.
+        plan: which index, and how large.
+        device: where the index lives.
+        batch_size: rows encoded in one call.
+        threads: CPU threads of one search.
+        folder: where index kinds that spill to disk may do so.
+    """
+
+    def __init__(
+        self,
+        *,
+        number: int,
+        count: int,
+        lengths: np.ndarray,
+        encode: Callable[[Int64], Float32],
+        load_weights: Callable[[Weights], None],
+        plan: IndexPlan,
+        device: torch.device,
+        batch_size: int,
+        threads: int,
+        folder: Path | None = None,
+    ) -> None:
+        self.number, self.count = number, count
+        self._ids = np.arange(number, len(lengths), count, dtype=np.int64)
+        self._order = np.argsort(-np.asarray(lengths)[self._ids], kind="stable")
+        self._encode, self._load_weights = encode, load_weights
+        self._plan, self._device, self._folder = plan, device, folder
+        self._batch_size, self._threads = batch_size, threads
+        self._indexes: dict[Version, VectorIndex] = {}
+        self._building = threading.Lock()
+
+    def build(self, version: Version, weights: Weights) -> BuildReport:
+        """Encode all rows with the weights and make ``version`` of them, beside those that are held already.
+
+        Raises:
+            DataError: the encoder made vectors that are not numbers.
+        """
+        with self._building:
+            started = time.perf_counter()
+            if version in self._indexes:
+                return BuildReport(len(self._ids), 0.0, 0.0)
+            faiss.omp_set_num_threads(self._threads)  # of this thread
+            self._load_weights(weights)
+            index = new_index(self._plan, device=self._device, folder=self._folder)
+            for start in range(0, len(self._order), self._batch_size):
+                rows = self._order[start : start + self._batch_size]
+                index.put(rows, self._encode(self._ids[rows]))
+            encode_seconds = time.perf_counter() - started
+            index.finish()
+            self._indexes = self._indexes | {version: index}  # replaced, not changed: readers need no lock
+            return BuildReport(len(self._ids), time.perf_counter() - started, encode_seconds)
+
+    def versions(self) -> list[Version]:
+        """Return the complete versions, oldest first."""
+        return list(self._indexes)
+
+    def retire(self, keep: Collection[Version]) -> None:
+        """Drop every version but these; a search that has begun ends well."""
+        self._indexes = {version: index for version, index in self._indexes.items() if version in keep}
+
+    def vectors(self, version: Version, ids: Int64) -> Float32:
+        """Return the vectors ``[n, D]`` of rows that this shard owns, by their corpus ids.
+
+        Raises:
+            SourceUnavailable: the version is not held.
+        """
+        return self._index(version).vectors((ids - self.number) // self.count)
+
+    def search(self, version: Version, queries_QD: Float32, *, k: int) -> tuple[Float32, Int64]:
+        """Find the k nearest of this shard's rows; scores and corpus ids, ``[Q, k]`` each, best first.
+
+        Raises:
+            SourceUnavailable: the version is not held.
+        """
+        scores_Qk, rows_Qk = self._index(version).search(queries_QD, k, threads=self._threads)
+        return scores_Qk, np.where(rows_Qk < 0, -1, rows_Qk * self.count + self.number)
+
+    def _index(self, version: Version) -> VectorIndex:
+        index = self._indexes.get(version)
+        if index is None:
+            raise SourceUnavailable(f"shard {self.number} does not hold the version of step {version.step}")
+        return index

@@ -1,0 +1,142 @@
+"""Where neighbours come from: the protocol that training speaks, and the facts that travel with an answer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
+Weights = Mapping[str, NDArray[Any]]
+
+
+class SourceUnavailable(Exception):
+    """The source cannot answer now; training goes on without it and asks again later. Never a user's mistake."""
+
+
+@dataclass(frozen=True)
+class IndexVersion:
+    """Which weights and which rows an index was made from; travels with every answer.
+
+    Attributes:
+        step: optimiser steps behind the weights.
+        weights_digest: of the weights.
+        corpus_digest: of the prepared corpus.
+        rows: rows of the corpus, N.
+    """
+
+    step: int
+    weights_digest: str
+    corpus_digest: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Hits:
+    """The k nearest rows of each of B rows, best first, all from one version.
+
+    Attributes:
+        ids_Bk: row ids, int64; -1 where there are fewer than k.
+        scores_Bk: cosines, float32; -inf where the id is -1.
+        version: what they were found in.
+        complete: whether every shard has answered.
+    """
+
+    ids_Bk: Int64
+    scores_Bk: Float32
+    version: IndexVersion
+    complete: bool = True
+
+
+@dataclass(frozen=True)
+class SourceStatus:
+    """How a source stands.
+
+    Attributes:
+        version: the one served; None before the first is complete.
+        building: whether another is being made.
+        shards: how many there are.
+        shards_alive: how many of them serve ``version``.
+        build_seconds: of the last complete build.
+        rows_per_s: rows encoded a second in it, over all shards.
+        failed_builds: builds given up so far.
+        last_failure: why the last of them was given up.
+    """
+
+    version: IndexVersion | None = None
+    building: bool = False
+    shards: int = 1
+    shards_alive: int = 0
+    build_seconds: float = 0.0
+    rows_per_s: float = 0.0
+    failed_builds: int = 0
+    last_failure: str = ""
+
+
+class NegativeSource(Protocol):
+    """Serves neighbours of corpus rows while newer versions are made from published weights.
+
+    Every method may be called from several threads.
+    """
+
+    def publish(self, weights: Weights, *, step: int) -> bool:
+        """Have a version made from the weights of a step; returns at once where it is made elsewhere.
+
+        Returns:
+            False if another version is being made: then nothing is done.
+
+        Raises:
+            SourceUnavailable: it cannot be reached.
+        """
+        ...
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when no version is being made any more, well or badly, or after ``timeout_s`` seconds.
+
+        Raises:
+            SourceUnavailable: it cannot be reached.
+        """
+        ...
+
+    def search(self, row_ids: Int64, *, k: int) -> Hits:
+        """Find the k nearest rows of each of B rows; a row is its own nearest.
+
+        Raises:
+            SourceUnavailable: no version is served, or nothing answers.
+        """
+        ...
+
+    def vectors(self, ids: Int64, *, version: IndexVersion) -> Float32:
+        """Return the vectors ``[n, D]`` of rows in a version.
+
+        Raises:
+            SourceUnavailable: the version is not served any more, or nothing answers.
+        """
+        ...
+
+    def status(self) -> SourceStatus:
+        """Return how the source stands, or stood a moment ago; cheap enough to be asked at every step.
+
+        Raises:
+            SourceUnavailable: it cannot be reached.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of what this end holds."""
+        ...
+
+
+def weights_digest(weights: Weights) -> str:
+    """Return a digest of named arrays: names, dtypes, shapes and values."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(weights):
+        array = np.ascontiguousarray(weights[name])
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

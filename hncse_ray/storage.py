@@ -1,0 +1,55 @@
+"""Writing files and folders so that nobody ever finds half of one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from hncse_ray.errors import StorageError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old one or the whole new one.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StorageError(f"cannot be written ({error.strerror})", str(path)) from error
+
+
+def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Fill a new folder by ``write(folder)`` and put it in place of ``path`` only when it is whole.
+
+    Raises:
+        StorageError: the disk is full or the place cannot be written; nothing of the attempt remains.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    replaced = path.with_name(f".{path.name}.old.{uuid.uuid4().hex[:8]}")
+    try:
+        # What a process left that was killed while it wrote; between its two renames, the old folder too.
+        kept = next(path.parent.glob(f".{path.name}.old.*"), None)
+        if kept is not None and not path.exists():
+            os.replace(kept, path)
+        for leftover in path.parent.glob(f".{path.name}.*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(partial, path)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if replaced.exists() and not path.exists():
+            os.replace(replaced, path)
+        # safetensors and torch report a full disk as errors of their own, not as OSError.
+        raise StorageError(f"cannot be written ({error})", str(path), "Is the disk full?") from error
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -1,0 +1,66 @@
+"""How a shard of the index is made of an encoder and a corpus."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hncse_ray.config import EncoderSettings, NegativesSettings
+from hncse_ray.corpus import Corpus
+from hncse_ray.encoder import load_encoder
+from hncse_ray.negatives import IndexPlan, IndexShard, Weights
+
+
+def build_shard(
+    negatives: NegativesSettings,
+    encoder: EncoderSettings,
+    corpus: Corpus,
+    *,
+    plan: IndexPlan,
+    number: int = 0,
+    count: int = 1,
+    threads: int = 1,
+    device: torch.device | None = None,
+    folder: Path | None = None,
+) -> IndexShard:
+    """Load an encoder of its own for a shard; its weights are replaced at every build.
+
+    The encoder works as in training but for dropout: with the head, if the objective sees vectors behind it, and in
+    bf16 where training computes in it.
+
+    Args:
+        negatives: batch size of encoding.
+        encoder: which encoder.
+        corpus: all rows; the shard takes its part.
+        plan: the shard's index.
+        number: which shard.
+        count: how many shards there are.
+        threads: CPU threads of one search.
+        device: of encoder and index; default: the CPU.
+        folder: where index kinds that spill to disk may do so.
+
+    Raises:
+        ModelError: the encoder cannot be loaded.
+    """
+    device = device or torch.device("cpu")
+    model = load_encoder(encoder.model, encoder, device=device)
+    model.head_in_training_only = False
+    model.inference_autocast = model.autocast
+
+    def load_weights(weights: Weights) -> None:
+        model.load_state_dict({name: torch.tensor(np.asarray(array)) for name, array in weights.items()})
+
+    return IndexShard(
+        number=number,
+        count=count,
+        lengths=corpus.lengths,
+        encode=lambda ids: model.encode_rows(corpus.token_rows(ids)),
+        load_weights=load_weights,
+        plan=plan,
+        device=device,
+        batch_size=negatives.encode_batch_size,
+        threads=threads,
+        folder=folder,
+    )

@@ -1,0 +1,390 @@
+import itertools
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hncse_ray.negatives.selection import SelectionRules, select
+
+RULES = SelectionRules(
+    per_anchor=2, max_score=None, relative_margin=None, skip_hardest=0, sampling="top", temperature=0.1
+)
+KEYS = ["itself", "same_content", "in_batch", "max_score", "relative_margin", "skip_hardest", "chosen_twice"]
+
+
+def hash_of(ids):
+    """Content hash of a row: rows 0..4 are copies of 100..104, all others differ."""
+    ids = np.asarray(ids)
+    return (np.where((ids >= 100) & (ids < 105), ids - 100, ids) * 7919 + 13) % (1 << 40)
+
+
+def run(ids, scores, rows, *, rules=RULES, positive_score=1.0, seed=(0, 0), **changes):
+    return select(
+        np.array(ids),
+        np.array(scores, np.float32),
+        row_ids_B=np.array(rows),
+        hashes_Bk=hash_of(ids),
+        row_hashes_B=hash_of(rows),
+        positive_score=positive_score,
+        rules=replace(rules, **changes),
+        seed=seed,
+    )
+
+
+def removed(selection):
+    assert list(selection.removed) == KEYS
+    assert all(type(count) is int for count in selection.removed.values())
+    return {name: count for name, count in selection.removed.items() if count}
+
+
+def naive_fate(i, ids, scores, rows, rules, positive_score):
+    """Name what removes each hit of anchor i, one after the other: a rule, "no hit" or "alive"."""
+    fates, alive, batch = [], 0, hash_of(rows)
+    for hit, score in zip(ids[i], np.array(scores[i], np.float32), strict=True):
+        if hit < 0:
+            fate = "no hit"
+        elif hit == rows[i]:
+            fate = "itself"
+        elif hash_of(hit) == hash_of(rows[i]):
+            fate = "same_content"
+        elif rules.exclude_batch and hash_of(hit) in batch:
+            fate = "in_batch"
+        elif rules.max_score is not None and score > np.float32(rules.max_score):
+            fate = "max_score"
+        elif rules.relative_margin is not None and score > np.float32(positive_score * (1 - rules.relative_margin)):
+            fate = "relative_margin"
+        else:
+            alive += 1
+            fate = "skip_hardest" if alive <= rules.skip_hardest else "alive"
+        fates.append(fate)
+    return fates
+
+
+@st.composite
+def cases(draw):
+    B, k = draw(st.integers(1, 6)), draw(st.integers(0, 8))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    pool = np.array([*range(12), *range(100, 108)])
+    rows = rng.choice(pool, B, replace=False)
+    ids, scores = np.full((B, k), -1), np.full((B, k), -np.inf)
+    for i in range(B):
+        n = int(rng.integers(0, k + 1))
+        ids[i, :n] = rng.choice(pool, n, replace=False)
+        scores[i, :n] = np.sort(rng.integers(-2, 11, n) / 10)[::-1]
+    rules = SelectionRules(
+        per_anchor=draw(st.integers(1, 10)),
+        max_score=draw(st.sampled_from([None, 0.7, 0.9])),
+        relative_margin=draw(st.sampled_from([None, 0.1, 0.5])),
+        skip_hardest=draw(st.integers(0, 3)),
+        sampling=draw(st.sampled_from(["top", "uniform", "softmax"])),
+        temperature=draw(st.sampled_from([0.01, 0.1, 10.0])),
+        exclude_batch=draw(st.booleans()),
+        unique=draw(st.booleans()),
+    )
+    return ids, scores, rows, rules, draw(st.sampled_from([0.8, 1.0]))
+
+
+@settings(max_examples=400, deadline=None)
+@given(cases())
+def test_selected_removed_and_left_over_are_all_the_hits(case):
+    ids, scores, rows, rules, positive_score = case
+    selection = run(ids, scores, rows, rules=rules, positive_score=positive_score)
+    m = rules.per_anchor
+    assert selection.ids_Bm.shape == selection.scores_Bm.shape == selection.mask_Bm.shape == (len(rows), m)
+    assert (selection.ids_Bm.dtype, selection.scores_Bm.dtype, selection.mask_Bm.dtype) == (
+        np.int64,
+        np.float32,
+        np.bool_,
+    )
+    fates = [naive_fate(i, ids, scores, rows, rules, positive_score) for i in range(len(rows))]
+    taken, twice = set(), 0
+    for i, mine in enumerate(fates):
+        alive = {int(ids[i, place]): place for place, fate in enumerate(mine) if fate == "alive"}
+        if rules.unique:
+            twice += len(alive.keys() & taken)
+            alive = {row: place for row, place in alive.items() if row not in taken}
+        n = min(m, len(alive))  # as many as there can be, and at the front
+        assert selection.mask_Bm[i].tolist() == [True] * n + [False] * (m - n)
+        chosen = selection.ids_Bm[i, :n].tolist()
+        assert set(chosen) <= alive.keys()
+        places = [alive[row] for row in chosen]
+        assert places == sorted(set(places))  # falling scores, no row twice
+        np.testing.assert_array_equal(selection.scores_Bm[i, :n], scores[i, places].astype(np.float32))
+        assert (selection.ids_Bm[i, n:] == -1).all() and (selection.scores_Bm[i, n:] == 0).all()
+        if rules.sampling == "top":
+            assert places == sorted(alive.values())[:n]
+        taken |= set(chosen)
+    counts = {name: sum(fate.count(name) for fate in fates) for name in KEYS[:-1]}
+    assert selection.removed == counts | {"chosen_twice": twice}
+    assert list(selection.removed) == KEYS
+
+
+@settings(max_examples=400, deadline=None)
+@given(cases())
+def test_columns_mask_is_that_of_a_naive_loop(case):
+    ids, scores, rows, rules, positive_score = case
+    selection = run(ids, scores, rows, rules=rules, positive_score=positive_score)
+    if not rules.unique:
+        assert selection.columns_mask is None
+        return
+    B, m = selection.ids_Bm.shape
+    assert selection.columns_mask.dtype == np.bool_
+    expected = np.zeros((B, B * m), bool)
+    all_fates = [naive_fate(i, ids, scores, rows, rules, positive_score) for i in range(B)]
+    for i, j, n in itertools.product(range(B), range(B), range(m)):
+        row = selection.ids_Bm[j, n]
+        fates = dict(zip(ids[i].tolist(), all_fates[i], strict=True))
+        expected[i, j * m + n] = (
+            row >= 0
+            and row != rows[i]
+            and hash_of(row) != hash_of(rows[i])
+            and fates.get(int(row)) not in ("max_score", "relative_margin")
+        )
+    np.testing.assert_array_equal(selection.columns_mask, expected)
+    usable = selection.ids_Bm[selection.mask_Bm]
+    assert len(set(usable.tolist())) == len(usable)
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_same_arguments_same_outcome_and_nothing_is_written_into_them(case):
+    ids, scores, rows, rules, positive_score = case
+    before = ids.copy(), scores.copy(), rows.copy()
+    np.random.seed(1)
+    one = run(ids, scores, rows, rules=rules, positive_score=positive_score)
+    np.random.seed(2)
+    two = run(ids, scores, rows, rules=rules, positive_score=positive_score)
+    np.testing.assert_array_equal(one.ids_Bm, two.ids_Bm)
+    assert one.removed == two.removed
+    for array, kept in zip((ids, scores, rows), before, strict=True):
+        np.testing.assert_array_equal(array, kept)
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases(), st.randoms(use_true_random=False))
+def test_top_does_not_depend_on_the_order_of_the_batch(case, random):
+    ids, scores, rows, rules, positive_score = case
+    rules = replace(rules, sampling="top", unique=False)
+    order = random.sample(range(len(rows)), len(rows))
+    straight = run(ids, scores, rows, rules=rules, positive_score=positive_score)
+    turned = run(ids[order], scores[order], rows[order], rules=rules, positive_score=positive_score)
+    np.testing.assert_array_equal(straight.ids_Bm[order], turned.ids_Bm)
+    assert straight.removed == turned.removed
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases(), st.data())
+def test_an_anchor_does_not_depend_on_the_hits_of_the_others(case, data):
+    ids, scores, rows, rules, positive_score = case
+    rules = replace(rules, unique=False)
+    i = data.draw(st.integers(0, len(rows) - 1))
+    changed = np.where(np.arange(len(rows))[:, None] == i, ids, -1)
+    one = run(ids, scores, rows, rules=rules, positive_score=positive_score)
+    two = run(changed, scores, rows, rules=rules, positive_score=positive_score)
+    np.testing.assert_array_equal(one.ids_Bm[i], two.ids_Bm[i])
+
+
+# One anchor, row 0 (a copy of row 100); the batch's other row is 1 (a copy of row 101).
+HITS = [0, 100, 1, 101, 20, 21, 22, 23]
+SCORES = [1.0, 1.0, 0.95, 0.95, 0.9, 0.8, 0.7, 0.6]
+BATCH = ([HITS, [-1] * 8], [SCORES, [-np.inf] * 8], [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen", "counts"),
+    [
+        ({}, [20, 21], {"itself": 1, "same_content": 1, "in_batch": 2}),
+        ({"exclude_batch": False}, [1, 101], {"itself": 1, "same_content": 1}),
+        ({"max_score": 0.85}, [21, 22], {"itself": 1, "same_content": 1, "in_batch": 2, "max_score": 1}),
+        ({"max_score": 0.9}, [20, 21], {"itself": 1, "same_content": 1, "in_batch": 2}),  # equal is kept
+        ({"relative_margin": 0.3}, [22, 23], {"itself": 1, "same_content": 1, "in_batch": 2, "relative_margin": 2}),
+        (
+            {"max_score": 0.85, "relative_margin": 0.3},
+            [22, 23],
+            {"itself": 1, "same_content": 1, "in_batch": 2, "max_score": 1, "relative_margin": 1},
+        ),
+        ({"skip_hardest": 1}, [21, 22], {"itself": 1, "same_content": 1, "in_batch": 2, "skip_hardest": 1}),
+        (
+            {"max_score": 0.85, "skip_hardest": 2},
+            [23, -1],
+            {"itself": 1, "same_content": 1, "in_batch": 2, "max_score": 1, "skip_hardest": 2},
+        ),
+        ({"skip_hardest": 9}, [-1, -1], {"itself": 1, "same_content": 1, "in_batch": 2, "skip_hardest": 4}),
+        ({"per_anchor": 6}, [20, 21, 22, 23, -1, -1], {"itself": 1, "same_content": 1, "in_batch": 2}),
+        ({"per_anchor": 9}, [20, 21, 22, 23] + [-1] * 5, {"itself": 1, "same_content": 1, "in_batch": 2}),
+    ],
+)
+def test_each_rule(changes, chosen, counts):
+    selection = run(*BATCH, **changes)
+    assert selection.ids_Bm[0].tolist() == chosen
+    assert not selection.mask_Bm[1].any()
+    assert removed(selection) == counts
+
+
+@pytest.mark.parametrize("limit", np.linspace(0.05, 0.95, 19).round(2).tolist())
+def test_a_score_that_is_equal_in_fp32_is_kept(limit):
+    over = float(np.nextafter(np.float32(limit), np.float32(2)))
+    selection = run([[30, 31]], [[over, limit]], [5], max_score=limit)
+    assert selection.ids_Bm.tolist() == [[31, -1]]
+
+
+def test_relative_margin_is_relative_to_the_positive_score():
+    assert run([[30, 31]], [[0.8, 0.7]], [5], relative_margin=0.1, positive_score=0.8).ids_Bm.tolist() == [[31, -1]]
+    assert run([[30, 31]], [[0.8, 0.7]], [5], relative_margin=0.1, positive_score=0.9).ids_Bm.tolist() == [[30, 31]]
+
+
+@pytest.mark.parametrize("unique", [False, True])
+@pytest.mark.parametrize("sampling", ["top", "uniform", "softmax"])
+@pytest.mark.parametrize(("B", "k"), [(0, 3), (2, 0), (0, 0), (2, 3)])
+def test_no_hits_at_all(B, k, sampling, unique):
+    selection = run(
+        np.full((B, k), -1),
+        np.full((B, k), -np.inf),
+        np.arange(B),
+        per_anchor=4,
+        skip_hardest=1,
+        sampling=sampling,
+        unique=unique,
+    )
+    assert selection.ids_Bm.shape == (B, 4) and not selection.mask_Bm.any()
+    assert removed(selection) == {}
+    assert not unique or (selection.columns_mask.shape == (B, 4 * B) and not selection.columns_mask.any())
+
+
+def test_the_hash_of_no_hit_does_not_matter():
+    selection = select(
+        np.array([[40, -1]]),
+        np.array([[0.5, -np.inf]], np.float32),
+        row_ids_B=np.array([7]),
+        hashes_Bk=np.array([[1, 99]]),
+        row_hashes_B=np.array([99]),
+        positive_score=1.0,
+        rules=RULES,
+        seed=(0,),
+    )
+    assert selection.ids_Bm.tolist() == [[40, -1]] and removed(selection) == {}
+
+
+def test_unique_gives_a_row_to_the_first_anchor_and_the_next_best_to_the_later():
+    ids = [[30, 31, 32, 33], [31, 30, 33, 34], [30, 31, 32, 33]]
+    selection = run(ids, [[0.9, 0.8, 0.7, 0.6]] * 3, [5, 6, 7], unique=True)
+    assert selection.ids_Bm.tolist() == [[30, 31], [33, 34], [32, -1]]
+    assert removed(selection) == {"chosen_twice": 2 + 3}
+    np.testing.assert_array_equal(selection.scores_Bm, np.float32([[0.9, 0.8], [0.7, 0.6], [0.7, 0]]))
+
+
+def test_columns_that_are_too_close_to_one_anchor_stay_columns_of_the_others():
+    ids, scores = [[30, 31], [31, 30], [6, 32]], [[0.9, 0.5], [0.6, 0.4], [0.5, 0.4]]
+    selection = run(ids, scores, [5, 6, 7], unique=True, max_score=0.8, per_anchor=1, exclude_batch=False)
+    assert selection.ids_Bm.tolist() == [[31], [30], [6]]
+    # anchor 0 scored 0.9 with row 30; row 6 is anchor 1 itself
+    assert selection.columns_mask.tolist() == [[True, False, True], [True, True, False], [True, True, True]]
+
+
+def frequencies(sampling, *, n=20_000, per_anchor=2, **changes):
+    """How often each of four hits is chosen, and how often each pair, over n anchors with the same hits."""
+    ids, scores = np.tile([30, 31, 32, 33, -1], (n, 1)), np.tile([0.9, 0.8, 0.6, 0.3, -np.inf], (n, 1))
+    selection = run(ids, scores, np.arange(n) + 1000, per_anchor=per_anchor, sampling=sampling, seed=(3, 5), **changes)
+    assert selection.mask_Bm.all()
+    assert (np.diff(selection.scores_Bm, axis=1) < 0).all()
+    pairs = [tuple(row) for row in selection.ids_Bm.tolist()]
+    return {key: pairs.count(key) / n for key in itertools.combinations([30, 31, 32, 33], per_anchor)}
+
+
+def expected_frequencies(weights, per_anchor):
+    """Chances of each set under successive draws without replacement."""
+    chances = {}
+    for draws in itertools.permutations(weights, per_anchor):
+        left, chance = sum(weights.values()), 1.0
+        for row in draws:
+            chance, left = chance * weights[row] / left, left - weights[row]
+        key = tuple(sorted(draws))
+        chances[key] = chances.get(key, 0) + chance
+    return chances
+
+
+@pytest.mark.parametrize("per_anchor", [1, 2, 3])
+@pytest.mark.parametrize(("sampling", "temperature"), [("uniform", 0.1), ("softmax", 0.2), ("softmax", 1.0)])
+def test_sampling_frequencies(sampling, temperature, per_anchor):
+    n = 20_000
+    heat = np.inf if sampling == "uniform" else temperature
+    scores = zip([30, 31, 32, 33], [0.9, 0.8, 0.6, 0.3], strict=True)
+    expected = expected_frequencies({row: float(np.exp(score / heat)) for row, score in scores}, per_anchor)
+    found = frequencies(sampling, n=n, per_anchor=per_anchor, temperature=temperature)
+    assert found.keys() == expected.keys()
+    for key, chance in expected.items():
+        assert abs(found[key] - chance) < 4.5 * np.sqrt(chance * (1 - chance) / n), key
+
+
+def test_softmax_at_a_low_temperature_is_top():
+    assert frequencies("softmax", n=500, temperature=1e-6)[30, 31] == 1.0
+
+
+def test_another_seed_another_draw_and_batches_of_one_run_differ():
+    def chosen(seed):
+        return run(
+            [list(range(30, 62))] * 8, [np.linspace(1, 0, 32)] * 8, range(200, 208), sampling="uniform", seed=seed
+        )
+
+    draws = [chosen(seed).ids_Bm.tolist() for seed in [(0, 0), (0, 1), (1, 0), (1, 1), (0, 10), (2**40, 3)]]
+    assert all(a != b for a, b in itertools.combinations(draws, 2))
+    assert chosen([0, 1]).ids_Bm.tolist() == draws[1]
+    assert draws[0][0] != draws[0][1]  # nor do the anchors share a draw
+
+
+def test_uniform_draws_from_all_survivors_after_the_hardest_are_skipped():
+    ids, scores = [list(range(30, 40))] * 400, [np.linspace(0.9, 0.1, 10)] * 400
+    selection = run(ids, scores, range(200, 600), sampling="uniform", skip_hardest=3, max_score=0.85)
+    assert set(selection.ids_Bm.ravel().tolist()) == set(range(34, 40))
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"ids_Bk": np.zeros(3, int)}, "ids_Bk"),
+        ({"scores_Bk": np.zeros((2, 4), np.float32)}, "scores_Bk"),
+        ({"hashes_Bk": np.zeros((3, 3), int)}, "hashes_Bk"),
+        ({"row_ids_B": np.zeros(3, int)}, "row_ids_B"),
+        ({"row_hashes_B": np.zeros((2, 1), int)}, "row_hashes_B"),
+        ({"scores_Bk": np.full((2, 3), np.nan, np.float32)}, "not finite"),
+        ({"positive_score": float("nan"), "rules": replace(RULES, relative_margin=0.1)}, "positive_score"),
+        ({"seed": (-1, 0), "rules": replace(RULES, sampling="uniform")}, "non-negative"),
+    ],
+)
+def test_wrong_arguments(changes, names):
+    arguments = {
+        "ids_Bk": np.arange(6).reshape(2, 3),
+        "scores_Bk": np.zeros((2, 3), np.float32),
+        "row_ids_B": np.array([8, 9]),
+        "hashes_Bk": np.arange(6).reshape(2, 3),
+        "row_hashes_B": np.array([8, 9]),
+        "positive_score": 1.0,
+        "rules": RULES,
+        "seed": (0, 0),
+    } | changes
+    with pytest.raises(ValueError, match=names):
+        select(arguments.pop("ids_Bk"), arguments.pop("scores_Bk"), **arguments)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"per_anchor": 0}, {"skip_hardest": -1}, {"sampling": "best"}, {"temperature": 0.0}, {"temperature": np.nan}],
+)
+def test_wrong_rules(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        replace(RULES, **changes)
+
+
+def test_a_large_batch_takes_little_time():
+    rng = np.random.default_rng(0)
+    B, k = 2048, 64
+    ids = np.argsort(rng.random((B, 4096)), axis=1)[:, :k] + 10_000
+    scores = np.sort(rng.random((B, k)), axis=1)[:, ::-1]
+    begin = time.perf_counter()
+    selection = run(ids, scores, np.arange(B), rules=replace(RULES, max_score=0.95, unique=True, sampling="softmax"))
+    assert time.perf_counter() - begin < 5  # 0.2 s where it was written
+    usable = selection.ids_Bm[selection.mask_Bm]
+    assert len(np.unique(usable)) == len(usable)
