@@ -1,9 +1,9 @@
 """Do global negatives help? Quickstart runs without them, with `fresh` and with `stored` ones, over several seeds.
 
-Every run takes the same number of steps on the quickstart's corpus and is scored with its last weights: documentation
-pairs (dev for choosing settings, test for the table) and, with HNCSE_DATA, STS-B dev. The index lives in the process
-(`negatives.source=in_process`), which serves the same neighbours as the pool. Results are added to the file as they come,
-and runs that are there already are not repeated.
+Every run takes the same number of steps on a sample of the quickstart's corpus and is scored with its last weights:
+documentation pairs (dev for choosing settings, test for the table) and, with HNCSE_DATA, STS-B dev. The index lives in
+the process (`negatives.source=in_process`), which serves the same neighbours as the pool. Results are added to the file
+as they come, and runs that are there already are not repeated.
 
     python benchmarks/negatives_quality.py --out result.json                      # the table
     python benchmarks/negatives_quality.py --out sweep.json --sweep --seeds 0     # selection settings
@@ -91,7 +91,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--sentences", type=int, default=6000, help="size of the sample of the corpus")
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES))
     parser.add_argument("--sweep", action="store_true", help="vary the selection instead")
     parser.add_argument("--use", default="stored", help="for --sweep: fresh or stored")
@@ -101,7 +102,11 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     results = json.loads(args.out.read_text()) if args.out.exists() else {"runs": {}}
     if not args.table:
-        results |= provenance(torch.device("cpu"), "faiss-cpu") | {"steps": args.steps, "recipe": "quickstart"}
+        results |= provenance(torch.device("cpu"), "faiss-cpu") | {
+            "recipe": "quickstart",
+            "steps": args.steps,
+            "sentences": args.sentences,
+        }
         run_all(args, results)
     print_table(results["runs"])
 
@@ -111,7 +116,7 @@ def run_all(args: argparse.Namespace, results: dict) -> None:
     if args.sweep:
         common = (*GLOBAL, f"negatives.use={args.use}", "negatives.refresh_every_steps=null")
         variants = {name: ((*common, *extra) if name != "none" else ()) for name, extra in SWEEP.items()}
-    base = load_settings("quickstart", ["evaluation.suites=[]", f"train.max_steps={args.steps}"])
+    base = run_settings(args, 0, "info_nce", ())
     encoder = load_encoder(base.encoder.model, base.encoder)
     corpus = prepare(base, encoder, LineReporter())
     plan = plan_index("flat", rows=len(corpus), dimension=encoder.dimension, memory_bytes=None)
@@ -127,7 +132,7 @@ def run_all(args: argparse.Namespace, results: dict) -> None:
                     continue
                 if "negatives.columns=none" in overrides and objective == "info_nce":
                     continue
-                settings = run_settings(args.steps, seed, objective, overrides)
+                settings = run_settings(args, seed, objective, overrides)
                 started = time.perf_counter()
                 source = InProcessSource(shard, corpus_digest=corpus.digest, rows=len(corpus))
                 trained = load_encoder(settings.encoder.model, settings.encoder, seed=seed)
@@ -144,10 +149,11 @@ def run_all(args: argparse.Namespace, results: dict) -> None:
                 print(f"{key}: {seconds:.0f} s  " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()), flush=True)
 
 
-def run_settings(steps: int, seed: int, objective: str, overrides: tuple[str, ...]) -> Settings:
+def run_settings(args: argparse.Namespace, seed: int, objective: str, overrides: tuple[str, ...]) -> Settings:
     common = [
         f"run.seed={seed}",
-        f"train.max_steps={steps}",
+        f"train.max_steps={args.steps}",
+        f"corpus.max_sentences={args.sentences}",
         "train.log_every_steps=10",
         "evaluation.suites=[]",
         f"objective.name={objective}",

@@ -23,7 +23,7 @@ from hncse_ray.training.checkpoint import RunStore, copy_weights, read_newest, w
 from hncse_ray.training.distributed import ShardedEncode, raise_together, rank, world_size
 from hncse_ray.training.evaluator import EvaluationSets, Scores, Split
 from hncse_ray.training.guards import Guards
-from hncse_ray.training.negatives import BatchNegatives, GlobalNegatives
+from hncse_ray.training.negatives import GlobalNegatives, to_step
 from hncse_ray.training.objective import Metrics, Objective
 from hncse_ray.training.schedule import build_optimizer, build_schedule
 from hncse_ray.training.step import LocalBatch, StepContext, StepNegatives, train_step
@@ -171,27 +171,16 @@ class _Trainer:
     def _next_batches(self) -> list[LocalBatch]:
         first = self.state.step * self.settings.train.accumulation_steps
         numbers = range(first, first + self.settings.train.accumulation_steps)
-        negatives: Sequence[BatchNegatives | None] = [None] * len(numbers)
+        negatives: Sequence[StepNegatives | None] = [None] * len(numbers)
         if self.negatives is not None:
-            negatives = self.negatives.take(numbers, self.state)
+            negatives = [to_step(taken, self.corpus) for taken in self.negatives.take(numbers, self.state)]
         batches = []
-        for number, batch_negatives in zip(numbers, negatives, strict=True):
+        for number, own in zip(numbers, negatives, strict=True):
             ids = self.plan.batch(number)
             sizes = tuple(len(rank_slice(ids, r, world_size())) for r in range(world_size()))
             rows = self.corpus.token_rows(rank_slice(ids, rank(), world_size()))
-            batches.append(LocalBatch(number, rows, sizes, self._for_step(batch_negatives)))
+            batches.append(LocalBatch(number, rows, sizes, own))
         return batches
-
-    def _for_step(self, negatives: BatchNegatives | None) -> StepNegatives | None:
-        """Add the token rows of this rank's fresh negatives."""
-        if negatives is None:
-            return None
-        fresh_bm = None
-        if negatives.vectors_BmD is None:
-            ids_bm = rank_slice(negatives.ids_Bm, rank(), world_size())
-            rows = iter(self.corpus.token_rows(ids_bm[ids_bm >= 0]))
-            fresh_bm = [[next(rows) if i >= 0 else None for i in ids_m] for ids_m in ids_bm]
-        return StepNegatives(negatives.mask_Bm, negatives.columns_mask, negatives.vectors_BmD, fresh_bm)
 
     def _write_log(self) -> None:
         if self.log.steps == 0:

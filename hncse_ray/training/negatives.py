@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hncse_ray.config import Settings
-from hncse_ray.corpus import BatchPlan, Corpus
+from hncse_ray.corpus import BatchPlan, Corpus, rank_slice
 from hncse_ray.errors import DataError, TrainingError
 from hncse_ray.negatives import (
     IndexVersion,
@@ -30,8 +30,9 @@ from hncse_ray.negatives import (
     select,
 )
 from hncse_ray.training.checkpoint import TrainState, Weights
-from hncse_ray.training.distributed import broadcast
+from hncse_ray.training.distributed import broadcast, rank, world_size
 from hncse_ray.training.prefetch import Prefetch
+from hncse_ray.training.step import StepNegatives
 
 _UNUSED_BATCHES = 50
 
@@ -53,6 +54,16 @@ class BatchNegatives:
     columns_mask: NDArray[np.bool_] | None
     vectors_BmD: NDArray[np.float32] | None
     version: IndexVersion | None
+
+
+def to_step(negatives: BatchNegatives, corpus: Corpus) -> StepNegatives:
+    """Add the token rows of this rank's share, if they are to be encoded again."""
+    fresh_bm = None
+    if negatives.vectors_BmD is None:
+        ids_bm = rank_slice(negatives.ids_Bm, rank(), world_size())
+        rows = iter(corpus.token_rows(ids_bm[ids_bm >= 0]))
+        fresh_bm = [[next(rows) if i >= 0 else None for i in ids_m] for ids_m in ids_bm]
+    return StepNegatives(negatives.mask_Bm, negatives.columns_mask, negatives.vectors_BmD, fresh_bm)
 
 
 @dataclass(frozen=True)

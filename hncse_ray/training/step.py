@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hncse_ray.encoder import SentenceEncoder
+from hncse_ray.encoder import SentenceEncoder, length_batches
 from hncse_ray.training.distributed import gather_rows, rank, world_size
 from hncse_ray.training.objective import Metrics, Neighbours, Objective
+
+_GROUPS, _SMALLEST_GROUP = 8, 8
 
 
 @dataclass(frozen=True)
@@ -152,23 +154,36 @@ def _loss(embedded: list[Tensor], batch: LocalBatch, context: StepContext) -> tu
 
 
 def _encode(model: Any, batch: LocalBatch, context: StepContext, *, chunk: int, rows: slice) -> list[Tensor]:
-    """Embed rows once a view, and their fresh negatives, all in one forward: views ``[c, D]``, negatives ``[c, m, D]``.
+    """Embed rows once a view, all views in one forward, and their fresh negatives: ``[c, D]`` each, ``[c, m, D]``.
 
     Dropout depends on seed, batch, rank and chunk alone.
     """
     encoder: SentenceEncoder = getattr(model, "module", model)
     torch.manual_seed(_seed(context.seed, batch.number, rank(), chunk))
-    anchors, n = batch.rows[rows], context.objective.views
-    if batch.negatives is None or batch.negatives.fresh_bm is None:
-        ids_cL, mask_cL = encoder.batch_tensors(anchors)
-        z = model(ids_cL.repeat(n, 1), None if mask_cL is None else mask_cL.repeat(n, 1))
-        return list(z.chunk(n))
-    slots = [tokens for own in batch.negatives.fresh_bm[rows] for tokens in own]
+    ids_cL, mask_cL = encoder.batch_tensors(batch.rows[rows])
+    n = context.objective.views
+    z = model(ids_cL.repeat(n, 1), None if mask_cL is None else mask_cL.repeat(n, 1))
+    views = list(z.chunk(n))
+    if batch.negatives is not None and batch.negatives.fresh_bm is not None:
+        views.append(_encode_fresh(model, batch.negatives.fresh_bm[rows], z))
+    return views
+
+
+def _encode_fresh(model: Any, fresh_cm: Sequence[Sequence[NDArray[np.integer] | None]], z: Tensor) -> Tensor:
+    """Embed negatives ``[c, m, D]``, zero where there is none.
+
+    The rows of a batch are of like length, its negatives are not. They go through the encoder in a few groups sorted by
+    length: padded to the longest of all, they would cost several times as much as the batch itself.
+    """
+    encoder: SentenceEncoder = getattr(model, "module", model)
+    slots = [tokens for own in fresh_cm for tokens in own]
     usable = [i for i, tokens in enumerate(slots) if tokens is not None]
-    z = model(*encoder.batch_tensors([*anchors] * n + [tokens for tokens in slots if tokens is not None]))
-    views, fresh = z[: n * len(anchors)], z[n * len(anchors) :]
-    fresh_cmD = z.new_zeros(len(slots), z.shape[1]).index_copy(0, torch.tensor(usable, device=z.device), fresh)
-    return [*views.chunk(n), fresh_cmD.view(len(anchors), -1, z.shape[1])]
+    rows = [tokens for tokens in slots if tokens is not None]
+    fresh = z.new_zeros(len(slots), z.shape[1])
+    for group in length_batches(rows, max(_SMALLEST_GROUP, -(-len(rows) // _GROUPS))):
+        index = torch.tensor([usable[i] for i in group], device=z.device)
+        fresh = fresh.index_copy(0, index, model(*encoder.batch_tensors([rows[i] for i in group])))
+    return fresh.view(len(fresh_cm), -1, z.shape[1])
 
 
 def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:

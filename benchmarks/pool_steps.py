@@ -1,0 +1,146 @@
+"""What do global negatives cost a training step? Steps with and without them, taken in turn.
+
+A real pool serves the quickstart's corpus; this process trains. Rounds of steps without negatives, with prefetched
+`stored` ones and with `fresh` ones (m = 1) follow each other on the same batches, no build under way. The reference for
+`fresh` encodes 3B rows instead of 2B: a third view of the anchors, as `three_view` has it.
+
+    python benchmarks/pool_steps.py --out result.json
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+from hardware import provenance
+
+from hncse_ray import load_settings
+from hncse_ray.cluster import prepare, ray_session
+from hncse_ray.cluster.pool import PoolClient, negative_pool
+from hncse_ray.cluster.resources import plan_pool
+from hncse_ray.config import Settings
+from hncse_ray.corpus import BatchPlan, Corpus
+from hncse_ray.encoder import SentenceEncoder, load_encoder
+from hncse_ray.reporting import LineReporter
+from hncse_ray.training.checkpoint import TrainState, copy_weights
+from hncse_ray.training.negatives import GlobalNegatives, to_step
+from hncse_ray.training.objective import Objective
+from hncse_ray.training.schedule import build_optimizer
+from hncse_ray.training.step import LocalBatch, StepContext, train_step
+
+MODES = ("none", "stored", "fresh", "3B rows")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sentences", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="in each mode and round")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    settings = {use: read_settings(args, use) for use in ("stored", "fresh")}
+    encoder = load_encoder(settings["stored"].encoder.model, settings["stored"].encoder)
+    corpus = prepare(settings["stored"], encoder, LineReporter())
+    with ray_session(), tempfile.TemporaryDirectory() as folder:
+        negatives = settings["stored"].negatives
+        plan = plan_pool(negatives, ray.cluster_resources(), rows=len(corpus), dimension=encoder.dimension)
+        with negative_pool(settings["stored"], plan, corpus, Path(folder)) as handles:
+            seconds = measure(args, settings, encoder, corpus, PoolClient(handles, timeout_s=60))
+    of = {mode: float(np.median(times)) for mode, times in seconds.items()}
+    # Ratios within a round, whose steps took turns on the same machine at the same time.
+    ratio = {
+        "stored over none": round_ratio(seconds, "stored", "none"),
+        "fresh over 3B rows": round_ratio(seconds, "fresh", "3B rows"),
+        "fresh over none": round_ratio(seconds, "fresh", "none"),
+    }
+    print(json.dumps({"median_step_s": of, "ratio": ratio}, indent=2))
+    if args.out:
+        result = provenance(torch.device("cpu"), "faiss-cpu", "ray") | vars(args)
+        result |= {"median_step_s": of, "ratio": ratio, "step_s_by_round": seconds}
+        args.out.write_text(json.dumps(result, indent=2, default=str) + "\n")
+
+
+def read_settings(args: argparse.Namespace, use: str) -> Settings:
+    return load_settings(
+        "quickstart",
+        [
+            f"corpus.max_sentences={args.sentences}",
+            f"train.batch_size={args.batch}",
+            "objective.name=info_nce",
+            "negatives.source=pool",
+            "negatives.columns=own",
+            "negatives.refresh=async",
+            f"negatives.use={use}",
+            "negatives.refresh_every_steps=null",
+        ],
+    )
+
+
+def measure(
+    args: argparse.Namespace,
+    settings: dict[str, Settings],
+    encoder: SentenceEncoder,
+    corpus: Corpus,
+    client: PoolClient,
+) -> dict[str, list[float]]:
+    plan = BatchPlan(corpus.lengths, batch_size=args.batch, seed=0, bucket_by_length=True, min_batch=2)
+    train = settings["stored"].train
+    optimizer = build_optimizer(encoder, train)
+    objectives = [
+        Objective(
+            load_settings("quickstart", [f"objective.name={name}"]).objective,
+            dimension=encoder.dimension,
+            device=encoder.device,
+        )
+        for name in ("info_nce", "three_view")
+    ]
+    client.publish({name: tensor.numpy() for name, tensor in copy_weights(encoder).items()}, step=0)
+    client.wait(3600)
+    states = {use: TrainState(step=1) for use in settings}
+    sources = {
+        use: GlobalNegatives(s, corpus=corpus, plan=plan, dimension=encoder.dimension, source=client, notify=print)
+        for use, s in settings.items()
+    }
+    for use, source in sources.items():
+        source.refresh(states[use], lambda: copy_weights(encoder))
+    client.wait(3600)
+    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    for round_number in range(args.rounds + 1):
+        for mode in np.random.default_rng(round_number).permutation(MODES):
+            times = []
+            for i in range(args.steps):
+                number = round_number * args.steps + i
+                started = time.perf_counter()
+                taken = None
+                if mode in sources:
+                    sources[mode].refresh(states[mode], lambda: copy_weights(encoder))
+                    taken = to_step(sources[mode].take([number], states[mode])[0], corpus)
+                    if not taken.mask_Bm.any():
+                        raise RuntimeError("no negatives came")
+                rows = corpus.token_rows(plan.batch(number))
+                batch = LocalBatch(number, rows, (len(rows),), taken)
+                context = StepContext(
+                    objective=objectives[mode == "3B rows"], seed=0, step=1, total_steps=1000, chunk_size=None
+                )
+                train_step(encoder, optimizer, [batch], context, max_grad_norm=train.max_grad_norm)
+                times.append(time.perf_counter() - started)
+            if round_number:  # the first warms up
+                seconds[str(mode)].append(float(np.median(times)))
+        print({mode: round(times[-1], 3) for mode, times in seconds.items() if times}, flush=True)
+    for source in sources.values():
+        source.close()
+    return seconds
+
+
+def round_ratio(seconds: dict[str, list[float]], one: str, other: str) -> dict[str, float]:
+    ratios = [a / b for a, b in zip(seconds[one], seconds[other], strict=True)]
+    return {"median": float(np.median(ratios)), "min": min(ratios), "max": max(ratios)}
+
+
+if __name__ == "__main__":
+    main()
