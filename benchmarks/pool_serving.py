@@ -86,12 +86,16 @@ def main() -> None:
     with ray_session(), tempfile.TemporaryDirectory() as folder:
         shards = [
             ray.remote(concurrency_groups=GROUPS)(RandomShard)
-            .options(num_cpus=0)
+            .options(num_cpus=0, name=f"shard-{number}")
             .remote(number, args.shards, args.rows, args.dimension, args.kind, args.threads)
             for number in range(args.shards)
         ]
         coordinator = ray.remote(PoolCoordinator).options(num_cpus=0).remote(
-            shards, folder=folder, corpus_digest="random", rows=args.rows, build_timeout_s=600
+            [f"shard-{n}" for n in range(args.shards)],
+            folder=folder,
+            corpus_digest="random",
+            rows=args.rows,
+            build_timeout_s=600,
         )  # fmt: skip
         client = PoolClient(PoolHandles(coordinator, tuple(shards)), timeout_s=120)
         client.publish({"none": np.zeros(1, dtype=np.float32)}, step=0)

@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class PoolCoordinator:
     After a restart of its own it goes on from the weights in its folder.
 
     Args:
-        shards: the handles of the shard actors.
+        shards: the names of the shard actors.
         folder: keeps the weights of the served version, and which it is.
         corpus_digest: of the corpus.
         rows: of the corpus.
@@ -53,9 +54,9 @@ class PoolCoordinator:
     """
 
     def __init__(
-        self, shards: list[Any], *, folder: str, corpus_digest: str, rows: int, build_timeout_s: float
+        self, shards: Sequence[str], *, folder: str, corpus_digest: str, rows: int, build_timeout_s: float
     ) -> None:
-        self._shards, self._folder = shards, Path(folder)
+        self._shards, self._folder = [ray.get_actor(name) for name in shards], Path(folder)
         self._corpus_digest, self._rows, self._build_timeout_s = corpus_digest, rows, build_timeout_s
         self._weights: dict[IndexVersion, Any] = {}  # references; owned here, so they outlive the trainers
         self._holding: dict[int, list[IndexVersion]] = {}

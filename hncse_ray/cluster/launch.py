@@ -41,6 +41,7 @@ from hncse_ray.reporting import (
 from hncse_ray.storage import write_folder
 from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets
 from hncse_ray.training.distributed import raise_together, rank
+from hncse_ray.training.negatives import check_candidates
 from hncse_ray.training.run_folder import RunFolder, claim_run_folder
 from hncse_ray.training.shard import build_shard
 
@@ -135,6 +136,7 @@ def _train(settings: Settings, folder: RunFolder, reporter: Reporter) -> RunFini
             f"corpus {settings.corpus.source}",
             "Lower train.batch_size or give a larger corpus",
         )
+    check_candidates(settings, corpus)
     reporter.on(StageProgress("starting Ray and the workers", 0, None))
     with ray_session():
         resources, pool = ray.cluster_resources(), None

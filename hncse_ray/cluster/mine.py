@@ -24,10 +24,11 @@ from hncse_ray.cluster.session import ray_session
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import SentenceEncoder, length_limit, load_encoder
-from hncse_ray.errors import ClusterError, DataError, ModelError, StorageError
+from hncse_ray.errors import ClusterError, ModelError, StorageError
 from hncse_ray.negatives import Hits, NegativeSource, SelectionRules, SourceUnavailable, select, weights_digest
 from hncse_ray.reporting import LineReporter, Reporter, StageProgress
 from hncse_ray.storage import write_atomically
+from hncse_ray.training.negatives import check_candidates
 
 _BLOCK_ROWS, _IN_FLIGHT = 2048, 4
 _RETRY_S = 1.0
@@ -75,9 +76,7 @@ def mine(settings: Settings, out: Path, *, reporter: Reporter | None = None) -> 
     if settings.encoder.max_length > (limit := length_limit(encoder)):
         raise ModelError(f"it takes {limit} tokens at most", settings.encoder.model, "Lower encoder.max_length")
     corpus = prepare(settings, encoder, reporter)
-    if settings.negatives.candidates >= len(corpus):
-        raise DataError(f"has {len(corpus)} sentences, fewer than negatives.candidates + 1", "corpus",
-                        "Lower negatives.candidates or give a larger corpus")  # fmt: skip
+    check_candidates(settings, corpus)
     parts = _Parts(out, _fingerprint(settings, encoder, corpus), corpus)
     with ray_session():
         plan = plan_pool(settings.negatives, ray.cluster_resources(), rows=len(corpus), dimension=encoder.dimension)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ def negative_pool(settings: Settings, plan: PoolPlan, corpus: Corpus, folder: Pa
         HncseError: why a shard cannot work.
     """
     group, shards, coordinator = None, [], None
+    pool = f"hncse-{settings.run.name}-{uuid.uuid4().hex[:8]}"
     resources = {"CPU": plan.cpus, "GPU": plan.gpus}
     bundle = {name: amount for name, amount in resources.items() if amount}
     try:
@@ -80,11 +82,16 @@ def negative_pool(settings: Settings, plan: PoolPlan, corpus: Corpus, folder: Pa
                 use_gpu=plan.gpus > 0,
             )
             actor = ray.remote(concurrency_groups=_GROUPS)(ShardActor).options(
-                num_cpus=plan.cpus, num_gpus=plan.gpus, scheduling_strategy=strategy, max_restarts=-1
+                name=f"{pool}-shard-{number}",
+                num_cpus=plan.cpus,
+                num_gpus=plan.gpus,
+                scheduling_strategy=strategy,
+                max_restarts=-1,
             )
             shards.append(actor.remote(spec))
+        # By name: handles among its arguments might be gone from the object store when it has to be restarted.
         coordinator = ray.remote(PoolCoordinator).options(num_cpus=0, max_restarts=-1).remote(
-            shards,
+            [f"{pool}-shard-{number}" for number in range(plan.num_shards)],
             folder=str(folder.absolute()),
             corpus_digest=corpus.digest,
             rows=len(corpus),

@@ -56,6 +56,21 @@ class BatchNegatives:
     version: IndexVersion | None
 
 
+def check_candidates(settings: Settings, corpus: Corpus) -> None:
+    """See that every anchor has as many neighbours as are to be looked up.
+
+    Raises:
+        DataError: the corpus is too small.
+    """
+    if settings.negatives.source != "none" and settings.negatives.candidates >= len(corpus):
+        raise DataError(
+            f"has {len(corpus)} sentences, so an anchor has {len(corpus) - 1} neighbours, fewer than"
+            f" negatives.candidates = {settings.negatives.candidates}",
+            f"corpus {settings.corpus.source}",
+            "Lower negatives.candidates or give a larger corpus",
+        )
+
+
 def to_step(negatives: BatchNegatives, corpus: Corpus) -> StepNegatives:
     """Add the token rows of this rank's share, if they are to be encoded again."""
     fresh_bm = None
@@ -156,13 +171,7 @@ class GlobalNegatives:
         )
         self._refresh_rules = RefreshRules(s.refresh_every_steps, s.refresh, s.max_staleness_steps)
         self._sync = s.refresh == "sync"
-        if s.candidates >= len(corpus):
-            raise DataError(
-                f"has {len(corpus)} sentences, so an anchor has {len(corpus) - 1} neighbours, fewer than"
-                f" negatives.candidates = {s.candidates}",
-                f"corpus {settings.corpus.source}",
-                "Lower negatives.candidates or give a larger corpus",
-            )
+        check_candidates(settings, corpus)
         self._prefetch: Prefetch[_LookedUp] | None = None if source is None else Prefetch(s.timeout_s)
         self._published_step: int | None = None
         self._published: Weights | None = None

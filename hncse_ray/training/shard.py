@@ -38,7 +38,7 @@ def build_shard(
         number: which shard.
         count: how many shards there are.
         threads: CPU threads of one search.
-        device: of encoder and index; default: the CPU.
+        device: of the encoder, and of the index if it was planned for a GPU; default: the CPU.
         folder: where index kinds that spill to disk may do so.
 
     Raises:
@@ -59,7 +59,7 @@ def build_shard(
         encode=lambda ids: model.encode_rows(corpus.token_rows(ids)),
         load_weights=load_weights,
         plan=plan,
-        device=device,
+        device=device if plan.on_gpu else torch.device("cpu"),
         batch_size=negatives.encode_batch_size,
         threads=threads,
         folder=folder,
