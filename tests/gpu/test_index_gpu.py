@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -33,8 +34,8 @@ def search(kind: str, device: str, *, nprobe: int = 10_000) -> tuple[np.ndarray,
 
 @pytest.mark.parametrize("kind", ["flat", "exact_torch"])
 def test_the_exact_kinds_answer_as_on_the_cpu(kind: str) -> None:
-    if kind == "flat":
-        pytest.importorskip("faiss").StandardGpuResources  # noqa: B018
+    if kind == "flat" and not hasattr(faiss, "StandardGpuResources"):
+        pytest.skip("this faiss has no GPU support")
     scores, rows = search(kind, "cuda")
     on_cpu_scores, on_cpu_rows = search("flat", "cpu")
     np.testing.assert_array_equal(rows, on_cpu_rows)
