@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hncse_ray.reporting import Event, Reporter
 
@@ -53,7 +54,8 @@ def event_channel(reporter: Reporter) -> Iterator[Any]:
 
     On leaving, events still under way are delivered and the queue's actor ends.
     """
-    queue = ray.remote(EventQueue).options(num_cpus=0).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = ray.remote(EventQueue).options(num_cpus=0, scheduling_strategy=here).remote()
     stop = threading.Event()
 
     def deliver() -> None:

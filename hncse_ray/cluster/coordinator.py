@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 _PING_S, _PING_TIMEOUT_S = 0.5, 5.0
 _REBUILD_PAUSE_S = 2.0
+# A shard that dies while it builds is waited for: Ray restarts it, which takes seconds to a minute. One that was away
+# before the build began may never come back, as its node may be gone.
+_PATIENCE_S, _PATIENCE_WITH_THE_LOST_S = 120.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,16 @@ class PoolState:
     serving: tuple[int, ...]
 
 
+class ShardLost(Exception):
+    """A shard does not come back; the version is made without it."""
+
+
 class PoolCoordinator:
     """Owns the versions: keeps published weights, has all shards build, commits, and brings lost shards back.
 
-    A version is served once every shard has built it. A build that fails or takes too long leaves the one before.
-    After a restart of its own it goes on from the weights in its folder.
+    A version is served once every shard has built it, but for shards that are lost: those build it when they come back.
+    A build that fails or takes too long leaves the version before. After a restart of its own the coordinator goes on
+    from the weights in its folder.
 
     Args:
         shards: the names of the shard actors.
@@ -59,7 +67,8 @@ class PoolCoordinator:
         self._shards, self._folder = [ray.get_actor(name) for name in shards], Path(folder)
         self._corpus_digest, self._rows, self._build_timeout_s = corpus_digest, rows, build_timeout_s
         self._weights: dict[IndexVersion, Any] = {}  # references; owned here, so they outlive the trainers
-        self._holding: dict[int, list[IndexVersion]] = {}
+        self._holding: dict[int, list[IndexVersion]] | None = None  # None = not yet asked
+        self._commits = 0
         self._repairs: dict[int, asyncio.Task] = {}
         self._tasks: set[asyncio.Task] = set()
         self._idle = asyncio.Event()
@@ -94,8 +103,10 @@ class PoolCoordinator:
     async def state(self) -> PoolState:
         """Return how the pool stands."""
         self._watch()
+        if self._holding is None:
+            await self._look()
         version = self._status.version
-        serving = tuple(i for i, held in sorted(self._holding.items()) if version is not None and version in held)
+        serving = tuple(i for i, held in sorted((self._holding or {}).items()) if version in held)
         return PoolState(replace(self._status, shards_alive=len(serving)), serving)
 
     # ---- building
@@ -106,11 +117,11 @@ class PoolCoordinator:
         try:
             file = self._folder / f"{version.weights_digest}.safetensors"
             await asyncio.to_thread(_save_weights, file, weights)
-            deadline = started + self._build_timeout_s
-            shards = range(len(self._shards))
-            reports = await asyncio.gather(*(self._build(i, version, deadline) for i in shards), return_exceptions=True)
-            failures = [r for r in reports if isinstance(r, BaseException)]
-            if failures:
+            outcomes = await self._build_all(version, started + self._build_timeout_s)
+            reports = {i: outcome for i, outcome in outcomes.items() if isinstance(outcome, BuildReport)}
+            failures = [outcome for outcome in outcomes.values() if isinstance(outcome, BaseException)]
+            failures.sort(key=lambda failure: isinstance(failure, ShardLost))
+            if failures and (not reports or not isinstance(failures[0], ShardLost)):
                 raise failures[0]
             await asyncio.to_thread(self._commit, version, file)
         except Exception as error:  # whatever it was, the version before stays, and the run's log says why
@@ -119,12 +130,15 @@ class PoolCoordinator:
             failed = self._status.failed_builds + 1
             self._status = replace(self._status, failed_builds=failed, last_failure=_reason(error))
         else:
-            encode_s = max(r.encode_seconds for r in reports) or 1e-9
+            encode_s = max(r.encode_seconds for r in reports.values()) or 1e-9
+            # Clients learn of the version and of those that hold it at once, or they would find nobody in between.
+            self._commits += 1
+            self._holding = {i: [*(self._holding or {}).get(i, []), version] for i in reports}
             self._status = replace(
                 self._status,
                 version=version,
                 build_seconds=time.monotonic() - started,
-                rows_per_s=sum(r.rows for r in reports) / encode_s,
+                rows_per_s=sum(r.rows for r in reports.values()) / encode_s,
             )
             self._weights = {version: self._weights[version]}
         finally:
@@ -133,11 +147,28 @@ class PoolCoordinator:
             await self._look()
             self._idle.set()
 
-    async def _build(self, number: int, version: IndexVersion, deadline: float) -> BuildReport:
+    async def _build_all(self, version: IndexVersion, deadline: float) -> dict[int, BuildReport | BaseException]:
+        await self._look()
+        outcomes = await asyncio.gather(
+            *(
+                self._build(i, version, deadline, _PATIENCE_S if i in self._holding else _PATIENCE_WITH_THE_LOST_S)
+                for i in range(len(self._shards))
+            ),
+            return_exceptions=True,
+        )
+        return dict(enumerate(outcomes))
+
+    async def _build(self, number: int, version: IndexVersion, deadline: float, patience_s: float) -> BuildReport:
         """Have one shard build; tried again if it died on the way, as Ray restarts it."""
-        shard = self._shards[number]
+        shard, seen = self._shards[number], time.monotonic()
         while True:
-            left = deadline - time.monotonic()
+            # A call to an actor that waits to be restarted may wait with it: first see whether it is there.
+            if await self._versions(number) is None:
+                if time.monotonic() > min(seen + patience_s, deadline):
+                    raise ShardLost(f"shard {number} does not come back")
+                await asyncio.sleep(_PING_S)
+                continue
+            seen, left = time.monotonic(), deadline - time.monotonic()
             try:
                 call = shard.build.options(concurrency_group="build").remote(version, self._weights[version])
                 return await asyncio.wait_for(_result(call), max(left, 0.01))
@@ -145,9 +176,7 @@ class PoolCoordinator:
                 ray.kill(shard, no_restart=False)
                 raise TimeoutError(f"shard {number} was not ready after {self._build_timeout_s:g} s") from None
             except (ActorUnavailableError, ActorDiedError):
-                if left < _REBUILD_PAUSE_S:
-                    raise
-                await asyncio.sleep(_REBUILD_PAUSE_S)
+                await asyncio.sleep(_PING_S)
 
     def _commit(self, version: IndexVersion, file: Path) -> None:
         write_atomically(self._folder / "served.json", json.dumps({"version": asdict(version), "file": file.name}))
@@ -185,7 +214,10 @@ class PoolCoordinator:
 
     async def _look(self) -> None:
         """Ask every shard what it holds; have those that lack the served version build it again."""
+        commits = self._commits
         held = await asyncio.gather(*map(self._versions, range(len(self._shards))))
+        if commits != self._commits:
+            return  # answers of before the commit
         self._holding = {i: versions for i, versions in enumerate(held) if versions is not None}
         version = self._status.version
         if self._idle.is_set() and any(set(versions) - {version} for versions in self._holding.values()):
@@ -204,7 +236,7 @@ class PoolCoordinator:
 
     async def _repair(self, number: int, version: IndexVersion) -> None:
         try:
-            await self._build(number, version, time.monotonic() + self._build_timeout_s)
+            await self._build(number, version, time.monotonic() + self._build_timeout_s, _PATIENCE_S)
         except Exception as error:  # tried again at the next look; the others go on serving
             logger.warning("shard %d could not be brought back", number, exc_info=error)
             await asyncio.sleep(_REBUILD_PAUSE_S)

@@ -158,7 +158,10 @@ def _run(
 ) -> RunFinished:
     log = logging.FileHandler(folder.path / "log.txt", encoding="utf-8")
     log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger("hncse_ray").addHandler(log)
+    package = logging.getLogger("hncse_ray")
+    package.addHandler(log)
+    if package.level == logging.NOTSET:  # the command sets it; a program that uses the package may not
+        package.setLevel(logging.INFO)
     try:
         with event_channel(reporter) as events, ExitStack() as stack:
             handles = None
@@ -194,7 +197,7 @@ def _run(
         reporter.on(outcome)
         return outcome
     finally:
-        logging.getLogger("hncse_ray").removeHandler(log)
+        package.removeHandler(log)
         log.close()
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +176,7 @@ def _mine_blocks(source: NegativeSource, parts: _Parts, settings: Settings, repo
         running: set[Future[int]] = set()
         try:
             while True:
-                for first in _take(waiting, _IN_FLIGHT - len(running)):
+                for first in itertools.islice(waiting, _IN_FLIGHT - len(running)):
                     running.add(threads.submit(_mine_block, source, parts, settings, first))
                 if not running:
                     return
@@ -185,10 +185,6 @@ def _mine_blocks(source: NegativeSource, parts: _Parts, settings: Settings, repo
                 reporter.on(StageProgress("mining", done, total))
         finally:
             threads.shutdown(cancel_futures=True)
-
-
-def _take(items: Iterator[int], count: int) -> list[int]:
-    return [item for item, _ in zip(items, range(count), strict=False)]
 
 
 def _mine_block(source: NegativeSource, parts: _Parts, settings: Settings, first: int) -> int:

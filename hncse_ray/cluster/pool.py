@@ -16,7 +16,7 @@ import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from hncse_ray.cluster.coordinator import PoolCoordinator, PoolState
 from hncse_ray.cluster.resources import PoolPlan
@@ -90,7 +90,9 @@ def negative_pool(settings: Settings, plan: PoolPlan, corpus: Corpus, folder: Pa
             )
             shards.append(actor.remote(spec))
         # By name: handles among its arguments might be gone from the object store when it has to be restarted.
-        coordinator = ray.remote(PoolCoordinator).options(num_cpus=0, max_restarts=-1).remote(
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
+        coordinator = ray.remote(PoolCoordinator).options(**options).remote(
             [f"{pool}-shard-{number}" for number in range(plan.num_shards)],
             folder=str(folder.absolute()),
             corpus_digest=corpus.digest,
@@ -157,12 +159,13 @@ class PoolClient:
         state = self._state
         version = state.status.version
         if version is None or not state.serving:
+            self._poll()  # whoever asks again should find what there is then
             raise SourceUnavailable(self._unreachable or "no shard serves an index")
-        queries_BD, known_B = self._gather_vectors(row_ids, version, state.serving)
+        queries_BD, known_B, failed = self._gather_vectors(row_ids, version, state.serving)
         ids_Bk = np.full((len(row_ids), k), -1, dtype=np.int64)
         scores_Bk = np.full((len(row_ids), k), -np.inf, dtype=np.float32)
         queries = ray.put(queries_BD[known_B]) if len(state.serving) > 1 else queries_BD[known_B]
-        answers = self._ask({s: self._search(s).remote(version, queries, k) for s in state.serving})
+        answers = self._ask({s: self._search(s).remote(version, queries, k) for s in state.serving if s not in failed})
         scores_SQk, ids_SQk = (np.stack(parts) for parts in zip(*answers.values(), strict=True))
         scores_Bk[known_B], ids_Bk[known_B] = merge_hits(scores_SQk, ids_SQk, k=k)
         complete = len(answers) == len(self._shards) and bool(known_B.all())
@@ -170,7 +173,7 @@ class PoolClient:
 
     def vectors(self, ids: np.ndarray, *, version: IndexVersion) -> np.ndarray:
         """Return the vectors of rows; all of them or none."""
-        vectors_nD, known_n = self._gather_vectors(ids, version, self._state.serving)
+        vectors_nD, known_n, _ = self._gather_vectors(ids, version, self._state.serving)
         if not known_n.all():
             raise SourceUnavailable("a shard was lost before its vectors were fetched")
         return vectors_nD
@@ -187,8 +190,8 @@ class PoolClient:
 
     def _gather_vectors(
         self, ids: np.ndarray, version: IndexVersion, serving: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Vectors ``[n, D]`` from the shards that own the rows, and which of them are there ``[n]``."""
+    ) -> tuple[np.ndarray, np.ndarray, set[int]]:
+        """Vectors ``[n, D]`` from the shards that own the rows, which of them are there ``[n]``, and who failed."""
         owners = ids % len(self._shards)
         owned = {s: np.flatnonzero(owners == s) for s in serving}
         calls = {
@@ -201,7 +204,7 @@ class PoolClient:
         vectors_nD, known_n = np.zeros((len(ids), width), dtype=np.float32), np.zeros(len(ids), dtype=bool)
         for s, part_nD in answers.items():
             vectors_nD[owned[s]], known_n[owned[s]] = part_nD, True
-        return vectors_nD, known_n
+        return vectors_nD, known_n, set(calls) - set(answers)
 
     def _search(self, number: int) -> Any:
         return self._shards[number].search.options(concurrency_group="search")

@@ -71,6 +71,8 @@ def plan_pool(settings: NegativesSettings, total: Mapping[str, float], *, rows: 
         if asked * n > there:
             raise ClusterError(f"{n} shards x {asked:g} {name}s = {asked * n:g}, but the cluster has {there:g}",
                                f"negatives.{name.lower()}s_per_shard", "Lower it, or ask for fewer shards")  # fmt: skip
+    if settings.index == "ivf_pq":
+        plan_index("ivf_pq", rows=rows // n, dimension=dimension, memory_bytes=None)  # the smallest can be trained too
     memory = None if gpus else total.get("memory")  # how much a GPU has is known only to the shard on it
     index = plan_index(
         settings.index,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -90,23 +91,19 @@ class BatchPlan:
                 f"the corpus has {len(self._lengths)} rows, fewer than the {min_batch} of the smallest batch",
                 hint="Lower train.batch_size or use a larger corpus",
             )
-        self._cached: tuple[int, list[Int64]] | None = None
+        self._plan_epoch = lru_cache(maxsize=2)(self._plan)  # look-ups ahead of the step may be in the next epoch
 
     def epoch(self, epoch: int) -> list[Int64]:
         """Return the batches of an epoch: arrays of row ids, each row of the corpus at most once.
 
         Every row appears exactly once but for those of a dropped trailing batch, which differ by epoch.
         """
-        if self._cached is None or self._cached[0] != epoch:
-            self._cached = (epoch, self._plan(epoch))
-        return list(self._cached[1])
+        return list(self._plan_epoch(epoch))
 
     def batch(self, step: int) -> Int64:
         """Return the row ids of a batch by its index counted over all epochs."""
         epoch, index = divmod(step, self.batches_per_epoch)
-        if self._cached is None or self._cached[0] != epoch:
-            self._cached = (epoch, self._plan(epoch))
-        return self._cached[1][index]
+        return self._plan_epoch(epoch)[index]
 
     def _plan(self, epoch: int) -> list[Int64]:
         rng = np.random.default_rng([self.seed, epoch])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hncse_ray.negatives.shard import IndexShard
 from hncse_ray.negatives.source import (
     Float32,
@@ -33,13 +35,10 @@ class InProcessSource:
         version = IndexVersion(step, weights_digest(weights), self._corpus_digest, self._rows)
         report = self._shard.build(version, weights)
         self._shard.retire([version])
-        if report.seconds:
-            self._status = SourceStatus(
-                version=version,
-                shards_alive=1,
-                build_seconds=report.seconds,
-                rows_per_s=report.rows / report.encode_seconds,
-            )
+        self._status = replace(self._status, version=version, shards_alive=1)
+        if report.encode_seconds:
+            rate = report.rows / report.encode_seconds
+            self._status = replace(self._status, build_seconds=report.seconds, rows_per_s=rate)
         return True
 
     def wait(self, timeout_s: float) -> None:

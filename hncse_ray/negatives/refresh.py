@@ -77,15 +77,16 @@ def decide(facts: RefreshFacts, *, rules: RefreshRules) -> RefreshDecision:
     1. The pool does not answer: nothing; its client says so.
     2. Nothing has been published, or only weights of a later step (training was set back): publish.
     3. A refresh is due in `sync`: publish and wait, whatever is being built.
-    4. The served version is too old: wait for the one being built; if there is none, or it would be too old
-       as well (after a restart), publish and wait.
+    4. The served version is too old: wait for the one being built; if that would be too old as well (after a
+       restart), or there is none and the weights last published are too old, publish and wait.
     5. A refresh is due in `async`: publish; or skip it, with a notice, while a version is being built.
     6. A version is being built: nothing, but `sync` waits unless the weights last published are served (a pool
        that came back, or was restored, builds them).
     7. The served version is of a later step (the pool came back with it): publish.
 
     Publishing implies waiting in `sync`, and in either mode where the served version is too old. A build that
-    has failed is not repeated at once, the version before it stays: the next refresh or rule 4 replaces it.
+    has failed is not repeated at once, the version before it stays: the next refresh or rule 4 replaces it. Until
+    then a version that is too old is not used, and training goes on without one.
     """
     step, published, served = facts.step, facts.published_step, facts.served_step
     if not facts.available:
@@ -97,8 +98,9 @@ def decide(facts: RefreshFacts, *, rules: RefreshRules) -> RefreshDecision:
     if published is None or published > step or (due and sync):
         notice = f"step {step}: {too_old}; waiting for a new one" if too_old else _from_later(facts)
         return RefreshDecision(publish=True, wait=sync or bool(too_old), notice=notice)
-    if too_old:
-        ahead = facts.building and not _too_old(replace(facts, served_step=published), limit=rules.max_staleness_steps)
+    recent = not _too_old(replace(facts, served_step=published), limit=rules.max_staleness_steps)
+    if too_old and (facts.building or not recent):
+        ahead = facts.building and recent
         awaited = "the one being built" if ahead else "a new one"
         return RefreshDecision(publish=not ahead, wait=True, notice=f"step {step}: {too_old}; waiting for {awaited}")
     if due and facts.building:

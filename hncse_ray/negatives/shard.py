@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import faiss
@@ -41,7 +41,7 @@ class IndexShard:
         lengths: tokens of each corpus row ``[N]``; rows are encoded sorted by them.
         encode: embeds rows given by their ids, ``[n] -> [n, D]``, unit norm.
         load_weights: hands published weights to the encoder behind ``encode``.
-        plan: which index, and how large.
+        plan: which index; the number of rows is the shard's own.
         device: where the index lives.
         batch_size: rows encoded in one call.
         threads: CPU threads of one search.
@@ -66,7 +66,8 @@ class IndexShard:
         self._ids = np.arange(number, len(lengths), count, dtype=np.int64)
         self._order = np.argsort(-np.asarray(lengths)[self._ids], kind="stable")
         self._encode, self._load_weights = encode, load_weights
-        self._plan, self._device, self._folder = plan, device, folder
+        self._plan = replace(plan, rows=len(self._ids))  # some shards have one row less than the largest
+        self._device, self._folder = device, folder
         self._batch_size, self._threads = batch_size, threads
         self._indexes: dict[Version, VectorIndex] = {}
         self._building = threading.Lock()

@@ -136,7 +136,7 @@ def weights_digest(weights: Weights) -> str:
     """Return a digest of named arrays: names, dtypes, shapes and values."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(weights):
-        array = np.ascontiguousarray(weights[name])
+        array = weights[name]
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -172,7 +172,7 @@ def describe(event: Event, total_steps: int = 0) -> str:
         case StepsLogged():
             return (
                 f"step {event.step}/{total_steps}  loss {event.metrics['loss']:.4f}"
-                f"  {event.sentences_per_s:,.1f} sentences/s"
+                f"  {event.sentences_per_s:,.1f} sentences/s{_describe_index(event.metrics)}"
             )
         case Evaluated():
             scores = "  ".join(f"{name} {value:.4f}" for name, value in event.scores.items())
@@ -184,6 +184,15 @@ def describe(event: Event, total_steps: int = 0) -> str:
         case RunFinished():
             early = ", stopped early" if event.stopped_early else ""
             return f"finished after {event.step} steps{early}; best on dev at step {event.best_step}"
+
+
+def _describe_index(metrics: dict[str, float]) -> str:
+    """Say which index served global negatives, if the run uses any, and how often it did not."""
+    if "negatives/missing" not in metrics:
+        return ""
+    step, missing = metrics.get("negatives/index_step"), metrics["negatives/missing"]
+    text = "  no index yet" if step is None else f"  index of step {step:.0f}"
+    return text + (f" ({missing:.0%} of batches without neighbours)" if missing else "")
 
 
 def time_left(started: tuple[float, int] | None, step: int, total_steps: int) -> str:

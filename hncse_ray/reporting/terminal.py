@@ -55,6 +55,8 @@ class TerminalReporter:
             self._bar("training", event.step, event.total_steps)
         elif isinstance(event, StepsLogged):
             self._facts |= {"loss": f"{event.metrics['loss']:.4f}", "speed": f"{event.sentences_per_s:,.0f}/s"}
+            if (index_step := event.metrics.get("negatives/index_step")) is not None:
+                self._facts["index"] = f"{index_step:.0f}"
             self._bar("training", event.step)
         elif isinstance(event, Evaluated):
             if event.split == "dev" and event.metric in event.scores:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,18 +60,14 @@ def fit(job: TrainJob, store: RunStore, emit: Emit) -> RunFinished:
         TrainingError: not a number, or collapse.
         StorageError: a checkpoint or the model could not be written.
     """
-    trainer = _Trainer(job, store, emit if rank() == 0 else lambda event: None)
-    try:
-        return trainer.run()
-    finally:
-        if trainer.negatives is not None:
-            trainer.negatives.close()
+    with ExitStack() as stack:
+        return _Trainer(job, store, emit if rank() == 0 else lambda event: None, stack).run()
 
 
 class _Trainer:
     """The parts of one run on one rank, and its loop."""
 
-    def __init__(self, job: TrainJob, store: RunStore, emit: Emit) -> None:
+    def __init__(self, job: TrainJob, store: RunStore, emit: Emit, stack: ExitStack) -> None:
         self.settings, self.encoder, self.sets, self.corpus = job.settings, job.encoder, job.sets, job.corpus
         self.store, self.emit = store, emit
         train = self.settings.train
@@ -116,6 +113,7 @@ class _Trainer:
                 source=job.source,
                 notify=lambda text: emit(Notice(text)),
             )
+            stack.callback(self.negatives.close)
             self.negatives.resume(self.state, resumed.index)
         if self.settings.encoder.compile:
             self.encoder.backbone.compile(dynamic=True)

@@ -177,7 +177,7 @@ class GlobalNegatives:
         self._published: Weights | None = None
         self._positive_similarity = 1.0
         self._served, self._in_reach = False, True
-        self._failed_builds = 0
+        self._failed_builds = self._shards_alive = 0
         self._unused_batches = 0
         self._window = _Window()
 
@@ -284,14 +284,16 @@ class GlobalNegatives:
 
     def _status(self) -> SourceStatus | None:
         """Ask how the source stands; None if it cannot say. What it last served may still be searched."""
-        assert self._source is not None
+        assert self._source is not None and self._prefetch is not None
         try:
             status = self._source.status()
         except SourceUnavailable as error:
             self._out_of_reach(error)
             return None
-        self._in_reach = True
         self._served = status.version is not None
+        if status.shards_alive > self._shards_alive:
+            self._prefetch.try_again()
+        self._shards_alive = status.shards_alive
         if status.failed_builds > self._failed_builds:
             self._notify(f"a build of the index was given up ({status.last_failure}); the one before stays in use")
         self._failed_builds = status.failed_builds
@@ -309,6 +311,7 @@ class GlobalNegatives:
         except SourceUnavailable as error:
             self._out_of_reach(error)
             return
+        self._in_reach = True
         self._published_step, self._published = step, weights if self._sync else None
         if wait:
             self._wait()
@@ -342,10 +345,11 @@ class GlobalNegatives:
         if self._prefetch.returned():
             self._notify("the negative pool answers again")
         limit, version = self._refresh_rules.max_staleness_steps, looked_up.negatives.version
-        self._window.add(looked_up, waited)
         step = number // self._settings.train.accumulation_steps
         if limit is not None and version is not None and step - version.step > limit:
-            return self._nothing(len(looked_up.negatives.ids_Bm))  # waiting did not help: rather none than older ones
+            self._window.missed += 1  # waiting did not help: rather none than older ones
+            return self._nothing(len(looked_up.negatives.ids_Bm))
+        self._window.add(looked_up, waited)
         return looked_up.negatives
 
     def _look_up(self, number: int) -> _LookedUp:

@@ -67,6 +67,11 @@ class Prefetch(Generic[Answer]):
         """Whether the source is left alone now."""
         return self._paused_until is not None and self._clock() < self._paused_until
 
+    def try_again(self) -> None:
+        """End a pause early: there is reason to think that the source answers."""
+        if self._paused_until is not None:
+            self._paused_until = self._clock()
+
     def returned(self) -> bool:
         """Take note that the source has answered; whether it had been away."""
         was_away = self._paused_until is not None

@@ -130,11 +130,11 @@ def _backward_cached(
     (loss * scale).backward()  # type: ignore[no-untyped-call]
     for c, rows in enumerate(chunks):
         with _no_sync(model, accumulate or c < len(chunks) - 1):
-            # Of fresh negatives that no objective has used there is no gradient.
+            # A chunk may have no fresh negative at all, and a loss may use none of them: then there is no gradient.
             pairs = [
                 (z_c, z.grad[rows])
                 for z_c, z in zip(_encode(model, batch, context, chunk=c, rows=rows), local, strict=True)
-                if z.grad is not None
+                if z.grad is not None and z_c.requires_grad
             ]
             torch.autograd.backward([z_c for z_c, _ in pairs], [grad for _, grad in pairs])
     return metrics | {"loss": loss.detach()}, embedded[0]

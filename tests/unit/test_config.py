@@ -89,6 +89,65 @@ def test_a_smoothing_group_must_fit_its_buffer() -> None:
     assert "does not fit a buffer of 16" in error_of("objective.name=instance_smoothing", "objective.buffer_size=16")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("candidates=8", "per_anchor=9"), "negatives: per_anchor 9 + skip_hardest 0 is more than the 8 candidates"),
+        (("candidates=8", "per_anchor=5", "skip_hardest=4"), "per_anchor 5 + skip_hardest 4 is more than the 8"),
+        (("source=in_process", "num_shards=2"), "source 'in_process' is one shard"),
+        (("source=in_process", "cpus_per_shard=1"), "source 'in_process' is one shard"),
+        (("source=in_process", "gpus_per_shard=0.5"), "for more set source: pool"),
+        (("gpus_per_shard=1.5",), "gpus_per_shard 1.5 must be a whole number or a fraction of one"),
+        (("per_anchor=0",), "negatives.per_anchor = 0"),
+        (("relative_margin=1",), "negatives.relative_margin = 1"),
+        (("max_staleness_steps=0",), "negatives.max_staleness_steps = 0"),
+        (("sampling=best",), "'top', 'uniform' or 'softmax'"),
+    ],
+)
+def test_global_negatives_that_do_not_fit_together_are_refused(overrides: tuple[str, ...], said: str) -> None:
+    assert said in error_of(*(f"negatives.{override}" for override in overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("candidates=8", "per_anchor=5", "skip_hardest=3"),
+        ("source=in_process",),
+        ("source=pool", "num_shards=3", "cpus_per_shard=1.5"),
+        ("gpus_per_shard=2",),
+        ("gpus_per_shard=0.5",),
+    ],
+)
+def test_global_negatives_that_just_fit_are_taken(overrides: tuple[str, ...]) -> None:
+    load_settings(BASE, [f"negatives.{override}" for override in overrides])
+
+
+SMOOTHING = ("objective.name=instance_smoothing", "objective.group_size=20", "negatives.candidates=22")
+
+
+@pytest.mark.parametrize("source", ["pool", "in_process"])
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("negatives.columns=none",), "leaves objective 'info_nce' without use"),
+        (("objective.name=three_view", "negatives.columns=none"), "leaves objective 'three_view' without use"),
+        (("objective.name=instance_smoothing", "negatives.use=fresh"), "set negatives.use=stored"),
+        ((*SMOOTHING, "objective.group_size=23"), "objective.group_size 23 + negatives.skip_hardest 0 is more than"),
+        ((*SMOOTHING, "negatives.skip_hardest=3"), "skip_hardest 3 is more than negatives.candidates = 22"),
+    ],
+)
+def test_global_negatives_must_be_of_use_to_the_objective(source: str, overrides: tuple[str, ...], said: str) -> None:
+    assert said in error_of(f"negatives.source={source}", *overrides)
+    load_settings(BASE, overrides)  # of no matter while there are none
+
+
+def test_the_objective_says_how_many_neighbours_it_takes() -> None:
+    just = load_settings(BASE, ["negatives.source=pool", *SMOOTHING, "negatives.skip_hardest=2"])
+    assert just.neighbours_per_anchor == 20
+    mixing = ["negatives.source=pool", "objective.name=hybrid", "negatives.columns=none", "negatives.per_anchor=3"]
+    assert load_settings(BASE, mixing).neighbours_per_anchor == 3
+
+
 def test_several_mistakes_are_all_named() -> None:
     message = error_of("train.batch_size=0", "run.seed=-1")
     assert "train.batch_size" in message and "run.seed" in message

@@ -7,12 +7,82 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from rank_parity import CASES, SENTENCES, Found, errors, free_port, gradients, join_group
+from rank_parity import BATCH, BUFFER, CASES, SENTENCES, Found, errors, free_port, gradients, join_group
+from torch.nn.parallel import DistributedDataParallel
 
 from hncse_ray.config import load_settings
+from hncse_ray.corpus import rank_slice
 from hncse_ray.encoder import load_encoder
 from hncse_ray.errors import DataError
-from hncse_ray.training.distributed import ShardedEncode, gather_rows, raise_together
+from hncse_ray.training.distributed import ShardedEncode, broadcast, gather_rows, raise_together
+from hncse_ray.training.objective import Objective
+from hncse_ray.training.step import LocalBatch, StepContext, StepNegatives, train_step
+
+M = 3
+# name of the case -> objective, fresh or stored, columns, chunk size, accumulated batches, which slots are usable
+GLOBAL: dict[str, tuple[str, str, str, int | None, int, str]] = {
+    "info_nce, stored": ("info_nce", "stored", "own", None, 1, "most"),
+    "info_nce, fresh": ("info_nce", "fresh", "own", None, 1, "most"),
+    "info_nce, fresh, all": ("info_nce", "fresh", "all", None, 1, "most"),
+    "info_nce, fresh, all, cached": ("info_nce", "fresh", "all", 2, 1, "most"),
+    "info_nce, fresh, few": ("info_nce", "fresh", "own", None, 1, "few"),
+    "info_nce, fresh, few, cached": ("info_nce", "fresh", "own", 2, 1, "few"),
+    "info_nce, fresh, none": ("info_nce", "fresh", "own", None, 1, "none"),
+    "info_nce, fresh, none, cached": ("info_nce", "fresh", "own", 2, 1, "none"),
+    "positive_mixing, fresh, only mixed": ("positive_mixing", "fresh", "none", None, 1, "most"),
+    "hard_negative_mixing, fresh, cached": ("hard_negative_mixing", "fresh", "own", 3, 1, "most"),
+    "hybrid, stored, all, cached": ("hybrid", "stored", "all", 2, 1, "most"),
+    "hybrid, fresh, all, accumulated": ("hybrid", "fresh", "all", None, 2, "most"),
+    "instance_smoothing, stored": ("instance_smoothing", "stored", "own", None, 1, "most"),
+}
+
+
+def step_negatives(
+    number: int, rank: int, world: int, vectors_ND: np.ndarray, *, use: str, columns: str, slots: str
+) -> StepNegatives:
+    """Neighbours as the loop would hand them over; drawn alike on every rank, whatever their use."""
+    rng = np.random.default_rng([number, 5])
+    ids_Bm = rng.integers(len(SENTENCES), size=(BATCH, M))
+    mask_Bm = rng.random((BATCH, M)) < {"most": 0.8, "few": 1.0, "none": 0.0}[slots]
+    if slots == "few":
+        mask_Bm[3:] = False  # the later ranks have none, and so have later chunks of the first
+    mask_Bm[0] = slots == "most"
+    columns_mask = (rng.random((BATCH, BATCH * M)) < 0.9) & mask_Bm.ravel() if columns == "all" else None
+    if use == "stored":
+        vectors_BmD = vectors_ND[ids_Bm]
+        return StepNegatives(mask_Bm, columns_mask, vectors_BmD * mask_Bm[..., None], None)
+    mine = zip(rank_slice(ids_Bm, rank, world), rank_slice(mask_Bm, rank, world), strict=True)
+    chosen = [[i if usable else -1 for i, usable in zip(*row, strict=True)] for row in mine]
+    return StepNegatives(mask_Bm, columns_mask, None, chosen)  # type: ignore[arg-type]
+
+
+def global_gradients(model: str, rank: int, world: int) -> Found:
+    """Loss and flattened gradient of one step with global negatives, in each case, on this rank."""
+    found = {}
+    for case, (name, use, columns, chunk, accumulation, slots) in GLOBAL.items():
+        overrides = [f"objective.name={name}", "encoder.dropout=0", "encoder.pooling=mean", f"encoder.model={model}"]
+        if name == "instance_smoothing":
+            overrides += [f"objective.buffer_size={BUFFER}", "objective.group_size=4", "objective.weight=2"]
+        settings = load_settings({"corpus": {"source": "python-docs"}}, overrides)
+        encoder = load_encoder(model, settings.encoder)
+        wrapped = encoder if world == 1 else DistributedDataParallel(encoder, broadcast_buffers=False)
+        objective = Objective(settings.objective, dimension=encoder.dimension, device=encoder.device, columns=columns)
+        rows, batches = encoder.tokenize(SENTENCES), []
+        vectors_ND = encoder.encode_rows(rows)
+        for number in range(accumulation):
+            ids = np.arange(number * BATCH, (number + 1) * BATCH)
+            sizes = tuple(len(rank_slice(ids, r, world)) for r in range(world))
+            n = step_negatives(number, rank, world, vectors_ND, use=use, columns=columns, slots=slots)
+            if n.fresh_bm is not None:
+                tokens = [[rows[i] if i >= 0 else None for i in own] for own in n.fresh_bm]
+                n = StepNegatives(n.mask_Bm, n.columns_mask, None, tokens)
+            batches.append(LocalBatch(number, [rows[i] for i in rank_slice(ids, rank, world)], sizes, n))
+        context = StepContext(objective=objective, seed=1, step=0, total_steps=10, chunk_size=chunk)
+        optimizer = torch.optim.SGD(encoder.parameters(), lr=0.0)
+        metrics, _ = train_step(wrapped, optimizer, batches, context, max_grad_norm=1e9)
+        flat = torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
+        found[case] = (float(metrics["loss"]), flat)
+    return found
 
 
 def sharded_vectors(model: str | Path) -> np.ndarray:
@@ -23,6 +93,8 @@ def sharded_vectors(model: str | Path) -> np.ndarray:
 def work(rank: int, world: int, port: int, model: str, out: str) -> None:
     join_group(rank, world, port)
     found: dict[str, object] = {"gradients": gradients(model, rank, world), "vectors": sharded_vectors(model)}
+    found["global"] = global_gradients(model, rank, world)
+    found["broadcast"] = broadcast([1, "two"] if rank == 0 else None)
     gathered = gather_rows(torch.full((rank, 2), float(rank)), tuple(range(world)))
     found["gathered"] = gathered[:, 0].tolist()
     try:
@@ -51,6 +123,40 @@ def test_loss_and_gradient_equal_those_of_one_process(case: str, ranks: list[dic
     for found in ranks:
         error = errors(found["gradients"], reference)[case]
         assert error["loss"] <= 1e-5 and error["gradient"] <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def global_reference(tiny_model: Path) -> Found:
+    return global_gradients(str(tiny_model), 0, 1)
+
+
+@pytest.mark.parametrize("case", GLOBAL)
+def test_with_global_negatives_too(case: str, ranks: list[dict], global_reference: Found) -> None:
+    assert global_reference[case][1].norm() > 1e-3
+    for found in ranks:
+        error = errors(found["global"], {case: global_reference[case]})[case]
+        assert error["loss"] <= 1e-5 and error["gradient"] <= 1e-5
+
+
+@pytest.mark.parametrize("case", ["info_nce, fresh, all", "info_nce, fresh, few", "info_nce, fresh, none"])
+def test_gradient_caching_changes_nothing_of_global_negatives(case: str, global_reference: Found) -> None:
+    cached = global_reference[f"{case}, cached"]
+    error = errors({case: cached}, {case: global_reference[case]})[case]
+    assert error["loss"] <= 1e-5 and error["gradient"] <= 1e-5
+
+
+def test_the_cases_with_global_negatives_differ_as_they_should(global_reference: Found) -> None:
+    """Else the comparisons above would say little."""
+    loss = {case: found[0] for case, found in global_reference.items()}
+    fresh, stored = global_reference["info_nce, fresh"], global_reference["info_nce, stored"]
+    assert fresh[0] == pytest.approx(stored[0], rel=1e-5)
+    assert (fresh[1] - stored[1]).norm() > 0.1 * stored[1].norm()
+    names = ("info_nce, fresh", "info_nce, fresh, all", "info_nce, fresh, few", "info_nce, fresh, none")
+    assert len({round(loss[name], 3) for name in names}) == 4
+
+
+def test_the_first_rank_s_word_is_taken_by_all(ranks: list[dict]) -> None:
+    assert all(found["broadcast"] == [1, "two"] for found in ranks)
 
 
 def test_gradient_caching_changes_nothing(reference: Found) -> None:

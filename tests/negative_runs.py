@@ -1,0 +1,200 @@
+"""Small runs with global negatives: how they are put together, interrupted, disturbed and looked at."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hncse_ray.config import Settings, load_settings
+from hncse_ray.corpus import BatchPlan, Corpus, prepare_corpus
+from hncse_ray.encoder import SentenceEncoder, load_encoder, tokenizer_digest
+from hncse_ray.negatives import Hits, IndexVersion, InProcessSource, SourceStatus, plan_index
+from hncse_ray.reporting import Event, Notice, RunFinished
+from hncse_ray.reporting.events import StepsLogged
+from hncse_ray.storage import write_folder
+from hncse_ray.training import TrainJob, fit, load_evaluation_sets
+from hncse_ray.training.negatives import BatchNegatives, GlobalNegatives
+from hncse_ray.training.shard import build_shard
+
+BASE = (
+    "evaluation.suites=[]",
+    "train.batch_size=8",
+    "train.checkpoint_every_steps=4",
+    "objective.name=info_nce",
+    "negatives.source=in_process",
+    "negatives.refresh=sync",
+    "negatives.refresh_every_steps=6",
+    "negatives.per_anchor=3",
+    "negatives.candidates=12",
+    "negatives.max_score=null",  # the tiny model finds everything alike
+)
+
+
+class Stopped(Exception):
+    """The process dies here, as far as the loop is concerned."""
+
+
+class FolderStore:
+    """The RunStore of one process: every checkpoint is kept."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def checkpoint(self, step: int) -> Path:
+        return self.root / f"checkpoints/step_{step:09d}"
+
+    def checkpoints(self) -> list[Path]:
+        return sorted((self.root / "checkpoints").glob("step_*"), reverse=True)
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        write_folder(self.checkpoint(step), write)
+
+    def export(self, write: Callable[[Path], None]) -> None:
+        write_folder(self.root / "model", write)
+
+
+class WatchedSource:
+    """The real source in the process; ``before(method, what)`` runs first and may fail it or hold it up.
+
+    ``what`` is the number of the batch for ``search`` and ``vectors``, else the number of the call.
+    """
+
+    def __init__(self, inner: InProcessSource, plan: BatchPlan, batches: int = 200) -> None:
+        self.inner = inner
+        self.before: Callable[[str, int], None] = lambda method, what: None
+        self.published: dict[int, dict[str, np.ndarray]] = {}
+        self.calls = {"publish": 0, "wait": 0, "status": 0}
+        self._numbers = {tuple(plan.batch(n).tolist()): n for n in range(batches)}
+        self._looking_up = threading.local()
+
+    def publish(self, weights: Any, *, step: int) -> bool:
+        self._count("publish")
+        self.published[step] = {name: array.copy() for name, array in weights.items()}
+        return self.inner.publish(weights, step=step)
+
+    def wait(self, timeout_s: float) -> None:
+        self._count("wait")
+
+    def search(self, row_ids: np.ndarray, *, k: int) -> Hits:
+        self._looking_up.number = self._numbers[tuple(row_ids.tolist())]
+        self.before("search", self._looking_up.number)
+        return self.inner.search(row_ids, k=k)
+
+    def vectors(self, ids: np.ndarray, *, version: IndexVersion) -> np.ndarray:
+        self.before("vectors", self._looking_up.number)
+        return self.inner.vectors(ids, version=version)
+
+    def status(self) -> SourceStatus:
+        self._count("status")
+        return self.inner.status()
+
+    def close(self) -> None:
+        self.calls["close"] = self.calls.get("close", 0) + 1
+
+    def _count(self, method: str) -> None:
+        self.calls[method] += 1
+        self.before(method, self.calls[method] - 1)
+
+
+@dataclass
+class Run:
+    """What one run left."""
+
+    source: WatchedSource
+    corpus: Corpus
+    encoder: SentenceEncoder
+    plan: BatchPlan
+    events: list[Event] = field(default_factory=list)
+    finished: RunFinished | None = None
+
+    @property
+    def logs(self) -> list[StepsLogged]:
+        return [event for event in self.events if isinstance(event, StepsLogged)]
+
+    @property
+    def notices(self) -> list[str]:
+        return [event.text for event in self.events if isinstance(event, Notice)]
+
+    def series(self, name: str) -> list[float]:
+        return [log.metrics[f"negatives/{name}"] for log in self.logs]
+
+
+def negatives_settings(tree: dict[str, Any], *overrides: str) -> Settings:
+    return load_settings(tree, [*BASE, *overrides])
+
+
+def fresh_encoder(settings: Settings) -> SentenceEncoder:
+    return load_encoder(settings.encoder.model, settings.encoder, seed=settings.run.seed)
+
+
+def prepared(settings: Settings) -> Run:
+    """Put together all that a run needs."""
+    encoder = fresh_encoder(settings)
+    corpus = prepare_corpus(
+        settings.corpus,
+        tokenizer=encoder.tokenizer,
+        tokenizer_digest=tokenizer_digest(encoder.tokenizer),
+        max_length=settings.encoder.max_length,
+    )
+    plan = plan_index("flat", rows=len(corpus), dimension=encoder.dimension, memory_bytes=None)
+    shard = build_shard(settings.negatives, settings.encoder, corpus, plan=plan)
+    batches = BatchPlan(
+        corpus.lengths,
+        batch_size=settings.train.batch_size,
+        seed=settings.run.seed,
+        bucket_by_length=settings.train.bucket_by_length,
+        min_batch=2,
+    )
+    source = WatchedSource(InProcessSource(shard, corpus_digest=corpus.digest, rows=len(corpus)), batches)
+    return Run(source, corpus, encoder, batches)
+
+
+def carry_out(
+    settings: Settings,
+    root: Path,
+    *,
+    run: Run | None = None,
+    source: Any = None,
+    also: Callable[[Event], None] = lambda event: None,
+) -> Run:
+    """Fit to the end, or until ``also`` raises :class:`Stopped`."""
+    run = run or prepared(settings)
+
+    def emit(event: Event) -> None:
+        run.events.append(event)
+        also(event)
+
+    sets = load_evaluation_sets(settings.evaluation, settings.corpus)
+    job = TrainJob(settings, run.corpus, run.encoder, sets, source=source or run.source)
+    try:
+        run.finished = fit(job, FolderStore(root), emit)
+    except Stopped:
+        pass
+    return run
+
+
+@contextmanager
+def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, Sequence[BatchNegatives]]]:
+    """Keep what every step was given, by step."""
+    found: dict[int, Sequence[BatchNegatives]] = {}
+    really = GlobalNegatives.take
+
+    def take(self: GlobalNegatives, numbers: Any, state: Any) -> list[BatchNegatives]:
+        found[state.step] = really(self, numbers, state)
+        return list(found[state.step])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GlobalNegatives, "take", take)
+        yield found
+
+
+def unit(vectors: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(vectors, dim=-1)

@@ -1,0 +1,503 @@
+"""The negative pool on a real Ray: the answers of one index, and what is left of them when its processes are killed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from pool_faults import (
+    POOL,
+    TIMINGS,
+    Searching,
+    Training,
+    actors,
+    kill,
+    nothing_is_left,
+    pid_of,
+    placement_groups,
+    soon,
+)
+from tiny import make_sentences
+
+from hncse_ray.cluster import prepare
+from hncse_ray.cluster.pool import PoolClient, PoolHandles, negative_pool
+from hncse_ray.cluster.resources import plan_pool
+from hncse_ray.config import Settings
+from hncse_ray.corpus import Corpus
+from hncse_ray.encoder import load_encoder
+from hncse_ray.errors import ClusterError, ModelError
+from hncse_ray.negatives import Hits, IndexVersion, InProcessSource, SourceUnavailable, Weights, plan_index
+from hncse_ray.reporting import Reporters
+from hncse_ray.training.shard import build_shard
+
+pytestmark = pytest.mark.timeout(600)
+ROWS, SHARDS = 901, 3  # the shards differ in size
+BACK_S = 90.0  # a process that loads torch and an encoder is up after 10 s on two quiet cores
+QUERIES, K = np.arange(5, 29), 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(address="local", num_cpus=8, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+        logging.getLogger("hncse_ray").setLevel(logging.INFO)  # as the command does: the run's log is looked at
+        yield
+        ray.shutdown()
+        logging.getLogger("hncse_ray").setLevel(logging.NOTSET)
+
+
+@dataclass(frozen=True)
+class World:
+    """A corpus, weights, and what one process makes of them."""
+
+    settings: Settings
+    corpus: Corpus
+    folder: Path
+    dimension: int
+    weights: Weights
+
+    def changed(self, seed: int) -> Weights:
+        """Other weights, with other neighbours."""
+        generator = np.random.default_rng(seed)
+        return {
+            name: (array + generator.normal(scale=0.1, size=array.shape)).astype(array.dtype)
+            if array.dtype == np.float32
+            else array
+            for name, array in self.weights.items()
+        }
+
+    def in_process(self, weights: Weights, *, step: int) -> InProcessSource:
+        """A source without Ray that serves these weights."""
+        plan = plan_index("flat", rows=len(self.corpus), dimension=self.dimension, memory_bytes=None)
+        negatives = self.settings.negatives.model_copy(update={"encode_batch_size": 64})
+        source = InProcessSource(
+            build_shard(negatives, self.settings.encoder, self.corpus, plan=plan),
+            corpus_digest=self.corpus.digest,
+            rows=len(self.corpus),
+        )
+        source.publish(weights, step=step)
+        return source
+
+    def vectors(self, weights: Weights, *, step: int) -> tuple[IndexVersion, np.ndarray]:
+        source = self.in_process(weights, step=step)
+        version = source.status().version
+        assert version is not None
+        return version, source.vectors(np.arange(len(self.corpus)), version=version)
+
+
+@pytest.fixture(scope="module")
+def world(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("pool")
+    (folder / "sentences.txt").write_text("\n".join(make_sentences(ROWS)) + "\n", encoding="utf-8")
+    settings = Settings.model_validate(
+        {
+            "run": {"storage_path": str(folder / "runs")},
+            "corpus": {
+                "source": "text",
+                "path": str(folder / "sentences.txt"),
+                "cache_dir": str(folder / "cache"),
+                "min_words": 1,
+            },
+            "encoder": {"model": str(tiny_model), "pooling": "mean", "max_length": 24, "precision": "fp32"},
+            # row by row, so that a build takes seconds
+            "negatives": {
+                "source": "pool",
+                "num_shards": SHARDS,
+                "encode_batch_size": 1,
+                "threads_per_shard": 1,
+                "build_timeout_s": 2 * BACK_S,
+            },
+        }
+    )
+    encoder = load_encoder(settings.encoder.model, settings.encoder)
+    corpus = prepare(settings, encoder, Reporters([]))
+    assert len(corpus) == ROWS
+    weights = {name: tensor.numpy().copy() for name, tensor in encoder.state_dict().items()}
+    return World(settings, corpus, folder, encoder.dimension, weights)
+
+
+def start_pool(world: World, name: str, **negatives: Any) -> Any:
+    """The context manager of a pool."""
+    settings = world.settings.model_copy(update={"negatives": world.settings.negatives.model_copy(update=negatives)})
+    plan = plan_pool(settings.negatives, ray.cluster_resources(), rows=len(world.corpus), dimension=world.dimension)
+    return negative_pool(settings, plan, world.corpus, world.folder / name)
+
+
+def assert_exact(hits: Hits, vectors_ND: np.ndarray, *, rows: np.ndarray = QUERIES, shards: set[int]) -> None:
+    """The answer is that of an exhaustive search among the rows of some shards, for the queries that they own."""
+    owners = np.arange(len(vectors_ND)) % SHARDS
+    known_B = np.isin(rows % SHARDS, list(shards))
+    cosines_BN = vectors_ND[rows] @ vectors_ND.T
+    cosines_BN[:, ~np.isin(owners, list(shards))] = -np.inf
+    best_Bk = -np.sort(-cosines_BN, axis=1)[:, : hits.ids_Bk.shape[1]]
+    assert (hits.ids_Bk[~known_B] == -1).all() and np.isneginf(hits.scores_Bk[~known_B]).all()
+    ids_bk, scores_bk = hits.ids_Bk[known_B], hits.scores_Bk[known_B]
+    np.testing.assert_allclose(scores_bk, best_Bk[known_B], atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(cosines_BN[known_B], ids_bk, 1), scores_bk, atol=1e-5)
+    assert all(len(set(ids_k)) == len(ids_k) for ids_k in ids_bk.tolist())
+
+
+def assert_unmixed(searching: Searching, versions: dict[IndexVersion, np.ndarray]) -> None:
+    """Every answer is right for the version that it names, whoever has taken part in it."""
+    assert not searching.errors and searching.answers
+    for hits in searching.answers:
+        V_ND = versions[hits.version]
+        if hits.complete:
+            assert_exact(hits, V_ND, shards=set(range(SHARDS)))
+        found_Bk = hits.ids_Bk >= 0
+        cosines_Bk = np.einsum("bd,bkd->bk", V_ND[QUERIES], V_ND[hits.ids_Bk])
+        np.testing.assert_allclose(hits.scores_Bk[found_Bk], cosines_Bk[found_Bk], atol=1e-5)
+
+
+class TestPool:
+    """One pool, killed in parts again and again; each test leaves it whole, serving some version."""
+
+    @pytest.fixture(scope="class")
+    def pool(self, world: World) -> Iterator[PoolHandles]:
+        with start_pool(world, "shared") as handles:
+            yield handles
+        assert nothing_is_left()
+
+    @pytest.fixture(scope="class")
+    def client(self, pool: PoolHandles) -> Iterator[PoolClient]:
+        client = PoolClient(pool, timeout_s=10)
+        yield client
+        client.close()
+
+    @pytest.fixture
+    def served(self, world: World, client: PoolClient) -> tuple[IndexVersion, np.ndarray]:
+        """A version that all shards serve, and its vectors."""
+        assert client.publish(world.weights, step=0)
+        client.wait(BACK_S)
+        version, vectors_ND = world.vectors(world.weights, step=0)
+        soon(lambda: client.status().version == version, within_s=5, what=f"{client.status()}")
+        soon(lambda: client.status().shards_alive == SHARDS, within_s=BACK_S, what=f"{client.status()}")
+        return version, vectors_ND
+
+    def test_before_anything_is_published_it_says_so(self, client: PoolClient) -> None:
+        assert client.status().version is None and client.status().shards_alive == 0
+        with pytest.raises(SourceUnavailable):
+            client.search(QUERIES, k=K)
+
+    def test_it_answers_as_one_index_in_one_process(self, world: World, client: PoolClient) -> None:
+        assert client.publish(world.weights, step=7)
+        assert client.status().building
+        assert not client.publish(world.changed(1), step=8)  # another is being made
+        client.wait(BACK_S)
+        alone = world.in_process(world.weights, step=7)
+        everyone = np.arange(len(world.corpus))
+        expected, hits = alone.search(everyone, k=K), client.search(everyone, k=K)
+        assert hits.version == expected.version == client.status().version and hits.complete
+        np.testing.assert_allclose(hits.scores_Bk, expected.scores_Bk, atol=1e-5)
+        apart = hits.ids_Bk != expected.ids_Bk  # neighbours that are equally near may be swapped
+        gaps_Bk = np.abs(np.diff(expected.scores_Bk, axis=1))
+        tied_Bk = np.pad(gaps_Bk < 2e-5, ((0, 0), (0, 1)), constant_values=True)
+        tied_Bk[:, 1:] |= gaps_Bk < 2e-5
+        assert not (apart & ~tied_Bk).any() and apart.mean() < 0.05
+        ids = np.array([3, 899, 0, 450, 3])
+        np.testing.assert_allclose(
+            client.vectors(ids, version=hits.version), alone.vectors(ids, version=hits.version), atol=1e-5
+        )
+        status = client.status()
+        assert (status.shards, status.shards_alive, status.failed_builds) == (SHARDS, SHARDS, 0)
+        assert status.build_seconds > 0 and status.rows_per_s > 0 and not status.building
+
+    def test_a_version_that_has_given_way_is_not_served(
+        self, world: World, client: PoolClient, served: tuple[IndexVersion, np.ndarray]
+    ) -> None:
+        assert client.publish(world.changed(2), step=3)
+        client.wait(BACK_S)
+        assert client.status().version != served[0]
+        with pytest.raises(SourceUnavailable):
+            client.vectors(np.arange(6), version=served[0])
+
+    @pytest.mark.xfail(strict=False, reason="from a commit to the next look at the shards, none seems to serve it")
+    def test_a_version_gives_way_to_the_next_without_a_gap(
+        self, world: World, client: PoolClient, served: tuple[IndexVersion, np.ndarray]
+    ) -> None:
+        versions = dict([served])
+        with Searching(client, QUERIES, k=K) as searching:
+            for step in range(50, 55):
+                version, versions[version] = world.vectors(world.changed(step), step=step)
+                assert client.publish(world.changed(step), step=step)
+                client.wait(BACK_S)
+                assert client.status().version == version
+                assert client.status().shards_alive == SHARDS
+                searching.since(lambda a, v=version: a.version == v, within_s=10, what="the new version")
+        assert_unmixed(searching, versions)
+        assert all(answer.complete for answer in searching.answers)
+        assert searching.unavailable == []
+
+    @pytest.mark.parametrize("dead", [{1}, {0, 2}])
+    def test_killed_shards_are_left_out_and_come_back(
+        self, pool: PoolHandles, client: PoolClient, served: tuple[IndexVersion, np.ndarray], dead: set[int]
+    ) -> None:
+        version, vectors_ND = served
+        with Searching(client, QUERIES, k=K) as searching:
+            assert searching.next().complete
+            for number in dead:
+                kill(pool.shards[number])
+            partial = searching.since(lambda a: not a.complete, within_s=30, what="an answer of the others")
+            assert_exact(partial, vectors_ND, shards={0, 1, 2} - dead)
+            soon(lambda: client.status().shards_alive == SHARDS - len(dead), within_s=10, what="fewer shards")
+            assert_exact(searching.next(), vectors_ND, shards={0, 1, 2} - dead)
+            searching.since(lambda a: a.complete, within_s=BACK_S, what="complete answers again")
+            soon(lambda: client.status().shards_alive == SHARDS, within_s=10, what="all shards")
+        assert_unmixed(searching, {version: vectors_ND})
+        assert len(searching.unavailable) <= 2, searching.unavailable
+        assert client.status().failed_builds == 0
+
+    def test_without_its_coordinator_it_answers_and_the_next_one_knows_the_version(
+        self, world: World, pool: PoolHandles, client: PoolClient, served: tuple[IndexVersion, np.ndarray]
+    ) -> None:
+        version, vectors_ND = served
+        before = pid_of(pool.coordinator)
+        with Searching(client, QUERIES, k=K) as searching:
+            kill(pool.coordinator)
+            for _ in range(10):
+                assert_exact(searching.next(), vectors_ND, shards={0, 1, 2})
+            soon(lambda: pid_of(pool.coordinator) not in (0, before), within_s=BACK_S, what="its restart")
+            soon(lambda: _reachable(client), within_s=BACK_S, what="an answer of it")
+            assert client.status().version == version
+            soon(lambda: client.status().shards_alive == SHARDS, within_s=10, what="all shards")
+            other = world.vectors(world.changed(3), step=11)
+            assert client.publish(world.changed(3), step=11)
+            client.wait(BACK_S)
+            assert client.status().version == other[0]
+            searching.since(lambda a: a.version == other[0], within_s=10, what="the new version")
+        assert_unmixed(searching, dict([served, other]))
+        assert all(answer.complete for answer in searching.answers)
+        assert set(searching.unavailable) <= {"no shard serves an index"}  # none, once it looks before it says so
+
+    def test_a_shard_killed_while_it_builds_builds_again(
+        self, world: World, pool: PoolHandles, client: PoolClient, served: tuple[IndexVersion, np.ndarray]
+    ) -> None:
+        other = world.vectors(world.changed(4), step=20)
+        with Searching(client, QUERIES, k=K) as searching:
+            assert client.publish(world.changed(4), step=20)
+            time.sleep(0.3)
+            kill(pool.shards[0])
+            status = ray.get(pool.coordinator.state.remote(), timeout=10).status
+            assert status.building and status.version == served[0]
+            searching.since(lambda a: not a.complete, within_s=30, what="an answer of the others")
+            assert client.status().building and client.status().version == served[0]
+            client.wait(2 * BACK_S)
+            assert client.status().version == other[0] and not client.status().building
+            searching.since(lambda a: a.complete and a.version == other[0], within_s=10, what="the new version")
+        assert_unmixed(searching, dict([served, other]))
+        assert {answer.version for answer in searching.answers} == {served[0], other[0]}
+        steps = [answer.version.step for answer in searching.answers]
+        assert steps == sorted(steps)
+        assert client.status().failed_builds == 0
+
+    def test_a_build_that_fails_leaves_the_version_before(
+        self, world: World, client: PoolClient, served: tuple[IndexVersion, np.ndarray]
+    ) -> None:
+        failed = client.status().failed_builds
+        broken = {n: np.full_like(a, np.nan) if a.dtype == np.float32 else a for n, a in world.weights.items()}
+        assert client.publish(broken, step=30)
+        client.wait(BACK_S)
+        status = client.status()
+        assert status.version == served[0] and status.failed_builds == failed + 1 and not status.building
+        assert "DataError" in status.last_failure and "not finite" in status.last_failure
+        hits = client.search(QUERIES, k=K)
+        assert hits.complete and hits.version == served[0]
+        assert_exact(hits, served[1], shards={0, 1, 2})
+        version, vectors_ND = world.vectors(world.changed(5), step=40)
+        assert client.publish(world.changed(5), step=40)
+        client.wait(BACK_S)
+        assert client.status().version == version and client.status().failed_builds == failed + 1
+        assert_exact(client.search(QUERIES, k=K), vectors_ND, shards={0, 1, 2})
+
+
+def _reachable(client: PoolClient) -> bool:
+    try:
+        client.status()
+    except SourceUnavailable:
+        return False
+    return True
+
+
+def test_a_build_that_hangs_is_given_up_and_an_error_in_the_body_leaves_nothing(world: World) -> None:
+    """The hanging shard is stopped by a signal; the pool has CPUs of its own, so a placement group holds them."""
+    with pytest.raises(ZeroDivisionError):
+        with start_pool(world, "hanging", num_shards=2, cpus_per_shard=1, build_timeout_s=8) as pool:
+            assert len(placement_groups()) == 1 and ray.available_resources()["CPU"] == 6
+            client = PoolClient(pool, timeout_s=3)
+            assert client.publish(world.weights, step=0)
+            client.wait(BACK_S)
+            version = client.status().version
+            assert version is not None and client.status().shards_alive == 2
+            hanging = pid_of(pool.shards[1])
+            os.kill(hanging, signal.SIGSTOP)
+            assert client.publish(world.changed(1), step=1)
+            started = time.monotonic()
+            client.wait(BACK_S)
+            assert 6 < time.monotonic() - started < 30
+            status = client.status()
+            assert status.version == version and status.failed_builds == 1 and not status.building
+            assert "shard 1 was not ready after 8 s" in status.last_failure
+            hits = client.search(np.arange(12), k=3)
+            assert hits.version == version and not hits.complete and (hits.ids_Bk[::2] % 2 == 0).all()
+            soon(lambda: client.status().shards_alive == 2, within_s=BACK_S, what="its restart and build")
+            assert pid_of(pool.shards[1]) != hanging
+            hits = client.search(np.arange(12), k=3)
+            assert hits.version == version and hits.complete and (hits.ids_Bk[:, 0] == np.arange(12)).all()
+            client.close()
+            1 / 0  # noqa: B018
+    assert nothing_is_left()
+    assert ray.available_resources()["CPU"] == 8
+
+
+def test_a_pool_that_cannot_come_up_says_why_and_leaves_nothing(world: World) -> None:
+    settings = world.settings.model_copy(
+        update={"encoder": world.settings.encoder.model_copy(update={"model": str(world.folder / "none")})}
+    )
+    plan = plan_pool(settings.negatives, ray.cluster_resources(), rows=ROWS, dimension=world.dimension)
+    with pytest.raises(ModelError, match="none"), negative_pool(settings, plan, world.corpus, world.folder / "x"):
+        pytest.fail("it came up")
+    assert nothing_is_left()
+
+
+def test_cpus_that_are_taken_are_said(world: World) -> None:
+    holder = ray.util.placement_group([{"CPU": 6}])
+    assert holder.wait(10)
+    try:
+        with pytest.raises(ClusterError, match="3 shards x .*1.* are not free"):
+            with start_pool(world, "x", cpus_per_shard=1):
+                pytest.fail("it came up")
+        assert len(placement_groups()) == 1 and not actors(*POOL)
+    finally:
+        ray.util.remove_placement_group(holder)
+    assert nothing_is_left()
+
+
+# ---- training with the pool
+
+
+def run_settings(small_run: dict[str, Any], **sections: dict[str, Any]) -> Settings:
+    tree = {name: dict(section) for name, section in small_run.items()}
+    tree["corpus"]["min_words"] = 1
+    tree["negatives"] = {
+        "source": "pool",
+        "num_shards": 2,
+        "threads_per_shard": 1,
+        "candidates": 16,
+        "max_score": None,
+        "refresh_every_steps": 20,
+    }
+    tree["train"] |= {"log_every_steps": 5, "evaluate_every_steps": 5000, "checkpoint_every_steps": 5000}
+    for name, section in sections.items():
+        tree[name] |= section
+    return Settings.model_validate(tree)
+
+
+def test_training_survives_the_loss_of_shards_and_coordinator(small_run: dict[str, Any]) -> None:
+    steps = 600
+    training = Training(run_settings(small_run, train={"max_steps": steps}, negatives={"build_timeout_s": 2 * BACK_S}))
+    whole = "all shards again"
+
+    def is_whole(line: dict[str, Any]) -> bool:
+        return (
+            line["negatives/shards_alive"] == 2
+            and line["negatives/missing"] == 0
+            and line.get("negatives/partial") == 0
+        )
+
+    with training.slowly():
+        training.line(is_whole, within_s=120, what="an index")
+        # one shard
+        actors("ShardActor")[0].kill()
+        line = training.line(lambda row: row.get("negatives/partial", 0) > 0, within_s=30, what="partial answers")
+        training.line(lambda row: row["negatives/shards_alive"] == 1, within_s=10, what="one shard left")
+        line = training.line(is_whole, within_s=BACK_S, what=whole)
+        # both
+        for shard in actors("ShardActor"):
+            shard.kill()
+        training.line(lambda row: row["negatives/missing"] == 1, within_s=30, what="steps without global negatives")
+        training.line(lambda row: row["negatives/shards_alive"] == 0, within_s=10, what="no shard left")
+        line = training.line(is_whole, within_s=2 * BACK_S, what=whole)
+        # the coordinator
+        (coordinator,) = actors("PoolCoordinator")
+        coordinator.kill()
+        soon(lambda: "cannot be renewed for now" in training.log(), within_s=30, what="a notice of it")
+        line = training.line(lambda row: True, within_s=10, what="a step")
+        assert line["negatives/missing"] == 0 and line["negatives/partial"] == 0
+        renewed = line["step"]
+        training.line(
+            lambda row: is_whole(row) and row["negatives/index_step"] > renewed, within_s=BACK_S, what="a newer index"
+        )
+    result = training.finish(within_s=150)
+    assert result.steps == steps
+    lines, log = training.lines(), training.log()
+    assert [line["step"] for line in lines] == list(range(5, steps + 1, 5))
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert any(is_whole(line) for line in lines[-20:])
+    assert all(line["negatives/failed_builds"] == 0 for line in lines)
+    assert "no global negatives for now" in log and "the negative pool answers again" in log
+    assert log.count("the index cannot be renewed for now") == 1
+    assert "resumes at step" not in log  # no trainer was restarted for the sake of the pool
+    assert nothing_is_left()
+
+
+def test_a_trainer_that_is_killed_comes_back_to_the_same_pool(small_run: dict[str, Any]) -> None:
+    steps = 120
+    settings = run_settings(
+        small_run,
+        train={"max_steps": steps, "checkpoint_every_steps": 20},
+        cluster={"num_workers": 2, "max_failures": 3},
+    )
+    training = Training(settings)
+    with training.slowly():
+        training.line(lambda row: row["step"] >= 25 and row["negatives/missing"] == 0, within_s=180, what="an index")
+        shards = {process.pid for process in actors("ShardActor")}
+        workers = actors("RayTrainWorker")
+        assert len(shards) == len(workers) == 2
+        workers[0].kill()
+        soon(lambda: not workers[0].is_running(), within_s=10, what="its end")
+    assert training.finish(within_s=200).steps == steps
+    lines, log = training.lines(), training.log()
+    assert [line["step"] for line in lines] == list(range(5, steps + 1, 5))
+    assert log.count("resumes at step") == 1
+    after = [line for line in lines if line["step"] > 80]
+    assert all(line["negatives/missing"] == 0 and line["negatives/shards_alive"] == 2 for line in after)
+    assert lines[-1]["negatives/index_step"] >= 80 and lines[-1]["negatives/failed_builds"] == 0
+    assert nothing_is_left()
+
+
+def test_sync_runs_are_the_same_with_shards_and_without(small_run: dict[str, Any]) -> None:
+    courses = {}
+    for name, pool in {
+        "two": {"num_shards": 2},
+        "two again": {"num_shards": 2},
+        "one process": {"source": "in_process", "num_shards": 1},
+    }.items():
+        settings = run_settings(
+            small_run,
+            run={"name": name.replace(" ", "-")},
+            train={"max_steps": 30},
+            negatives={"refresh": "sync", "refresh_every_steps": 6} | pool,
+        )
+        training = Training(settings)
+        assert training.finish(within_s=200).steps == 30
+        courses[name] = [{k: v for k, v in line.items() if k not in TIMINGS} for line in training.lines()]
+    two, again, alone = courses.values()
+    assert [line["step"] for line in two] == [5, 10, 15, 20, 25, 30]
+    assert [line["negatives/index_step"] for line in two] == [0, 6, 12, 18, 24, 24]
+    assert all(line["negatives/missing"] == 0 and line["negatives/usable"] == 1 for line in two)
+    assert two == again
+    for with_shards, without in zip(two, alone, strict=True):
+        assert with_shards.pop("negatives/shards_alive") == 2 and without.pop("negatives/shards_alive") == 1
+        assert with_shards == pytest.approx(without, rel=1e-3, abs=1e-5)
+    assert nothing_is_left()
