@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,13 @@ _COLUMNS = ("query", "answer")
 _FORMATS = "TSV (two columns, no header), or CSV, JSONL or Parquet with columns query and answer"
 
 Row = tuple[int, object, object]  # line or row number from 1, query, answer
+METRICS: dict[str, Callable[[NDArray[np.int_]], FloatArray]] = {
+    "recall@1": lambda rank_Q: (rank_Q <= 1).astype(float),
+    "recall@10": lambda rank_Q: (rank_Q <= 10).astype(float),
+    "mrr": lambda rank_Q: 1 / rank_Q,
+    "ndcg@10": lambda rank_Q: np.where(rank_Q <= 10, 1 / np.log2(rank_Q + 1), 0.0),
+}
+"""Each metric is the mean over the queries of what their ranks (from 1) earn."""
 
 
 def evaluate_retrieval(
@@ -53,6 +60,14 @@ def evaluate_retrieval(
     Raises:
         DataError: nothing to rank, unequal lengths, or vectors that cannot be scored.
     """
+    rank_Q = retrieval_ranks(encode, queries, answers, max_scores=max_scores)
+    return {prefix + name: float(np.mean(earned(rank_Q))) for name, earned in METRICS.items()}
+
+
+def retrieval_ranks(
+    encode: Encode, queries: list[str], answers: list[str], *, max_scores: int = 2**24
+) -> NDArray[np.int_]:
+    """Return the rank ``[Q]``, from 1, of each query's own answer; see :func:`evaluate_retrieval`."""
     if len(queries) != len(answers):
         raise DataError(f"there are {len(queries)} queries for {len(answers)} answers", hint="Pair them")
     candidate = {text: i for i, text in enumerate(dict.fromkeys(answers))}
@@ -60,14 +75,7 @@ def evaluate_retrieval(
         raise DataError(f"retrieval needs two distinct answers at least, and there are {len(candidate)}")
     z_ND = encode_checked(encode, [*candidate, *queries])
     right_Q = np.array([candidate[answer] for answer in answers])
-    rank_Q = _ranks(z_ND[len(candidate) :], z_ND[: len(candidate)], right_Q, max_scores=max_scores)
-    metrics = {
-        "recall@1": np.mean(rank_Q <= 1),
-        "recall@10": np.mean(rank_Q <= 10),
-        "mrr": np.mean(1 / rank_Q),
-        "ndcg@10": np.mean(np.where(rank_Q <= 10, 1 / np.log2(rank_Q + 1), 0.0)),
-    }
-    return {prefix + name: float(value) for name, value in metrics.items()}
+    return _ranks(z_ND[len(candidate) :], z_ND[: len(candidate)], right_Q, max_scores=max_scores)
 
 
 def _ranks(

@@ -241,12 +241,21 @@ def _parse_gold(text: str, where: str) -> float:
     return gold
 
 
-def _score(encode: Encode, sets: Sequence[StsPairs]) -> list[float]:
+def cosines(encode: Encode, sets: Sequence[StsPairs]) -> list[FloatArray]:
+    """Return the encoder's cosine of every pair, one array for each set; each distinct sentence is encoded once.
+
+    Raises:
+        DataError: the encoder's vectors cannot be scored.
+    """
     pairs = [pair for one in sets for pair in one.pairs]
     z_ND = encode_checked(encode, [pair.sentence1 for pair in pairs] + [pair.sentence2 for pair in pairs])
     cosine_N = np.einsum("nd,nd->n", z_ND[: len(pairs)], z_ND[len(pairs) :])
     ends = np.cumsum([len(one) for one in sets])[:-1]
-    return [_correlation(own_N, one) for own_N, one in zip(np.split(cosine_N, ends), sets, strict=True)]
+    return np.split(cosine_N, ends)
+
+
+def _score(encode: Encode, sets: Sequence[StsPairs]) -> list[float]:
+    return [_correlation(own_N, one) for own_N, one in zip(cosines(encode, sets), sets, strict=True)]
 
 
 def _correlation(cosine_N: FloatArray, pairs: StsPairs) -> float:

@@ -2,7 +2,7 @@
 
 from hncse_ray.reporting.events import Event, Notice, RunFinished, RunStarted, StageProgress
 from hncse_ray.reporting.reporters import LineReporter, MetricsFile, Reporter, Reporters, TensorBoard
-from hncse_ray.reporting.terminal import TerminalReporter, score_table
+from hncse_ray.reporting.terminal import TerminalReporter, score_table, scoreboard_table
 
 __all__ = [
     "Event",
@@ -17,4 +17,5 @@ __all__ = [
     "TensorBoard",
     "TerminalReporter",
     "score_table",
+    "scoreboard_table",
 ]

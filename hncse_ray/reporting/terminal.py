@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -86,6 +87,30 @@ class TerminalReporter:
         self._progress.update(self._tasks[name], completed=done, facts=facts)
         if total is not None:
             self._progress.update(self._tasks[name], total=total)
+
+
+def scoreboard_table(
+    title: str, rows: Mapping[str, Mapping[str, tuple[float, float]]], columns: Mapping[str, str]
+) -> Table:
+    """Return scores with a model a row, as papers print them.
+
+    Args:
+        title: above the table.
+        rows: by model, mean and standard deviation of each score.
+        columns: the scores to show, and their headings.
+    """
+    table = Table(title=title)
+    table.add_column("model", overflow="fold")
+    for heading in columns.values():
+        table.add_column(heading, justify="right")
+    for model, scores in rows.items():
+        cells = []
+        for name in columns:
+            mean, spread = scores[name]
+            digits = 2 if abs(mean) >= 2 else 4
+            cells.append(f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread else ""))
+        table.add_row(escape(model), *cells)
+    return table
 
 
 def score_table(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]) -> Table:

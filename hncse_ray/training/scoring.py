@@ -1,0 +1,155 @@
+"""Scoring finished models: on every suite, side by side, several seeds as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hncse_ray.config import EncoderSettings, Settings
+from hncse_ray.encoder import SentenceEncoder, load_encoder
+from hncse_ray.errors import SettingsError
+from hncse_ray.evaluation import (
+    Difference,
+    Encode,
+    alignment,
+    anisotropy,
+    compare_retrieval,
+    compare_sts,
+    encode_checked,
+    evaluate_sts,
+    evaluate_transfer,
+    mean_and_spread,
+    read_sts,
+    uniformity,
+)
+from hncse_ray.training.evaluator import RetrievalPairs, load_evaluation_sets, senteval_folder
+
+TEST_SUITES = ("sts", "transfer", "geometry")
+SUITES = ("sts", "transfer", "geometry", "python-docs", "pairs", "stsb")
+FULL = ("sts", "transfer", "geometry", "python-docs")
+_POSITIVE_GOLD = 4.0  # STS-B pairs that count as positives for the alignment, as in SimCSE (arXiv 2104.08821, fig. 2)
+
+Tell = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """Scores of one model, or of the same training with several seeds.
+
+    Attributes:
+        name: what the user called it.
+        models: the models, one a seed.
+        runs: scores of each by split (``dev``, ``test``) and ``suite/metric``.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    runs: tuple[dict[str, dict[str, float]], ...]
+
+    def summary(self, split: str) -> dict[str, tuple[float, float]]:
+        """Return mean and standard deviation of each score of a split."""
+        return mean_and_spread([run[split] for run in self.runs])
+
+
+@dataclass(frozen=True)
+class Scoreboard:
+    """Everything that was scored; ``differences`` if two single models were compared."""
+
+    groups: tuple[GroupScores, ...]
+    differences: tuple[Difference, ...] = field(default=())
+
+
+class Remembered:
+    """An encoder's ``encode`` that embeds a sentence once, whichever suites it occurs in."""
+
+    def __init__(self, encoder: SentenceEncoder, tell: Callable[[int, int], None]) -> None:
+        self._encoder, self._tell = encoder, tell
+        self._known: dict[str, NDArray[np.float32]] = {}
+
+    def __call__(self, texts: list[str]) -> NDArray[np.float32]:
+        """Embed N texts; ``[N, D]`` float32."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            self._known.update(zip(new, self._encoder.encode(new, progress=self._tell), strict=True))
+        return np.stack([self._known[text] for text in texts])
+
+
+def score_models(
+    groups: Sequence[str], suites: Sequence[str], settings: Settings, encoder: EncoderSettings, *, tell: Tell
+) -> Scoreboard:
+    """Score models on suites.
+
+    Args:
+        groups: each a model, or several joined by commas that differ in their seed.
+        suites: some of :data:`SUITES`.
+        settings: ``evaluation`` and ``corpus`` say where the sets come from.
+        encoder: how to load the models.
+        tell: called with a stage and how far it is.
+
+    Raises:
+        HncseError: an unknown suite, missing data, or a model that cannot be loaded or scored.
+    """
+    if unknown := [suite for suite in suites if suite not in SUITES]:
+        raise SettingsError(f"unknown suite {unknown[0]!r}; choose from full, {', '.join(SUITES)}", "--suite")
+    sets = load_evaluation_sets(settings.evaluation, settings.corpus)
+    data_dir = senteval_folder(settings.evaluation) if set(suites) & set(TEST_SUITES) else ""
+    found, encodes = [], []
+    for group in groups:
+        runs = []
+        models = tuple(name for name in group.split(",") if name)
+        for model in models:
+            loaded = load_encoder(model, encoder.model_copy(update={"model": model}))
+            encode = Remembered(loaded, partial(tell, f"encoding with {model}"))
+            scores = {split: sets.score(encode, split) for split in ("dev", "test")}
+            for suite in suites:
+                if suite in TEST_SUITES:
+                    scores["test"] |= _score_suite(suite, encode, data_dir, lambda line: tell(line, 0, None))
+            runs.append(scores)
+        found.append(GroupScores(group, models, tuple(runs)))
+        encodes.append(encode)
+    differences: list[Difference] = []
+    if len(found) == 2 and all(len(group.models) == 1 for group in found):
+        tell("comparing", 0, None)
+        differences = _compare(encodes[0], encodes[1], suites, data_dir, sets.sets)
+    return Scoreboard(tuple(found), tuple(differences))
+
+
+def _score_suite(suite: str, encode: Encode, data_dir: str, tell: Callable[[str], None]) -> dict[str, float]:
+    if suite == "sts":
+        scores = evaluate_sts(encode, data_dir)
+    elif suite == "transfer":
+        scores = evaluate_transfer(encode, data_dir, progress=tell)
+    else:
+        pairs = read_sts("STSBenchmark", "dev", data_dir).pairs
+        z1_ND = encode_checked(encode, [pair.sentence1 for pair in pairs])
+        z2_ND = encode_checked(encode, [pair.sentence2 for pair in pairs])
+        positive_N = np.array([pair.gold >= _POSITIVE_GOLD for pair in pairs])
+        unique_ND = np.unique(np.concatenate([z1_ND, z2_ND]), axis=0)
+        scores = {
+            "alignment": alignment(z1_ND[positive_N], z2_ND[positive_N]),
+            "uniformity": uniformity(unique_ND),
+            "anisotropy": anisotropy(unique_ND),
+        }
+    return {f"{suite}/{name}": value for name, value in scores.items()}
+
+
+def _compare(
+    first: Encode, second: Encode, suites: Sequence[str], data_dir: str, sets: dict[Any, Any]
+) -> list[Difference]:
+    differences: list[Difference] = []
+    if "sts" in suites:
+        differences += [_named("sts", d) for d in compare_sts(first, second, data_dir)]
+    for (suite, split), data in sets.items():
+        if split == "test" and isinstance(data, RetrievalPairs):
+            found = compare_retrieval(first, second, list(data.queries), list(data.answers))
+            differences += [_named(suite, d) for d in found]
+    return differences
+
+
+def _named(suite: str, d: Difference) -> Difference:
+    return Difference(f"{suite}/{d.name}", d.first, d.second, d.low, d.high, d.p_value)
