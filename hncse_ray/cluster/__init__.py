@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hncse_ray.cluster.launch import RunResult, prepare, train
-    from hncse_ray.cluster.mine import MineReport, mine
+    from hncse_ray.cluster.mining import MineReport, mine
     from hncse_ray.cluster.session import ray_session
 
 __all__ = ["MineReport", "RunResult", "mine", "prepare", "ray_session", "train"]
 
 # Every actor is a process that imports its own module: loading all of them for each would take longer than a short run.
 _LAZY = {
-    "MineReport": "mine",
+    "MineReport": "mining",
     "RunResult": "launch",
-    "mine": "mine",
+    "mine": "mining",
     "prepare": "launch",
     "ray_session": "session",
     "train": "launch",

@@ -59,6 +59,7 @@ def saved_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def hncse(*args: object, stdin: bytes | str | None = None) -> Any:
+    logging.getLogger("hncse_ray").handlers.clear()  # those of a call before write to its streams
     return CliRunner().invoke(app, [str(arg) for arg in args], input=stdin)
 
 
@@ -380,6 +381,62 @@ class TestEvaluate:
         assert result.exit_code == 0, result.stderr
         found = json.loads(result.stdout.splitlines()[-1])
         assert 0 <= found["dev"]["pairs/recall@10"] <= 1 and found["model"] == str(saved_model)
+
+    @pytest.mark.parametrize("suite", ["sts", "transfer", "geometry", "full"])
+    def test_the_data_of_a_suite_are_missing(self, saved_model: Path, tmp_path: Path, suite: str) -> None:
+        assert_refused(hncse("evaluate", saved_model, "--suite", suite), "neither the setting nor $HNCSE_DATA")
+        assert_refused(
+            hncse("evaluate", saved_model, "--suite", suite, "--senteval", tmp_path / "no"), "no such folder"
+        )
+        (tmp_path / "empty").mkdir()
+        assert_refused(hncse("evaluate", saved_model, "--suite", suite, "--senteval", tmp_path / "empty"), "missing")
+
+    def test_two_models_and_two_seeds_side_by_side(self, saved_model: Path, pairs_file: Path) -> None:
+        suite = ("--suite", "pairs", "--pairs", pairs_file)
+        result = hncse("evaluate", saved_model, f"{saved_model},{saved_model}", *suite, "--json")
+        assert result.exit_code == 0, result.stderr
+        found = json.loads(result.stdout.splitlines()[-1])
+        one, two = found["groups"]
+        assert two["models"] == [str(saved_model)] * 2 and two["runs"] == one["runs"] * 2
+        assert_refused(hncse("evaluate", saved_model, "no/such/model", *suite), "no/such/model")
+
+
+# ------------------------------------------------------------------------------------------------ mine
+
+
+class TestMine:
+    @pytest.fixture
+    def texts(self, tmp_path: Path) -> Path:
+        path = tmp_path / "texts.txt"
+        path.write_text("\n".join(SENTENCES) + "\n")
+        return path
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            (["negatives.candidates=40"], ["has 40 sentences, so an anchor has 39 neighbours"]),
+            (["negatives.per_anchor=33"], ["per_anchor 33 + skip_hardest 0 is more than the 32 candidates"]),
+            (["negatives.perAnchor=3"], ["did you mean 'negatives.per_anchor'?"]),
+            (["encoder.max_length=4000"], ["it takes 64 tokens at most"]),
+        ],
+    )
+    def test_settings_that_do_not_fit(
+        self, saved_model: Path, texts: Path, tmp_path: Path, changes: list[str], said: list[str]
+    ) -> None:
+        before = files(tmp_path)
+        out = tmp_path / "x.parquet"
+        assert_refused(hncse("mine", saved_model, texts, "encoder.max_length=24", *changes, "--out", out), *said)
+        left = {name for name in files(tmp_path).keys() - before.keys() if not name.startswith("cache/")}
+        assert not left
+
+    def test_files_that_cannot_be_read_or_written(self, saved_model: Path, texts: Path, tmp_path: Path) -> None:
+        missing = [tmp_path / "no.txt", "encoder.max_length=24", "--out", tmp_path / "x.parquet"]
+        assert_refused(hncse("mine", saved_model, *missing), "no.txt")
+        assert_refused(hncse("mine", saved_model, "quikstart", "--out", tmp_path / "x.parquet"), "'quickstart'")
+        assert_refused(hncse("mine", saved_model, texts, "--out", tmp_path / "x.csv"), "name a .parquet file")
+        (tmp_path / "y.parquet").write_text("kept")
+        assert_refused(hncse("mine", saved_model, texts, "--out", tmp_path / "y.parquet"), "exists already")
+        assert (tmp_path / "y.parquet").read_text() == "kept"
 
 
 # ------------------------------------------------------------------------------------------------ as a process

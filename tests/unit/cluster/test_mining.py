@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hncse_ray.cluster import mine as mine_module
-from hncse_ray.cluster.mine import _build, _check_out, _fingerprint, _mine_blocks, _Parts
+from hncse_ray.cluster import mining as mine_module
+from hncse_ray.cluster.mining import _build, _check_out, _fingerprint, _mine_blocks, _Parts
 from hncse_ray.config import Settings, load_settings
 from hncse_ray.corpus import Corpus, prepare_corpus
 from hncse_ray.encoder import SentenceEncoder, load_encoder, tokenizer_digest
