@@ -41,7 +41,7 @@ GLOBAL = (
 )
 STORED, FRESH = (*GLOBAL, "negatives.use=stored"), (*GLOBAL, "negatives.use=fresh")
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "none": (),
+    "none": ("negatives.source=none",),
     "stored": STORED,
     "fresh": FRESH,
     "stored, mixed only": (*STORED, "negatives.columns=none"),
