@@ -1,13 +1,14 @@
-# make demo    install, train the quickstart recipe, compare old and new model     (about 5 minutes after installing)
-# make test    install, run the test suite
-# make check   formatting, lint, types, import layers
+# make demo        install, train the quickstart recipe, compare old and new model (about 5 minutes after installing)
+# make test        install, run the test suite
+# make test-slow   the tests that take minutes: lost nodes and trainers, runs compared
+# make check       formatting, lint, types, import layers
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 QUERIES := "return the indices that would sort an array" "read a table from a comma separated file" "compute the inverse of a matrix"
 
-.PHONY: demo test check clean
+.PHONY: demo test test-slow check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hncse train quickstart
@@ -15,6 +16,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -450,6 +450,7 @@ def test_training_survives_the_loss_of_shards_and_coordinator(small_run: dict[st
     assert nothing_is_left()
 
 
+@pytest.mark.slow
 def test_a_trainer_that_is_killed_comes_back_to_the_same_pool(small_run: dict[str, Any]) -> None:
     steps = 120
     settings = run_settings(
@@ -475,6 +476,7 @@ def test_a_trainer_that_is_killed_comes_back_to_the_same_pool(small_run: dict[st
     assert nothing_is_left()
 
 
+@pytest.mark.slow
 def test_sync_runs_are_the_same_with_shards_and_without(small_run: dict[str, Any]) -> None:
     courses = {}
     for name, pool in {

@@ -13,7 +13,7 @@ from ray.cluster_utils import Cluster
 
 from hncse_ray.config import Settings
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 STEPS = 500
 BACK_S = 90.0
 
