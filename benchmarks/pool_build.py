@@ -24,6 +24,7 @@ from hncse_ray.cluster.pool import PoolClient, negative_pool
 from hncse_ray.cluster.resources import plan_pool
 from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import load_encoder
+from hncse_ray.negatives import SourceUnavailable
 from hncse_ray.reporting import LineReporter
 
 
@@ -100,7 +101,10 @@ def search_for(client: PoolClient, corpus: Corpus, pause_s: float, go_on) -> lis
     while go_on(len(times)):
         ids = rng.integers(0, len(corpus), 64)
         started = time.perf_counter()
-        client.search(ids, k=33)
+        try:
+            client.search(ids, k=33)
+        except SourceUnavailable:  # the version has just given way: look again, as training does
+            client.search(ids, k=33)
         times.append(time.perf_counter() - started)
         time.sleep(pause_s)
     return times

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _PING_S, _PING_TIMEOUT_S = 0.5, 5.0
 _REBUILD_PAUSE_S = 2.0
+_GRACE_S = 1.0  # the version before stays so long: until clients have heard of the new one
 # A shard that dies while it builds is waited for: Ray restarts it, which takes seconds to a minute. One that was away
 # before the build began may never come back, as its node may be gone.
 _PATIENCE_S, _PATIENCE_WITH_THE_LOST_S = 120.0, 10.0
@@ -69,6 +70,7 @@ class PoolCoordinator:
         self._weights: dict[IndexVersion, Any] = {}  # references; owned here, so they outlive the trainers
         self._holding: dict[int, list[IndexVersion]] | None = None  # None = not yet asked
         self._commits = 0
+        self._making: IndexVersion | None = None
         self._repairs: dict[int, asyncio.Task] = {}
         self._tasks: set[asyncio.Task] = set()
         self._idle = asyncio.Event()
@@ -85,7 +87,7 @@ class PoolCoordinator:
         if version == self._status.version:
             return True
         self._idle.clear()
-        self._status = replace(self._status, building=True)
+        self._status, self._making = replace(self._status, building=True), version
         self._weights[version] = ray.put(weights)
         self._spawn(self._make(version, weights))
         return True
@@ -142,10 +144,11 @@ class PoolCoordinator:
             )
             self._weights = {version: self._weights[version]}
         finally:
-            self._status = replace(self._status, building=False)
-            await self._retire()
+            self._status, self._making = replace(self._status, building=False), None
             await self._look()
             self._idle.set()
+            await asyncio.sleep(_GRACE_S)
+            await self._retire()
 
     async def _build_all(self, version: IndexVersion, deadline: float) -> dict[int, BuildReport | BaseException]:
         await self._look()
@@ -220,8 +223,6 @@ class PoolCoordinator:
             return  # answers of before the commit
         self._holding = {i: versions for i, versions in enumerate(held) if versions is not None}
         version = self._status.version
-        if self._idle.is_set() and any(set(versions) - {version} for versions in self._holding.values()):
-            await self._retire()
         for number, versions in self._holding.items():
             repair = self._repairs.get(number)
             if version is not None and version not in versions and (repair is None or repair.done()):
@@ -242,7 +243,8 @@ class PoolCoordinator:
             await asyncio.sleep(_REBUILD_PAUSE_S)
 
     async def _retire(self) -> None:
-        keep = [] if self._status.version is None else [self._status.version]
+        """Have all shards drop what is neither served nor being made."""
+        keep = [version for version in (self._status.version, self._making) if version is not None]
         calls = [s.retire.options(concurrency_group="control").remote(keep) for s in self._shards]
         await asyncio.gather(*(asyncio.wait_for(_result(c), _PING_TIMEOUT_S) for c in calls), return_exceptions=True)
 
