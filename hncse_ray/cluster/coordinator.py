@@ -32,7 +32,7 @@ _REBUILD_PAUSE_S = 2.0
 _GRACE_S = 1.0  # the version before stays so long: until clients have heard of the new one
 # A shard that dies while it builds is waited for: Ray restarts it, which takes seconds to a minute. One that was away
 # before the build began may never come back, as its node may be gone.
-_PATIENCE_S, _PATIENCE_WITH_THE_LOST_S = 120.0, 10.0
+_PATIENCE_S, _PATIENCE_WITH_THE_LOST_S = 120.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -152,14 +152,11 @@ class PoolCoordinator:
 
     async def _build_all(self, version: IndexVersion, deadline: float) -> dict[int, BuildReport | BaseException]:
         await self._look()
-        outcomes = await asyncio.gather(
-            *(
-                self._build(i, version, deadline, _PATIENCE_S if i in self._holding else _PATIENCE_WITH_THE_LOST_S)
-                for i in range(len(self._shards))
-            ),
-            return_exceptions=True,
-        )
-        return dict(enumerate(outcomes))
+        present, builds = self._holding or {}, []
+        for i in range(len(self._shards)):
+            lost = bool(present) and i not in present
+            builds.append(self._build(i, version, deadline, _PATIENCE_WITH_THE_LOST_S if lost else _PATIENCE_S))
+        return dict(enumerate(await asyncio.gather(*builds, return_exceptions=True)))
 
     async def _build(self, number: int, version: IndexVersion, deadline: float, patience_s: float) -> BuildReport:
         """Have one shard build; tried again if it died on the way, as Ray restarts it."""
@@ -167,7 +164,10 @@ class PoolCoordinator:
         while True:
             # A call to an actor that waits to be restarted may wait with it: first see whether it is there.
             if await self._versions(number) is None:
-                if time.monotonic() > min(seen + patience_s, deadline):
+                if time.monotonic() > deadline:
+                    ray.kill(shard, no_restart=False)
+                    raise TimeoutError(f"shard {number} was not ready after {self._build_timeout_s:g} s")
+                if time.monotonic() > seen + patience_s:
                     raise ShardLost(f"shard {number} does not come back")
                 await asyncio.sleep(_PING_S)
                 continue

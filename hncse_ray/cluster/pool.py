@@ -6,9 +6,10 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ class PoolClient:
 
     def publish(self, weights: Weights, *, step: int) -> bool:
         """Hand weights to the coordinator."""
-        accepted = self._control(self._coordinator.publish.remote(dict(weights), step), _PUBLISH_TIMEOUT_S)
+        accepted = self._control(lambda: self._coordinator.publish.remote(dict(weights), step), _PUBLISH_TIMEOUT_S)
         self._poll()
         return bool(accepted)
 
@@ -150,7 +151,7 @@ class PoolClient:
         deadline = time.monotonic() + timeout_s
         while (left := deadline - time.monotonic()) > 0:
             slice_s = min(left, _CONTROL_TIMEOUT_S)
-            if self._control(self._coordinator.wait.remote(slice_s), 2 * _CONTROL_TIMEOUT_S):
+            if self._control(partial(self._coordinator.wait.remote, slice_s), 2 * _CONTROL_TIMEOUT_S):
                 break
         self._poll()
 
@@ -231,15 +232,17 @@ class PoolClient:
             raise SourceUnavailable(last)
         return answers
 
-    def _control(self, call: Any, timeout_s: float) -> Any:
+    def _control(self, call: Callable[[], Any], timeout_s: float) -> Any:
         try:
-            return ray.get(call, timeout=timeout_s)
-        except (RayError, GetTimeoutError) as error:
+            return ray.get(call(), timeout=timeout_s)
+        except (
+            Exception
+        ) as error:  # RayError and GetTimeoutError; a bare Exception where Ray knows no such actor any more
             raise SourceUnavailable(f"the pool's coordinator does not answer ({_reason(error)})") from error
 
     def _poll(self) -> None:
         try:
-            self._state = self._control(self._coordinator.state.remote(), _CONTROL_TIMEOUT_S)
+            self._state = self._control(self._coordinator.state.remote, _CONTROL_TIMEOUT_S)
             self._unreachable = ""
         except SourceUnavailable as error:
             self._unreachable = str(error)

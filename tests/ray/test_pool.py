@@ -219,6 +219,7 @@ class TestPool:
         assert client.publish(world.changed(2), step=3)
         client.wait(BACK_S)
         assert client.status().version != served[0]
+        time.sleep(3)  # it stays until all clients have heard of the next
         with pytest.raises(SourceUnavailable):
             client.vectors(np.arange(6), version=served[0])
 
