@@ -403,6 +403,7 @@ def run_settings(small_run: dict[str, Any], **sections: dict[str, Any]) -> Setti
     return Settings.model_validate(tree)
 
 
+@pytest.mark.slow
 def test_training_survives_the_loss_of_shards_and_coordinator(small_run: dict[str, Any]) -> None:
     steps = 600
     training = Training(run_settings(small_run, train={"max_steps": steps}, negatives={"build_timeout_s": 2 * BACK_S}))
