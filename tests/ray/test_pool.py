@@ -278,7 +278,7 @@ class TestPool:
             assert client.status().version == version
             soon(lambda: client.status().shards_alive == SHARDS, within_s=10, what="all shards")
             other = world.vectors(world.changed(3), step=11)
-            assert client.publish(world.changed(3), step=11)
+            soon(lambda: _published(client, world.changed(3), step=11), within_s=BACK_S, what="weights taken again")
             client.wait(BACK_S)
             assert client.status().version == other[0]
             searching.since(lambda a: a.version == other[0], within_s=10, what="the new version")
@@ -325,6 +325,13 @@ class TestPool:
         client.wait(BACK_S)
         assert client.status().version == version and client.status().failed_builds == failed + 1
         assert_exact(client.search(QUERIES, k=K), vectors_ND, shards={0, 1, 2})
+
+
+def _published(client: PoolClient, weights: Weights, *, step: int) -> bool:
+    try:
+        return client.publish(weights, step=step)
+    except SourceUnavailable:  # the new coordinator is not up yet
+        return False
 
 
 def _reachable(client: PoolClient) -> bool:
