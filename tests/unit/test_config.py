@@ -119,7 +119,9 @@ def test_global_negatives_that_do_not_fit_together_are_refused(overrides: tuple[
     ],
 )
 def test_global_negatives_that_just_fit_are_taken(overrides: tuple[str, ...]) -> None:
-    load_settings(BASE, [f"negatives.{override}" for override in overrides])
+    taken = load_settings(BASE, [f"negatives.{override}" for override in overrides]).negatives
+    for key, _, value in (override.partition("=") for override in overrides):
+        assert str(getattr(taken, key)) in (value, f"{value}.0")
 
 
 SMOOTHING = ("objective.name=instance_smoothing", "objective.group_size=20", "negatives.candidates=22")
