@@ -1,0 +1,93 @@
+"""What all commands share: the application, argument types, errors turned into exit status, progress."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from hncse_ray.config import EncoderSettings, load_settings
+from hncse_ray.errors import HncseError
+
+if TYPE_CHECKING:
+    from hncse_ray.reporting import Reporter
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Train sentence encoders by contrast, without labels, on a laptop or on a Ray cluster.",
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes with hncse_ray.")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(help="Settings to change, as section.key=value.", metavar="[KEY=VALUE]...")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
+PoolingOption = Annotated[str, typer.Option(help="How to pool a model whose folder does not say: mean, cls, ...")]
+ModelArgument = Annotated[str, typer.Argument(help="A model folder, a hub name, or package:NAME/FOLDER.")]
+
+
+def command(run: Callable[[Console], dict[str, Any]], as_json: bool) -> None:
+    """Run a command body; turn its result into JSON and its expected failures into exit status 2."""
+    console = Console(stderr=as_json, soft_wrap=True)
+    _configure_logging(console)
+    try:
+        result = run(console)
+    except HncseError as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; the same command again goes on from the last checkpoint", style="yellow")
+        raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps(result))
+
+
+def _configure_logging(console: Console) -> None:
+    """Show warnings, and where no progress bar can be drawn also the lines of progress."""
+    logger = logging.getLogger("hncse_ray")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    if not logger.handlers:
+        handler: logging.Handler
+        if console.is_terminal:
+            handler = RichHandler(console=console, show_time=False, show_path=False, level=logging.WARNING)
+            # The lines of a run are for its log file: here its bars show the same.
+            handler.addFilter(lambda record: record.name != "hncse_ray.reporting.reporters")
+        else:
+            handler = logging.StreamHandler(console.file)
+            handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+
+
+@contextmanager
+def console_reporter(console: Console) -> Iterator[Reporter]:
+    """Show progress while the context lasts: bars in a terminal, lines elsewhere."""
+    from hncse_ray.reporting import LineReporter, TerminalReporter
+
+    reporter = TerminalReporter(console) if console.is_terminal else LineReporter()
+    try:
+        yield reporter
+    finally:
+        reporter.close()
+
+
+def encoder_settings(model: str, pooling: str) -> EncoderSettings:
+    """Return the settings that load a model with a pooling, all else as its folder says."""
+    tree = {"corpus": {"source": "python-docs"}, "encoder": {"model": model, "pooling": pooling}}
+    return load_settings(tree).encoder
+
+
+def counter(reporter: Reporter, stage: str) -> Callable[[int, int], None]:
+    """Return a callback that reports how far a stage is."""
+    from hncse_ray.reporting import StageProgress
+
+    return lambda done, total: reporter.on(StageProgress(stage, done, total))

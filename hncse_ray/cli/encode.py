@@ -1,0 +1,108 @@
+"""``hncse encode`` and ``hncse search``: using a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hncse_ray.cli.app import (
+    JsonOption,
+    ModelArgument,
+    PoolingOption,
+    RecipeArgument,
+    app,
+    command,
+    console_reporter,
+    counter,
+    encoder_settings,
+)
+from hncse_ray.config import load_settings
+from hncse_ray.errors import HncseError, StorageError
+
+
+@app.command()
+def encode(
+    model: ModelArgument,
+    texts: Annotated[str, typer.Argument(help="A text file, one sentence a line (.gz too), or - for standard input.")],
+    out: Annotated[Path, typer.Option(help="Where to write the vectors: .npy, [N, D] float32, unit norm.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Sentences in one forward pass.")] = 128,
+    pooling: PoolingOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Embed the lines of a text file."""
+
+    def run(console: Console) -> dict[str, Any]:
+        import numpy as np
+
+        from hncse_ray.corpus import read_lines
+        from hncse_ray.encoder import load_encoder
+
+        if not out.parent.is_dir() or out.is_dir() or out.suffix != ".npy":
+            raise StorageError("cannot be written: name a .npy file in an existing folder", str(out))
+        lines = read_lines(None if texts == "-" else texts)
+        if not lines:
+            raise HncseError("holds no text", texts)
+        encoder = load_encoder(model, encoder_settings(model, pooling))
+        with console_reporter(console) as reporter:
+            vectors = encoder.encode(lines, batch_size=batch_size, progress=counter(reporter, "encoding"))
+        partial = out.with_name(f".{out.name}.partial.npy")
+        try:
+            np.save(partial, vectors)
+            partial.replace(out)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise StorageError(f"cannot be written ({error.strerror})", str(out)) from error
+        console.print(f"{vectors.shape[0]:,} vectors of {vectors.shape[1]} dimensions -> {out}", markup=False)
+        return {"out": str(out), "rows": int(vectors.shape[0]), "dimension": int(vectors.shape[1])}
+
+    command(run, as_json)
+
+
+@app.command()
+def search(
+    model: ModelArgument,
+    recipe: RecipeArgument,
+    queries: Annotated[list[str], typer.Argument(help="What to look for.", metavar="QUERY...")],
+    compare: Annotated[str | None, typer.Option(help="Another model, shown beside the first.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Sentences shown for a query.")] = 3,
+    limit: Annotated[int, typer.Option(min=1, help="Search a random sample of so many sentences.")] = 5000,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the sentences of a recipe's corpus that are nearest to some queries, for one model or two side by side."""
+
+    def run(console: Console) -> dict[str, Any]:
+        settings = load_settings(recipe)
+        import numpy as np
+
+        from hncse_ray.cluster import prepare as prepare_corpus
+        from hncse_ray.encoder import load_encoder
+
+        names = [name for name in (compare, model) if name is not None]
+        encoders = [load_encoder(name) for name in names]
+        found: dict[str, dict[str, list[str]]] = {query: {} for query in queries}
+        with console_reporter(console) as reporter:
+            base = load_encoder(settings.encoder.model, settings.encoder)
+            corpus = prepare_corpus(settings, base, reporter)
+            chosen = np.random.default_rng(settings.run.seed).permutation(len(corpus))[:limit]
+            sentences = corpus.texts(chosen)
+            for name, encoder in zip(names, encoders, strict=True):
+                progress = counter(reporter, f"encoding {len(sentences):,} sentences with {name}")
+                vectors_ND = encoder.encode(sentences, progress=progress)
+                scores_QN = encoder.encode(queries) @ vectors_ND.T
+                for query, scores_N in zip(queries, scores_QN, strict=True):
+                    found[query][name] = [sentences[i] for i in np.argsort(-scores_N)[:top]]
+        for query, by_model in found.items():
+            table = Table(title=escape(f"nearest to: {query}"), show_lines=True, expand=True)
+            for name in names:
+                table.add_column(escape(name), ratio=1)
+            for row in zip(*by_model.values(), strict=True):
+                table.add_row(*map(escape, row))
+            console.print(table)
+        return found
+
+    command(run, as_json)

@@ -1,0 +1,61 @@
+"""``hncse mine``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hncse_ray.cli.app import JsonOption, ModelArgument, OverridesArgument, app, command, console_reporter
+from hncse_ray.config import load_settings
+
+
+@app.command()
+def mine(
+    model: ModelArgument,
+    corpus: Annotated[str, typer.Argument(help="A text, JSONL, CSV or Parquet file, or a recipe for its corpus.")],
+    overrides: OverridesArgument = None,
+    out: Annotated[Path, typer.Option(help="The .parquet file to write.")] = Path("triplets.parquet"),
+    as_json: JsonOption = False,
+) -> None:
+    """Find hard negatives for every sentence, as a file that sentence-transformers trains from.
+
+    Selection and pool are set by negatives.*, such as negatives.per_anchor=4 negatives.num_shards=2.
+    """
+
+    def run(console: Console) -> dict[str, Any]:
+        settings = load_settings(_mining_tree(model, corpus), overrides or ())
+        from hncse_ray.cluster import mine as run_mine
+
+        with console_reporter(console) as reporter:
+            report = run_mine(settings, out, reporter=reporter)
+        table = Table(title="Hard negatives")
+        table.add_column("of the hits")
+        table.add_column("count", justify="right")
+        for rule, count in report.removed.items():
+            table.add_row(f"removed: {rule.replace('_', ' ')}", f"{count:,}")
+        console.print(table)
+        console.print(
+            f"{report.rows:,} rows, mean similarity of negatives {report.mean_similarity:.3f};"
+            f" {report.without:,} sentences had too few; {report.seconds:.0f} s -> {report.out}",
+            markup=False,
+        )
+        return asdict(report)
+
+    command(run, as_json)
+
+
+def _mining_tree(model: str, corpus: str) -> dict[str, Any]:
+    """Settings of a mining job: a file is read as its name says, anything else is a recipe."""
+    sources = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+    path, max_length = Path(corpus), 128
+    if path.suffix in ("", ".yaml", ".yml") and not (path.suffix == "" and path.is_file()):
+        recipe = load_settings(corpus)
+        tree, max_length = {"corpus": recipe.corpus.model_dump()}, recipe.encoder.max_length
+    else:
+        tree = {"corpus": {"source": sources.get(path.suffix, "text"), "path": corpus}}
+    return tree | {"encoder": {"model": model, "max_length": max_length}, "negatives": {"source": "pool"}}

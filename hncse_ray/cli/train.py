@@ -1,0 +1,76 @@
+"""``hncse prepare`` and ``hncse train``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hncse_ray.cli.app import JsonOption, OverridesArgument, RecipeArgument, app, command, console_reporter
+from hncse_ray.config import Settings, load_settings
+
+if TYPE_CHECKING:
+    from hncse_ray.corpus import Corpus
+
+
+@app.command()
+def prepare(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
+    """Read, clean and tokenise a recipe's corpus, and say what was dropped and why."""
+
+    def run(console: Console) -> dict[str, Any]:
+        settings = load_settings(recipe, overrides or ())
+        from hncse_ray.cluster import prepare as prepare_corpus
+        from hncse_ray.encoder import load_encoder
+
+        encoder = load_encoder(settings.encoder.model, settings.encoder)
+        with console_reporter(console) as reporter:
+            corpus = prepare_corpus(settings, encoder, reporter)
+        _print_corpus(console, corpus)
+        return {"path": str(corpus.path), "digest": corpus.digest, **asdict(corpus.report)}
+
+    command(run, as_json)
+
+
+@app.command()
+def train(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
+    """Train an encoder; the same command again goes on where an interrupted run stopped."""
+
+    def run(console: Console) -> dict[str, Any]:
+        settings = load_settings(recipe, overrides or ())
+        return run_training(settings, console)
+
+    command(run, as_json)
+
+
+def run_training(settings: Settings, console: Console) -> dict[str, Any]:
+    """Train with progress on a console, print the scores, and return what ``--json`` prints."""
+    from hncse_ray.cluster import train as run_train
+    from hncse_ray.reporting import score_table
+
+    if console.is_terminal:
+        with console_reporter(console) as reporter:
+            result = run_train(settings, reporter=reporter)
+    else:  # the run's own lines go where the log goes
+        result = run_train(settings)
+    console.print(score_table(result.before, result.after))
+    console.print(f"model: {result.model}  (best on dev at step {result.best_step} of {result.steps})", markup=False)
+    if result.best_step == 0:
+        console.print("no evaluation beat the model you started from, so the model is that one", style="yellow")
+    return asdict(result)
+
+
+def _print_corpus(console: Console, corpus: Corpus) -> None:
+    report = corpus.report
+    table = Table(title=f"Corpus {corpus.digest[:12]}")
+    table.add_column("lines")
+    table.add_column("count", justify="right")
+    table.add_row("read", f"{report.read:,}")
+    for reason, count in report.dropped.items():
+        table.add_row(f"dropped: {reason.replace('_', ' ')}", f"{count:,}")
+    table.add_row("kept", f"{report.rows:,}")
+    console.print(table)
+    console.print(
+        f"{report.mean_tokens:.1f} tokens a sentence, prepared in {report.seconds:.1f} s -> {corpus.path}", markup=False
+    )
