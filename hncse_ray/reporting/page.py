@@ -1,0 +1,169 @@
+"""What the pages of runs and sweeps share: one look, figures that need no network, numbers as text.
+
+A page is one file. It carries plotly.js and its style sheet, loads nothing, and follows the reader's light or dark
+mode. Templates are in ``templates/``; what they are given is plain values and figures drawn by :func:`draw`.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import plotly.graph_objects as go
+from markupsafe import Markup, escape
+from plotly.offline import get_plotlyjs
+
+from hncse_ray.storage import write_atomically
+
+# All of these can be told from a white and from a nearly black ground.
+BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, GREY = (
+    "#2f6fd6",
+    "#d97b29",
+    "#2e9e6b",
+    "#8a63c9",
+    "#cf4d4d",
+    "#1f9aa8",
+    "#8a94a3",
+)
+SCALE = ("#aeb7c3", BLUE)  # from low to high
+_GRID = "rgba(128, 136, 150, 0.22)"
+_AXIS = {
+    "gridcolor": _GRID,
+    "linecolor": _GRID,
+    "zeroline": False,
+    "automargin": True,
+    "title": {"standoff": 8},
+    "exponentformat": "e",
+}
+_TEMPLATE = go.layout.Template(
+    layout={
+        "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12},
+        "colorway": [BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, GREY],
+        "paper_bgcolor": "rgba(0, 0, 0, 0)",
+        "plot_bgcolor": "rgba(0, 0, 0, 0)",
+        "margin": {"l": 8, "r": 12, "t": 10, "b": 8},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "hoverlabel": {"bgcolor": "#1d2430", "bordercolor": "#1d2430", "font": {"color": "#f2f4f7"}},
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
+    }
+)
+_CONFIG = {"displayModeBar": False, "responsive": True}
+# A mouse drags to zoom; a finger that passes over a figure scrolls the page.
+_TOUCH = "if (matchMedia('(pointer: coarse)').matches) Plotly.relayout('{plot_id}', {dragmode: false});"
+
+
+def draw(figure: go.Figure, name: str, *, height: int = 300) -> Markup:
+    """Return a figure as HTML in the look of the pages.
+
+    Args:
+        figure: what to draw; it loses its title, which belongs above it in the page.
+        name: unique in the page.
+        height: pixels; the width is that of the place where it stands.
+    """
+    figure.update_layout(template=_TEMPLATE, title=None, height=height, width=None, autosize=True)
+    div = f"figure-{name}"
+    html = figure.to_html(full_html=False, include_plotlyjs=False, div_id=div, config=_CONFIG, post_script=_TOUCH)
+    return Markup(html)
+
+
+def line_figure(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x_title: str, y_title: str
+) -> go.Figure:
+    """Return lines over a common axis; one line alone has no legend.
+
+    Args:
+        series: by name, the points' x and y. What is not a number leaves a gap.
+        x_title: below the figure.
+        y_title: beside it.
+    """
+    figure = go.Figure()
+    for name, (x, y) in series.items():
+        points = [value if math.isfinite(value) else None for value in y]
+        mode = "lines" if len(points) > 40 else "lines+markers"
+        figure.add_scatter(x=list(x), y=points, name=name, mode=mode, line={"width": 2}, marker={"size": 5})
+    figure.update_layout(xaxis_title=x_title, yaxis_title=y_title, showlegend=len(series) > 1, hovermode="x unified")
+    return figure
+
+
+def axis_label(name: str, width: int = 24) -> str:
+    """Return a setting's path on several short lines, so that it fits beside an axis."""
+    lines = []
+    for part in name.split("."):
+        words = textwrap.wrap(part.replace("_", "_ "), width, max_lines=3, placeholder="…")
+        lines += [str(escape(line.replace("_ ", "_"))) for line in words]
+    return "<br>".join(lines)
+
+
+def breakable(text: str) -> Markup:
+    """Return text whose lines may be broken after its dots, slashes and underscores."""
+    shown = str(escape(text))
+    for mark in "._/":
+        shown = shown.replace(mark, f"{mark}<wbr>")
+    return Markup(shown)
+
+
+def score_text(value: float | None) -> str:
+    """Return a score as the terminal shows it: four digits, two where it is out of a hundred."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.{2 if abs(value) >= 2 else 4}f}"
+
+
+def gain_text(after: float, before: float) -> str:
+    """Return the difference of two scores in their digits."""
+    return f"{after - before:+.{2 if abs(after) >= 2 else 4}f}"
+
+
+def setting_text(value: object) -> str:
+    """Return a setting's value as a recipe writes it, floats to four digits."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(setting_text(item) for item in value)}]"
+    return str(value)
+
+
+def duration_text(seconds: float | None) -> str:
+    """Return a time in the two units that matter."""
+    if seconds is None or not math.isfinite(seconds):
+        return "–"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def write_page(path: Path, template: str, **facts: Any) -> Path:
+    """Fill a template and write it, whole or not at all.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "breakable": breakable,
+        "score": score_text,
+        "gain": gain_text,
+        "setting": setting_text,
+        "duration": duration_text,
+    }
+    write_atomically(path, environment.get_template(template).render(plotlyjs=Markup(get_plotlyjs()), **facts))
+    return path

@@ -1,0 +1,73 @@
+"""``hncse report`` on folders of every kind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from invoke import assert_refused, hncse
+from page_text import table
+
+from hncse_ray.config import load_settings
+from hncse_ray.tuning import Sweep, SweepOptions, SweepStudy, claim_sweep_folder, parse_space
+
+SPACE = {"parameters": {"objective.temperature": {"loguniform": [0.01, 0.2]}}}
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs" / "quickstart"
+    folder.mkdir(parents=True)
+    (folder / "settings.yaml").write_text(load_settings("quickstart").to_yaml())
+    (folder / "metrics.jsonl").write_text('{"step": 5, "loss": 0.5}\n')
+    return folder
+
+
+@pytest.fixture
+def sweep_folder(tmp_path: Path) -> Path:
+    """A sweep whose second trial is the better one, as the tune command keeps it."""
+    sweep = Sweep(load_settings("quickstart"), parse_space(SPACE, "space"), SPACE, SweepOptions(trials=2))
+    with claim_sweep_folder(tmp_path / "sweep", sweep):
+        study = SweepStudy(
+            tmp_path / "sweep", sweep.space, seed=0, stopping="none", grace=10, accepts=lambda values: None
+        )
+        for score in (0.5, 0.625):
+            task = study.next()
+            study.report(task.number, 10, 0.25)
+            study.report(task.number, 20, score)
+            study.complete(task.number, {"seconds": 3.0, "best_step": 20})
+    return tmp_path / "sweep"
+
+
+def test_of_a_run(run_folder: Path) -> None:
+    result = hncse("report", run_folder)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.strip() == str(run_folder / "report.html")
+    assert "the last step on record is <b>5</b>" in (run_folder / "report.html").read_text()
+
+
+def test_of_a_sweep(sweep_folder: Path) -> None:
+    result = hncse("report", sweep_folder, "--json")
+    assert result.exit_code == 0, result.stderr
+    page = sweep_folder / "report.html"
+    assert json.loads(result.stdout.splitlines()[-1]) == {"kind": "sweep", "report": str(page)}
+    rows = table(page.read_text(), 'id="ranking"')
+    assert [row[:4] for row in rows[1:]] == [["1", "1", "0.6250", "20"], ["2", "0", "0.5000", "20"]]
+    assert (sweep_folder / "plots" / "history.png").exists()
+
+
+def test_of_something_else(tmp_path: Path, run_folder: Path) -> None:
+    assert_refused(hncse("report", tmp_path / "none"), "no such folder")
+    assert_refused(hncse("report", run_folder / "settings.yaml"), "no such folder")
+    assert_refused(hncse("report", tmp_path), "holds neither a run nor a sweep")
+    (run_folder / "metrics.jsonl").write_text("{\n{\n")
+    assert_refused(hncse("report", run_folder), "line 1 is not a row of metrics")
+    assert not (run_folder / "report.html").exists()
+
+
+def test_of_a_sweep_that_cannot_be_read(sweep_folder: Path) -> None:
+    (sweep_folder / "sweep.yaml").write_text(yaml.safe_dump({"options": 1}))
+    assert_refused(hncse("report", sweep_folder), "sweep.yaml: cannot be read")
+    assert not (sweep_folder / "report.html").exists()

@@ -1,0 +1,116 @@
+"""The model card: accepted by the hub's own reader, complete, and silent about folders of this machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from hncse_ray.config import OBJECTIVES, load_settings
+from hncse_ray.reporting.model_card import CardFacts, model_card, shareable_settings
+
+
+def facts(*overrides: str, **changed: Any) -> CardFacts:
+    tree = {
+        "run": {"name": "mine", "seed": 7, "storage_path": "/home/someone/runs"},
+        "corpus": {"source": "text", "path": ["/home/someone/secret/notes.txt"], "cache_dir": "/home/someone/cache"},
+        "encoder": {"model": "/home/someone/base"},
+        "evaluation": {"senteval_path": "/home/someone/senteval"},
+    }
+    settings = load_settings(tree, overrides).model_dump(mode="json")
+    plain = CardFacts(
+        name="mine",
+        settings=settings,
+        usage="```python\nload('PATH')\n```",
+        base_model=None,
+        corpus_digest="abc123",
+        corpus_rows=4200,
+        corpus_read=5000,
+        steps=80,
+        best_step=60,
+        before={"dev": {"stsb/spearman": 80.0}, "test": {"stsb/spearman": 79.0}},
+        after={"dev": {"stsb/spearman": 82.0}, "test": {"stsb/spearman": 81.12345}},
+    )
+    return replace(plain, **changed)
+
+
+def test_the_hub_s_reader_takes_it_and_writes_the_same_again() -> None:
+    licence = {"license": "apache-2.0"}
+    text = model_card(facts(base_model="bert-base-uncased", base_licence=licence, languages=("en",)))
+    card = ModelCard(text)
+    data = card.data
+    assert (data.license, data.language, data.base_model) == ("apache-2.0", ["en"], "bert-base-uncased")
+    assert (data.library_name, data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
+    assert {"sentence-transformers", "hncse_ray", "info_nce"} <= set(data.tags)
+    again = ModelCard(str(card))
+    assert again.data.to_dict() == data.to_dict() == ModelCardData(**data.to_dict()).to_dict()
+    assert again.text.strip() == card.text.strip()
+
+
+def test_scores_become_the_hub_s_results_of_the_test_split_where_there_is_one() -> None:
+    after = {"dev": {"stsb/spearman": 82.0, "pairs/mrr": 0.4}, "test": {"stsb/spearman": 81.12345}}
+    results = ModelCard(model_card(facts(after=after))).data.eval_results
+    found = {(r.dataset_type, r.dataset_split, r.metric_type): r.metric_value for r in results}
+    assert found == {("stsb", "test", "cosine_spearman"): 81.1235, ("pairs", "dev", "cosine_mrr"): 0.4}
+    assert {r.task_type for r in results} == {"semantic-similarity", "information-retrieval"}
+
+
+def test_without_scores_or_a_known_licence_it_says_so() -> None:
+    text = model_card(facts(before={}, after={"dev": {}}))
+    data = ModelCard(text).data
+    assert data.license == "other" and data.get("eval_results") is None and data.get("language") is None
+    assert "No set was scored" in text and "licence of the base model was not known" in text
+    assert data.get("base_model") is None
+
+
+def test_it_tells_how_the_model_came_to_be() -> None:
+    text = model_card(facts("negatives.source=pool", "negatives.refresh_every_steps=50", index_step=50))
+    for said in (
+        "seed: 7", "abc123", "4,200 unique sentences kept of 5,000 lines", "`notes.txt`", "temperature 0.05",
+        "| stsb/spearman | test | 79.0000 | 81.1235 |", "step 60", "80 of 64 sentences",
+        "1 of the 32 nearest sentences", "cosine at most 0.7", "used as `stored` vectors", "every 50 steps (async)",
+        "weights of step 50", "(`pool`)",
+    ):  # fmt: skip
+        assert said in text, said
+    assert "of the batch only" in model_card(facts())
+    assert "no step of the training scored better" in model_card(facts(best_step=0))
+
+
+def test_a_smoothing_group_is_as_large_as_the_objective_says() -> None:
+    text = model_card(facts("objective.name=instance_smoothing", "negatives.source=in_process"))
+    assert "16 of the 32 nearest sentences" in text
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_papers_of_the_objective_are_cited(objective: str) -> None:
+    text = model_card(facts(f"objective.name={objective}"))
+    cited = {number for number in ("2104.08821", "2411.12156", "2305.07424") if number in text}
+    own = {"hybrid": "2411.12156", "positive_mixing": "2411.12156", "hard_negative_mixing": "2411.12156"}
+    assert cited == {"2104.08821", own.get(objective), {"instance_smoothing": "2305.07424"}.get(objective)} - {None}
+    bibtex = text.split("```bibtex\n")[1].split("```")[0]
+    assert bibtex.count("{") == bibtex.count("}") and bibtex.count("@") == len(cited)
+
+
+def test_no_folder_of_this_machine_is_told() -> None:
+    card_facts = facts("evaluation.pairs_dev=/home/someone/pairs.tsv", "corpus.path=[../other/notes.txt, b.txt]")
+    text = model_card(card_facts)
+    assert "/home" not in text and "someone" not in text and "../" not in text
+    tree = shareable_settings(card_facts.settings)
+    assert tree["corpus"]["path"] == ["notes.txt", "b.txt"] and tree["evaluation"]["pairs_dev"] == "pairs.tsv"
+    assert tree["encoder"]["model"] == "base" and "storage_path" not in tree["run"]
+    collapsed = text.split("```yaml\n")[1].split("```")[0]
+    assert yaml.safe_load(collapsed) == tree
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncased", "org/model", "package:one/two/three"])
+def test_names_that_are_no_places_stay(name: str) -> None:
+    assert shareable_settings(facts(f"encoder.model={name}").settings)["encoder"]["model"] == name
+
+
+def test_a_hub_corpus_is_named_in_the_front_matter() -> None:
+    card_facts = facts("corpus.source=hub", "corpus.path=org/data", "corpus.subset=en")
+    text = model_card(card_facts)
+    assert ModelCard(text).data.datasets == ["org/data"] and "`org/data` (train, en)" in text

@@ -1,0 +1,198 @@
+"""The page of a run, from folders as runs leave them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from page_text import figures, loads, table
+
+from hncse_ray.config import load_settings
+from hncse_ray.errors import SettingsError, StorageError
+from hncse_ray.reporting import MetricsFile, RunFinished, RunStarted
+from hncse_ray.reporting.events import Evaluated, StepsLogged
+from hncse_ray.reporting.run_page import write_run_page
+
+METRIC = "python-docs/recall@10"
+POOL = {
+    "negative_similarity": 0.5,
+    "negatives/index_age_steps": 20.0,
+    "negatives/index_step": 80.0,
+    "negatives/usable": 1.0,
+    "negatives/waited": 0.25,
+    "negatives/missing": 0.0,
+    "negatives/partial": 0.0,
+    "negatives/index_similarity": 0.625,
+    "negatives/search_ms_p50": 30.0,
+    "negatives/search_ms_p99": 90.0,
+    "negatives/removed_itself": 16.0,
+    "negatives/removed_max_score": 0.0,
+    "negatives/shards_alive": 2.0,
+    "negatives/build_seconds": 0.5,
+    "negatives/build_rows_per_s": 1234.0,
+    "negatives/failed_builds": 0.0,
+}
+
+
+def leave_run(folder: Path, *, finished: bool = True, steps: int = 3, extra: dict[str, float] | None = None) -> None:
+    """Leave what the real reporter writes: scores 0.5, 0.75, 0.625 at steps 0, 10, 20."""
+    evaluation = {"suites": ["python-docs"], "metric": METRIC}
+    settings = load_settings({"run": {"name": "small"}, "corpus": {"source": "python-docs"}, "evaluation": evaluation})
+    folder.mkdir(exist_ok=True)
+    (folder / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
+    reporter = MetricsFile(folder / "metrics.jsonl")
+    reporter.on(RunStarted("small", 0, 30, 100, 16, 1, "cpu", "fp32", resumed=False))
+    for i, score in enumerate((0.5, 0.75, 0.625)[:steps]):
+        if i:
+            metrics = {
+                "loss": 1 / i,
+                "positive_similarity": 0.9,
+                "hardest_negative_similarity": 0.5,
+                "uniformity": -2.0,
+            }
+            reporter.on(StepsLogged(10 * i, metrics | (extra or {}), 1e-4 / i, 250.0))
+        reporter.on(Evaluated(10 * i, "dev", {METRIC: score, "python-docs/mrr": 0.25}, METRIC, i < 2))
+    if finished:
+        before = {"dev": {METRIC: 0.5}, "test": {METRIC: 0.625}}
+        after = {"dev": {METRIC: 0.75}, "test": {METRIC: 0.5, "python-docs/mrr": 76.5}}
+        result = RunFinished(20, 10, 240.5, False, before, after)
+        (folder / "result.json").write_text(json.dumps(asdict(result)), encoding="utf-8")
+
+
+def written(folder: Path) -> str:
+    page = write_run_page(folder)
+    assert page == folder / "report.html"
+    return page.read_text(encoding="utf-8")
+
+
+def points(page: str, figure: str) -> dict[str, tuple[list[float], list[float]]]:
+    traces, _ = figures(page)[figure]
+    return {trace["name"]: (trace["x"], trace["y"]) for trace in traces}
+
+
+class TestFinishedRun:
+    @pytest.fixture
+    def page(self, tmp_path: Path) -> str:
+        leave_run(tmp_path)
+        return written(tmp_path)
+
+    def test_it_needs_no_network(self, page: str) -> None:
+        assert loads(page) == []
+
+    def test_scores_before_and_after(self, page: str) -> None:
+        assert table(page, 'id="scores"') == [
+            ["score", "split", "before", "after", "gain"],
+            [METRIC, "dev", "0.5000", "0.7500", "+0.2500"],
+            [METRIC, "test", "0.6250", "0.5000", "-0.1250"],
+            ["python-docs/mrr", "test", "–", "76.50", ""],
+        ]
+        assert "finished</b> after <b>20</b> steps" in page and "<b>240.5</b> sentences" in page
+
+    def test_the_curves_are_those_of_the_metrics_file(self, page: str) -> None:
+        assert points(page, "scores") == {
+            METRIC: ([0, 10, 20], [0.5, 0.75, 0.625]),
+            "exported: step 10": ([10], [0.75]),
+        }
+        assert points(page, "loss") == {"loss": ([10, 20], [1.0, 0.5])}
+        assert points(page, "learning-rate") == {"learning rate": ([10, 20], [1e-4, 5e-5])}
+        assert points(page, "speed") == {"speed": ([10, 20], [250.0, 250.0])}
+        assert points(page, "uniformity") == {"uniformity": ([10, 20], [-2.0, -2.0])}
+        assert points(page, "similarity-of-views").keys() == {"positive", "hardest negative of the batch"}
+
+    def test_without_a_pool_nothing_is_said_of_one(self, page: str) -> None:
+        assert "Global negatives" not in page
+
+    def test_the_settings_are_those_of_the_run(self, page: str, tmp_path: Path) -> None:
+        text = page[page.index('<pre id="settings">') + len('<pre id="settings">') :]
+        shown = yaml.safe_load(text[: text.index("</pre>")])
+        assert shown == yaml.safe_load((tmp_path / "settings.yaml").read_text())
+
+
+def test_global_negatives(tmp_path: Path) -> None:
+    leave_run(tmp_path, extra=POOL)
+    page = written(tmp_path)
+    assert points(page, "age-of-the-index") == {"age": ([10, 20], [20.0, 20.0])}
+    shares = points(page, "batches-and-slots")
+    assert len(shares) == 4 and shares["batches waited for"][1] == [0.25, 0.25]
+    assert points(page, "similarity-of-the-selected")["to the present anchors"][1] == [0.5, 0.5]
+    assert points(page, "look-up")["99th percentile"][1] == [90.0, 90.0]
+    assert points(page, "removed-by-the-rules").keys() == {"itself"}, "rules that removed nothing are left out"
+    for text in ("index of step <b>80</b>", "<b>2</b> shards alive", "1,234 rows a second", "<b>0</b> builds given up"):
+        assert text in page
+
+
+class TestUnfinishedRun:
+    def test_it_shows_the_best_so_far(self, tmp_path: Path) -> None:
+        leave_run(tmp_path, finished=False)
+        page = written(tmp_path)
+        assert "not finished</b>: the last step on record is <b>20</b>" in page
+        assert table(page, 'id="scores"') == [
+            ["score", "split", "before", "best so far", "gain"],
+            [METRIC, "dev", "0.5000", "0.7500", "+0.2500"],
+            ["python-docs/mrr", "dev", "0.2500", "0.2500", "+0.0000"],
+        ]
+        assert "best so far: step 10" in points(page, "scores")
+
+    @pytest.mark.parametrize("tail", ['{"step": 30, "lo', "\x00\x00", "[1]", "{}", "\xff\xfe"])
+    def test_a_last_line_cut_short_is_passed_over(self, tmp_path: Path, tail: str) -> None:
+        leave_run(tmp_path, finished=False)
+        with (tmp_path / "metrics.jsonl").open("ab") as file:
+            file.write(tail.encode("latin-1"))
+        assert points(written(tmp_path), "loss") == {"loss": ([10, 20], [1.0, 0.5])}
+
+    @pytest.mark.parametrize("steps", [0, 1])
+    def test_before_the_first_step(self, tmp_path: Path, steps: int) -> None:
+        leave_run(tmp_path, finished=False, steps=steps)
+        if not steps:
+            (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
+        page = written(tmp_path)
+        assert figures(page).keys() == ({"scores"} if steps else set())
+        assert ("No step has been logged yet." in page) == (not steps)
+
+    def test_numbers_that_are_none_are_gaps(self, tmp_path: Path) -> None:
+        leave_run(tmp_path, finished=False)
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 30, "loss": NaN}\n')
+        assert points(written(tmp_path), "loss") == {"loss": ([10, 20, 30], [1.0, 0.5, None])}
+
+
+def test_markup_in_settings_is_text(tmp_path: Path) -> None:
+    leave_run(tmp_path)
+    tree: dict[str, Any] = yaml.safe_load((tmp_path / "settings.yaml").read_text())
+    tree["run"]["name"] = tree["encoder"]["model"] = "<img src=x onerror=alert(1)></pre><script>"
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(tree))
+    page = written(tmp_path)
+    assert "<img" not in page and loads(page) == []
+
+
+class TestUnreadable:
+    def test_a_damaged_line_in_the_middle(self, tmp_path: Path) -> None:
+        leave_run(tmp_path)
+        path = tmp_path / "metrics.jsonl"
+        path.write_text("{broken\n" + path.read_text())
+        with pytest.raises(StorageError, match="line 1 is not a row of metrics"):
+            write_run_page(tmp_path)
+        assert not (tmp_path / "report.html").exists()
+
+    @pytest.mark.parametrize("text", ["{", "[]", '{"unknown": 1}'])
+    def test_a_damaged_result(self, tmp_path: Path, text: str) -> None:
+        leave_run(tmp_path)
+        (tmp_path / "result.json").write_text(text)
+        with pytest.raises(StorageError, match="result.json: cannot be read"):
+            write_run_page(tmp_path)
+
+    @pytest.mark.parametrize("text", ["", "- a", "a: [", "a: 1\na: 2"])
+    def test_damaged_settings(self, tmp_path: Path, text: str) -> None:
+        leave_run(tmp_path)
+        (tmp_path / "settings.yaml").write_text(text)
+        with pytest.raises(SettingsError, match="settings.yaml"):
+            write_run_page(tmp_path)
+
+    def test_settings_without_their_sections(self, tmp_path: Path) -> None:
+        leave_run(tmp_path)
+        (tmp_path / "settings.yaml").write_text("run: null\nother: 1\n")
+        assert "Run ?" in written(tmp_path)
