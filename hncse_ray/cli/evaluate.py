@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,8 +14,10 @@ from rich.table import Table
 
 from hncse_ray.cli.app import JsonOption, PoolingOption, app, command, console_reporter
 from hncse_ray.config import load_settings
+from hncse_ray.errors import SettingsError, StorageError
 
 if TYPE_CHECKING:
+    from hncse_ray.reporting.similarity import Similarities
     from hncse_ray.training.scoring import Scoreboard
 
 
@@ -28,15 +32,20 @@ def evaluate(
         typer.Option(help="sts, transfer, geometry, python-docs, pairs, stsb, or full; may be repeated."),
     ] = None,
     pairs: Annotated[str | None, typer.Option(help="For suite pairs: a file of query and answer.")] = None,
-    senteval: Annotated[str | None, typer.Option(help="The SentEval folder; default $HNCSE_DATA/senteval.")] = None,
+    senteval: Annotated[
+        str | None, typer.Option(help="The SentEval folder; default $HNCSE_DATA/senteval, or what `data sts` fetched.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Encode with so many Ray actors; same scores.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="With suite geometry: a folder for similarity.png.")] = None,
     pooling: PoolingOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Score models on dev and test sets; two models are also compared by a paired bootstrap."""
 
     def run(console: Console) -> dict[str, Any]:
+        from hncse_ray.encoder import load_encoder
         from hncse_ray.reporting import StageProgress
-        from hncse_ray.training.scoring import FULL, TEST_SUITES, score_models
+        from hncse_ray.training.scoring import FULL, TEST_SUITES, OpenEncoder, score_models
 
         asked = [FULL if name == "full" else (name,) for name in suite or ["python-docs"]]
         suites = list(dict.fromkeys(itertools.chain(*asked)))
@@ -46,20 +55,70 @@ def evaluate(
             evaluation["metric"] = f"{chosen[0]}/{'spearman' if chosen[0] == 'stsb' else 'recall@10'}"
         tree = {"corpus": {"source": "python-docs"}, "encoder": {"pooling": pooling}, "evaluation": evaluation}
         settings = load_settings(tree)
-        with console_reporter(console) as reporter:
+        if plots is not None:
+            _prepare_plots(plots, suites)
+        open_encoder: OpenEncoder = load_encoder
+        with ExitStack() as stack:
+            if workers is not None:
+                from hncse_ray.cluster.encoding import EncodingPool
+
+                open_encoder = stack.enter_context(EncodingPool(workers)).open
+            reporter = stack.enter_context(console_reporter(console))
             board = score_models(
                 models,
                 suites,
                 settings,
                 settings.encoder,
                 tell=lambda stage, done, total: reporter.on(StageProgress(stage, done, total)),
+                open_encoder=open_encoder,
             )
         _print_scoreboard(console, board)
+        similarities = _similarities(board)
+        _print_similarities(console, similarities)
+        if plots is not None:
+            from hncse_ray.reporting.similarity import plot_similarities
+
+            plot_similarities(plots / "similarity.png", similarities)
+            console.print(f"cosines of positives and negatives -> {plots / 'similarity.png'}", markup=False)
         if len(models) == 1 and len(board.groups[0].models) == 1:
-            return {"model": models[0], **board.groups[0].runs[0]}
+            group = board.groups[0]
+            found: dict[str, Any] = {"model": models[0], **group.runs[0]}
+            return found | ({"similarities": asdict(group.similarities[0])} if group.similarities else {})
         return asdict(board)
 
     command(run, as_json)
+
+
+def _prepare_plots(folder: Path, suites: list[str]) -> None:
+    """Refuse before anything is scored what could not be drawn after it."""
+    if "geometry" not in suites:
+        raise SettingsError("draws what the suite geometry finds; ask for it too", "--plots", "Add --suite geometry")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot be written ({error.strerror})", str(folder), "Choose another --plots") from error
+
+
+def _similarities(board: Scoreboard) -> dict[str, Similarities]:
+    """The cosines of positives and negatives by model."""
+    from hncse_ray.reporting.similarity import Similarities
+
+    return {
+        model: Similarities(found.bins, found.positive, found.negative)
+        for group in board.groups
+        for model, found in zip(group.models, group.similarities, strict=False)  # none without the suite
+    }
+
+
+def _print_similarities(console: Console, by_model: dict[str, Similarities]) -> None:
+    from hncse_ray.reporting.similarity import similarity_lines
+
+    for model, found in by_model.items():
+        console.print(
+            f"cosines of STS-B dev pairs (positives: gold 4 or more; negatives: random), {model}", markup=False
+        )
+        for line in similarity_lines(found):
+            console.print(f"  {line}", markup=False, highlight=False)
 
 
 def _print_scoreboard(console: Console, board: Scoreboard) -> None:

@@ -9,6 +9,13 @@ from urllib.parse import urlsplit
 _TIMEOUT_S = 3.0
 
 
+def hub_endpoint() -> str:
+    """Return the hub's address: ``HF_ENDPOINT``, else the public one."""
+    from huggingface_hub import constants
+
+    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+
 def hub_is_reachable() -> bool:
     """Return whether a connection to the hub opens within a few seconds.
 
@@ -19,9 +26,7 @@ def hub_is_reachable() -> bool:
         return False
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True
-    from huggingface_hub import constants
-
-    url = urlsplit(os.environ.get("HF_ENDPOINT") or constants.ENDPOINT)
+    url = urlsplit(hub_endpoint())
     port = url.port or (80 if url.scheme == "http" else 443)
     try:
         with socket.create_connection((url.hostname or "", port), timeout=_TIMEOUT_S):

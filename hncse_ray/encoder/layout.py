@@ -32,6 +32,7 @@ from hncse_ray.encoder.dropout import replace_dropout
 from hncse_ray.encoder.encoder import SentenceEncoder
 from hncse_ray.encoder.precision import autocast_dtype
 from hncse_ray.encoder.resolve import resolve_model
+from hncse_ray.encoder.usage import model_readme
 from hncse_ray.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -141,54 +142,6 @@ def save_encoder(encoder: SentenceEncoder, folder: Path, *, readme: str | None =
     _write_json(folder / "modules.json", modules)
     _write_json(folder / "config_sentence_transformers.json", {"similarity_fn_name": "cosine"})
     (folder / "README.md").write_text(readme or model_readme(encoder), encoding="utf-8")
-
-
-def model_readme(encoder: SentenceEncoder) -> str:
-    """Return how to use a saved encoder, with sentence-transformers and with plain transformers."""
-    pool = {
-        "mean": "states = output.last_hidden_state\n{mean}",
-        "first_last_mean": "states = (output.hidden_states[0] + output.hidden_states[-1]) / 2\n{mean}",
-        "last_two_mean": "states = (output.hidden_states[-1] + output.hidden_states[-2]) / 2\n{mean}",
-    }.get(encoder.pooling, "vectors = output.last_hidden_state[:, 0]")
-    mean = "mask = batch['attention_mask'].unsqueeze(-1)\nvectors = (states * mask).sum(1) / mask.sum(1)"
-    head, imports = "", ""
-    if encoder.head is not None and not encoder.head_in_training_only:
-        imports = "\nfrom safetensors.torch import load_file"
-        head = (
-            "\nhead = load_file('PATH/2_Dense/model.safetensors')"
-            "\nvectors = torch.tanh(vectors @ head['linear.weight'].T + head['linear.bias'])"
-        )
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
----
-
-# Sentence encoder trained with hncse_ray
-
-{encoder.dimension} dimensions, {encoder.pooling} pooling, unit norm, up to {encoder.max_length} tokens.
-How it was trained is in `settings.yaml`, where that file is present.
-
-```python
-from sentence_transformers import SentenceTransformer
-
-vectors = SentenceTransformer("PATH").encode(["A sentence.", "Another one."])
-```
-
-The same with transformers alone:
-
-```python
-import torch
-from transformers import AutoModel, AutoTokenizer{imports}
-
-tokenizer, model = AutoTokenizer.from_pretrained("PATH"), AutoModel.from_pretrained("PATH").eval()
-batch = tokenizer(["A sentence.", "Another one."], padding=True, truncation=True,
-                  max_length={encoder.max_length}, return_tensors="pt")
-with torch.no_grad():
-    output = model(**batch)
-{pool.format(mean=mean)}{head}
-vectors = torch.nn.functional.normalize(vectors, dim=-1)
-```
-"""
 
 
 class _StoredStages:

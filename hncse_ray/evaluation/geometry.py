@@ -1,20 +1,98 @@
 """The shape of an embedding space, after Wang & Isola 2020 (arXiv 2005.10242) and Ethayarajh 2019.
 
-All take unit-norm rows ``[N, D]`` and compute in float64.
+The measures take unit-norm rows ``[N, D]`` and compute in float64.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import logsumexp
 
 from hncse_ray.errors import DataError
+from hncse_ray.evaluation.sts import read_sts
+from hncse_ray.evaluation.vectors import Encode, encode_checked
+
+# STS-B pairs that count as positives, as in SimCSE (arXiv 2104.08821, fig. 2).
+POSITIVE_GOLD = 4.0
+NEGATIVE_PAIRS, NEGATIVE_SEED = 10_000, 0
+_BINS = 40
+# Vectors that differ by less are the same but for the rounding of 32 bits.
+_MIN_SPREAD = 1e-6
 
 # Rows that were normalised in bf16 (8 bits of precision) still pass.
 NORM_TOLERANCE = 1e-2
 
 Float64Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class SimilarityHistogram:
+    """How many pairs have which cosine.
+
+    Attributes:
+        bins: the edges of the bins, from -1 to 1, one more than there are counts; the last bin holds 1 too.
+        positive: pairs of like meaning in each bin.
+        negative: random pairs of different sentences in each.
+    """
+
+    bins: tuple[float, ...]
+    positive: tuple[int, ...]
+    negative: tuple[int, ...]
+
+
+def evaluate_geometry(
+    encode: Encode, data_dir: str | Path, *, seed: int = NEGATIVE_SEED
+) -> tuple[dict[str, float], SimilarityHistogram]:
+    """Measure the space of an encoder on the dev split of STS-Benchmark, as SimCSE does.
+
+    Positives are the pairs with a gold score of 4 or more, negatives random pairs of different sentences. Uniformity
+    and anisotropy are those of the distinct sentences.
+
+    Args:
+        encode: the encoder.
+        data_dir: SentEval's ``data/downstream`` folder.
+        seed: of the negatives.
+
+    Returns:
+        ``alignment``, ``uniformity`` and ``anisotropy``; and the cosines of positives and negatives.
+
+    Raises:
+        DataError: the data are missing, or the vectors cannot be used or are all the same.
+    """
+    pairs = [pair for pair in read_sts("STSBenchmark", "dev", data_dir).pairs]
+    position = {text: i for i, text in enumerate(dict.fromkeys(t for p in pairs for t in (p.sentence1, p.sentence2)))}
+    z_UD = encode_checked(encode, list(position))
+    if np.ptp(z_UD, axis=0).max() < _MIN_SPREAD:
+        raise DataError(
+            f"the encoder gives all {len(z_UD)} sentences the same vector",
+            "geometry",
+            "Its embeddings have collapsed to one direction, or it ignores its input",
+        )
+    positive = [(position[p.sentence1], position[p.sentence2]) for p in pairs if p.gold >= POSITIVE_GOLD]
+    if not positive:
+        raise DataError(f"has no pair with a score of {POSITIVE_GOLD:g} or more", "STSBenchmark dev")
+    first_P, second_P = np.array(positive).T
+    rng = np.random.default_rng(seed)
+    first_N = rng.integers(len(z_UD), size=NEGATIVE_PAIRS)
+    second_N = (first_N + rng.integers(1, len(z_UD), size=NEGATIVE_PAIRS)) % len(z_UD)  # any other one
+    scores = {
+        "alignment": alignment(z_UD[first_P], z_UD[second_P]),
+        "uniformity": uniformity(z_UD),
+        "anisotropy": anisotropy(z_UD),
+    }
+    cosines = [np.einsum("nd,nd->n", z_UD[a], z_UD[b]) for a, b in ((first_P, second_P), (first_N, second_N))]
+    return scores, similarity_histogram(*cosines)
+
+
+def similarity_histogram(positive_P: ArrayLike, negative_N: ArrayLike, *, bins: int = _BINS) -> SimilarityHistogram:
+    """Count cosines in bins of equal width from -1 to 1; a cosine a rounding beyond them counts in the outermost."""
+    edges = np.linspace(-1, 1, bins + 1)
+    counts = [np.histogram(np.clip(np.asarray(c, np.float64), -1, 1), edges)[0] for c in (positive_P, negative_N)]
+    return SimilarityHistogram(tuple(edges.round(6).tolist()), *(tuple(count.tolist()) for count in counts))
 
 
 def alignment(z1: ArrayLike, z2: ArrayLike, *, alpha: float = 2.0) -> float:

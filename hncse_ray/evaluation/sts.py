@@ -101,6 +101,16 @@ _SETS: dict[str, _StsSet] = {
 STS_TASKS = tuple(_SETS)
 
 
+def sts_files() -> dict[str, tuple[str, ...]]:
+    """Return the files of each task, relative to the data folder; train and dev splits included."""
+    files: dict[str, tuple[str, ...]] = {}
+    for task, sts_set in _SETS.items():
+        names = [name for split in sts_set.splits.values() for name in split.files]
+        golds = [_gold_path(Path(name)).name for name in names] if sts_set.gold_column is None else []
+        files[task] = tuple(f"{sts_set.folder}/{name}" for name in (*names, *golds))
+    return files
+
+
 def evaluate_sts(encode: Encode, data_dir: str | Path, tasks: Sequence[str] | None = None) -> dict[str, float]:
     """Score an encoder on the test splits of the STS tasks.
 

@@ -112,6 +112,14 @@ _SETS: dict[str, _TransferSet] = {
 TRANSFER_TASKS = tuple(_SETS)
 
 
+def transfer_files() -> dict[str, tuple[str, ...]]:
+    """Return the files of each task, relative to the data folder."""
+    return {
+        task: tuple(f"{one.folder}/{name}" for split in one.splits.values() for name in split.files)
+        for task, one in _SETS.items()
+    }
+
+
 def evaluate_transfer(
     encode: Encode,
     data_dir: str | Path,

@@ -100,16 +100,20 @@ def broadcast(value: Value | None) -> Value:
     return box[0]
 
 
+def gather_values(value: Value) -> list[Value]:
+    """Return every rank's value, in rank order."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def raise_together(error: HncseError | None) -> None:
     """Raise on every rank if any rank has an error, so that none waits for ever in a collective.
 
     Raises:
         HncseError: the error of the lowest rank that has one.
     """
-    errors: list[HncseError | None] = [error]
-    if world_size() > 1:
-        errors = [None] * world_size()
-        dist.all_gather_object(errors, error)
-    first = next((e for e in errors if e is not None), None)
+    first = next((e for e in gather_values(error) if e is not None), None)
     if first is not None:
         raise first

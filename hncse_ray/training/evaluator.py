@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Literal
 
 from hncse_ray.config import RETRIEVAL_METRICS, CorpusSettings, EvaluationSettings
 from hncse_ray.corpus import documentation_pairs
-from hncse_ray.errors import DataError
 from hncse_ray.evaluation import Encode, StsPairs, evaluate_retrieval, read_pairs, read_sts, spearman
+from hncse_ray.training.senteval import senteval_folder
 
 Split = Literal["dev", "test"]
 Scores = dict[str, float]
@@ -54,7 +53,7 @@ def load_evaluation_sets(settings: EvaluationSettings, corpus: CorpusSettings) -
         DataError: a set is missing or damaged.
     """
     sets: dict[tuple[str, Split], RetrievalPairs | StsPairs] = {}
-    splits: tuple[Split, ...] = ("dev", "test")
+    splits: tuple[Split, ...] = ("dev", "test") if settings.test else ("dev",)
     for suite in settings.suites:
         if suite == "stsb":
             folder = senteval_folder(settings)
@@ -70,24 +69,7 @@ def load_evaluation_sets(settings: EvaluationSettings, corpus: CorpusSettings) -
                 sets[suite, split] = RetrievalPairs(tuple(p.query for p in chosen), tuple(p.answer for p in chosen))
         else:
             for split, path in (("dev", settings.pairs_dev), ("test", settings.pairs_test)):
-                if path is not None:
+                if path is not None and split in splits:
                     queries, answers = read_pairs(path)
                     sets[suite, split] = RetrievalPairs(tuple(queries), tuple(answers))
     return EvaluationSets(sets)
-
-
-def senteval_folder(settings: EvaluationSettings) -> str:
-    """Return the SentEval folder named by the settings or by ``$HNCSE_DATA``.
-
-    Raises:
-        DataError: neither is set, or there is no such folder.
-    """
-    data = os.environ.get("HNCSE_DATA")
-    folder = settings.senteval_path or (os.path.join(data, "senteval") if data else None)
-    hint = "Set evaluation.senteval_path (a SentEval data folder), or choose other evaluation.suites"
-    if folder is None:
-        raise DataError("suite 'stsb' needs the SentEval data, and neither the setting nor $HNCSE_DATA names them",
-                        "evaluation.senteval_path", hint)  # fmt: skip
-    if not os.path.isdir(folder):
-        raise DataError("no such folder", folder, hint)
-    return folder

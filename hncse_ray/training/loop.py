@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hncse_ray.config import Settings
 from hncse_ray.corpus import BatchPlan, Corpus, rank_slice
-from hncse_ray.encoder import SentenceEncoder, save_encoder
+from hncse_ray.encoder import SentenceEncoder
 from hncse_ray.errors import HncseError, StorageError
 from hncse_ray.evaluation import uniformity
 from hncse_ray.negatives import NegativeSource
@@ -23,6 +22,7 @@ from hncse_ray.reporting.events import CheckpointSaved, Evaluated, Event, Notice
 from hncse_ray.training.checkpoint import RunStore, copy_weights, read_newest, write_checkpoint
 from hncse_ray.training.distributed import ShardedEncode, raise_together, rank, world_size
 from hncse_ray.training.evaluator import EvaluationSets, Scores, Split
+from hncse_ray.training.export import write_model
 from hncse_ray.training.guards import Guards
 from hncse_ray.training.negatives import GlobalNegatives, to_step
 from hncse_ray.training.objective import Metrics, Objective
@@ -253,11 +253,17 @@ class _Trainer:
         if self.best is not None:
             self.encoder.load_state_dict(self.best)
         after = {"dev": state.best_scores, "test": self._score("test")}
-        self.emit(Evaluated(state.best_step, "test", after["test"], self.settings.evaluation.metric, is_best=True))
+        if after["test"]:
+            metric = self.settings.evaluation.metric
+            self.emit(Evaluated(state.best_step, "test", after["test"], metric, is_best=True))
         error: StorageError | None = None
         if rank() == 0:
             try:
-                self.store.export(self._write_model)
+                self.store.export(
+                    lambda folder: write_model(
+                        folder, self.encoder, settings=self.settings, corpus=self.corpus, state=state, after=after
+                    )
+                )
             except StorageError as caught:
                 error = caught
         raise_together(error)
@@ -269,10 +275,6 @@ class _Trainer:
             before=state.before,
             after=after,
         )
-
-    def _write_model(self, folder: Path) -> None:
-        save_encoder(self.encoder, folder)
-        (folder / "settings.yaml").write_text(self.settings.to_yaml(), encoding="utf-8")
 
     def _announce(self, precision: str) -> None:
         self.emit(

@@ -5,36 +5,44 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hncse_ray.config import EncoderSettings, Settings
-from hncse_ray.encoder import SentenceEncoder, load_encoder
+from hncse_ray.encoder import Progress, load_encoder
 from hncse_ray.errors import SettingsError
 from hncse_ray.evaluation import (
     Difference,
     Encode,
-    alignment,
-    anisotropy,
+    SimilarityHistogram,
     compare_retrieval,
     compare_sts,
-    encode_checked,
+    evaluate_geometry,
     evaluate_sts,
     evaluate_transfer,
     mean_and_spread,
-    read_sts,
-    uniformity,
 )
-from hncse_ray.training.evaluator import RetrievalPairs, load_evaluation_sets, senteval_folder
+from hncse_ray.training.evaluator import RetrievalPairs, load_evaluation_sets
+from hncse_ray.training.senteval import senteval_folder
 
 TEST_SUITES = ("sts", "transfer", "geometry")
 SUITES = ("sts", "transfer", "geometry", "python-docs", "pairs", "stsb")
 FULL = ("sts", "transfer", "geometry", "python-docs")
-_POSITIVE_GOLD = 4.0  # STS-B pairs that count as positives for the alignment, as in SimCSE (arXiv 2104.08821, fig. 2)
 
 Tell = Callable[[str, int, int | None], None]
+
+
+class BulkEncoder(Protocol):
+    """What embeds many texts: an encoder, or actors that share its work."""
+
+    def encode(self, texts: Sequence[str], *, progress: Progress | None = None) -> NDArray[np.float32]:
+        """Embed N texts; ``[N, D]``."""
+        ...
+
+
+OpenEncoder = Callable[[str, EncoderSettings], BulkEncoder]
 
 
 @dataclass(frozen=True)
@@ -45,11 +53,13 @@ class GroupScores:
         name: what the user called it.
         models: the models, one a seed.
         runs: scores of each by split (``dev``, ``test``) and ``suite/metric``.
+        similarities: cosines of positives and negatives of each, if the suite ``geometry`` was asked for.
     """
 
     name: str
     models: tuple[str, ...]
     runs: tuple[dict[str, dict[str, float]], ...]
+    similarities: tuple[SimilarityHistogram, ...] = ()
 
     def summary(self, split: str) -> dict[str, tuple[float, float]]:
         """Return mean and standard deviation of each score of a split."""
@@ -67,7 +77,7 @@ class Scoreboard:
 class Remembered:
     """An encoder's ``encode`` that embeds a sentence once, whichever suites it occurs in."""
 
-    def __init__(self, encoder: SentenceEncoder, tell: Callable[[int, int], None]) -> None:
+    def __init__(self, encoder: BulkEncoder, tell: Callable[[int, int], None]) -> None:
         self._encoder, self._tell = encoder, tell
         self._known: dict[str, NDArray[np.float32]] = {}
 
@@ -80,7 +90,13 @@ class Remembered:
 
 
 def score_models(
-    groups: Sequence[str], suites: Sequence[str], settings: Settings, encoder: EncoderSettings, *, tell: Tell
+    groups: Sequence[str],
+    suites: Sequence[str],
+    settings: Settings,
+    encoder: EncoderSettings,
+    *,
+    tell: Tell,
+    open_encoder: OpenEncoder = load_encoder,
 ) -> Scoreboard:
     """Score models on suites.
 
@@ -90,6 +106,7 @@ def score_models(
         settings: ``evaluation`` and ``corpus`` say where the sets come from.
         encoder: how to load the models.
         tell: called with a stage and how far it is.
+        open_encoder: loads a model; default: in this process.
 
     Raises:
         HncseError: an unknown suite, missing data, or a model that cannot be loaded or scored.
@@ -100,17 +117,19 @@ def score_models(
     data_dir = senteval_folder(settings.evaluation) if set(suites) & set(TEST_SUITES) else ""
     found, encodes = [], []
     for group in groups:
-        runs = []
+        runs, similarities = [], []
         models = tuple(name for name in group.split(",") if name)
         for model in models:
-            loaded = load_encoder(model, encoder.model_copy(update={"model": model}))
+            loaded = open_encoder(model, encoder.model_copy(update={"model": model}))
             encode = Remembered(loaded, partial(tell, f"encoding with {model}"))
             scores = {split: sets.score(encode, split) for split in ("dev", "test")}
             for suite in suites:
                 if suite in TEST_SUITES:
-                    scores["test"] |= _score_suite(suite, encode, data_dir, lambda line: tell(line, 0, None))
+                    of_suite, similarity = _score_suite(suite, encode, data_dir, lambda line: tell(line, 0, None))
+                    scores["test"] |= of_suite
+                    similarities += [similarity] if similarity is not None else []
             runs.append(scores)
-        found.append(GroupScores(group, models, tuple(runs)))
+        found.append(GroupScores(group, models, tuple(runs), tuple(similarities)))
         encodes.append(encode)
     differences: list[Difference] = []
     if len(found) == 2 and all(len(group.models) == 1 for group in found):
@@ -119,23 +138,17 @@ def score_models(
     return Scoreboard(tuple(found), tuple(differences))
 
 
-def _score_suite(suite: str, encode: Encode, data_dir: str, tell: Callable[[str], None]) -> dict[str, float]:
+def _score_suite(
+    suite: str, encode: Encode, data_dir: str, tell: Callable[[str], None]
+) -> tuple[dict[str, float], SimilarityHistogram | None]:
+    similarity: SimilarityHistogram | None = None
     if suite == "sts":
         scores = evaluate_sts(encode, data_dir)
     elif suite == "transfer":
         scores = evaluate_transfer(encode, data_dir, progress=tell)
     else:
-        pairs = read_sts("STSBenchmark", "dev", data_dir).pairs
-        z1_ND = encode_checked(encode, [pair.sentence1 for pair in pairs])
-        z2_ND = encode_checked(encode, [pair.sentence2 for pair in pairs])
-        positive_N = np.array([pair.gold >= _POSITIVE_GOLD for pair in pairs])
-        unique_ND = np.unique(np.concatenate([z1_ND, z2_ND]), axis=0)
-        scores = {
-            "alignment": alignment(z1_ND[positive_N], z2_ND[positive_N]),
-            "uniformity": uniformity(unique_ND),
-            "anisotropy": anisotropy(unique_ND),
-        }
-    return {f"{suite}/{name}": value for name, value in scores.items()}
+        scores, similarity = evaluate_geometry(encode, data_dir)
+    return {f"{suite}/{name}": value for name, value in scores.items()}, similarity
 
 
 def _compare(

@@ -125,10 +125,22 @@ def test_scoring_leaves_training_mode_on(pairs_file: Path, encoder: SentenceEnco
 
 
 class TestMissingData:
-    def test_nothing_names_the_senteval_folder(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_nothing_names_the_senteval_folder(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv("HNCSE_DATA", raising=False)
+        monkeypatch.setenv("HNCSE_CACHE", str(tmp_path))
         error = failure()
-        assert "evaluation.senteval_path" in str(error) and "$HNCSE_DATA" in str(error) and error.hint
+        assert "evaluation.senteval_path" in str(error) and "$HNCSE_DATA" in str(error)
+        assert "hncse data sts" in error.hint
+
+    def test_what_was_fetched_is_found_where_nothing_else_is(
+        self, senteval: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("HNCSE_CACHE", str(senteval.parent))
+        for data in (None, str(tmp_path / "without")):
+            monkeypatch.delenv("HNCSE_DATA", raising=False)
+            if data is not None:
+                monkeypatch.setenv("HNCSE_DATA", data)
+            assert load().sets == load(senteval_path=str(senteval)).sets
 
     def test_the_folder_is_not_there(self, tmp_path: Path) -> None:
         error = failure(senteval_path=str(tmp_path / "none"))

@@ -8,12 +8,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from rank_parity import BATCH, BUFFER, CASES, SENTENCES, Found, errors, free_port, gradients, join_group
+from tiny import make_sentences
 from torch.nn.parallel import DistributedDataParallel
 
 from hncse_ray.config import load_settings
 from hncse_ray.corpus import rank_slice
 from hncse_ray.encoder import load_encoder
 from hncse_ray.errors import DataError
+from hncse_ray.evaluation import StsPair, StsPairs, evaluate_retrieval, spearman
 from hncse_ray.training.distributed import ShardedEncode, broadcast, gather_rows, raise_together
 from hncse_ray.training.objective import Objective
 from hncse_ray.training.step import LocalBatch, StepContext, StepNegatives, train_step
@@ -90,9 +92,20 @@ def sharded_vectors(model: str | Path) -> np.ndarray:
     return ShardedEncode(load_encoder(model, settings.encoder), batch_size=5)(SENTENCES)
 
 
+def sharded_scores(model: str | Path) -> dict[str, float]:
+    """Scores of sentences and parts of them, as a run would score its sets."""
+    settings = load_settings({"corpus": {"source": "python-docs"}, "encoder": {"pooling": "mean"}})
+    encode = ShardedEncode(load_encoder(model, settings.encoder), batch_size=3)
+    whole = make_sentences(40, seed=7)
+    parts = [" ".join(sentence.split()[::3]) for sentence in whole]
+    pairs = tuple(StsPair(w, p, i % 6) for i, (w, p) in enumerate(zip(whole, parts, strict=True)))
+    return {"spearman": spearman(encode, StsPairs("pairs", pairs)), **evaluate_retrieval(encode, whole, parts)}
+
+
 def work(rank: int, world: int, port: int, model: str, out: str) -> None:
     join_group(rank, world, port)
     found: dict[str, object] = {"gradients": gradients(model, rank, world), "vectors": sharded_vectors(model)}
+    found["scores"] = sharded_scores(model)
     found["global"] = global_gradients(model, rank, world)
     found["broadcast"] = broadcast([1, "two"] if rank == 0 else None)
     gathered = gather_rows(torch.full((rank, 2), float(rank)), tuple(range(world)))
@@ -169,6 +182,15 @@ def test_sharded_encoding_gives_the_vectors_of_one_process(ranks: list[dict], ti
     for found in ranks:
         np.testing.assert_allclose(found["vectors"], alone, atol=1e-6)
         np.testing.assert_array_equal(found["vectors"], ranks[0]["vectors"])
+
+
+def test_sharded_evaluation_gives_the_scores_of_one_process(ranks: list[dict], tiny_model: Path) -> None:
+    """The ranks compute with one thread each, the process alone with three."""
+    torch.set_num_threads(3)
+    alone = sharded_scores(tiny_model)
+    assert 0.1 < alone["mrr"] < 0.9
+    for found in ranks:
+        assert found["scores"] == pytest.approx(alone, rel=0, abs=1e-9)
 
 
 def test_gathering_takes_ranks_of_any_size_even_none(ranks: list[dict]) -> None:

@@ -1,0 +1,37 @@
+"""``hncse data``: evaluation sets."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from hncse_ray.cli.app import JsonOption, app, command, console_reporter
+
+data = typer.Typer(no_args_is_help=True, help="Fetch evaluation sets.", rich_markup_mode=None)
+app.add_typer(data, name="data")
+
+
+@data.command()
+def sts(
+    out: Annotated[Path | None, typer.Option(help="The folder to make; default: where `hncse evaluate` looks.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch SentEval's STS and transfer sets from the Hugging Face hub, checked; go on with a broken-off download."""
+
+    def run(console: Console) -> dict[str, Any]:
+        from hncse_ray.reporting import StageProgress
+        from hncse_ray.training.senteval import default_folder, fetch_senteval
+
+        with console_reporter(console) as reporter:
+            found = fetch_senteval(out, tell=lambda *facts: reporter.on(StageProgress(*facts)))
+        verb = "fetched" if found.fetched else "there already"
+        console.print(f"{verb}: {', '.join(found.tasks)} ({found.files} files) -> {found.folder}", markup=False)
+        if Path(found.folder).absolute() != default_folder():
+            console.print(f"hncse evaluate takes them with --senteval {found.folder}", markup=False)
+        return asdict(found)
+
+    command(run, as_json)

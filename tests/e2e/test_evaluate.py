@@ -1,0 +1,89 @@
+"""``hncse evaluate`` with the suite geometry: numbers, lines, picture; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_sentences
+from typer.testing import CliRunner
+
+from hncse_ray.cli import app
+from hncse_ray.config import EncoderSettings
+from hncse_ray.encoder import load_encoder, save_encoder
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    save_encoder(load_encoder(tiny_model, EncoderSettings(model=str(tiny_model), pooling="mean")), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def senteval(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """STS-Benchmark's dev split, 20 pairs."""
+    root = tmp_path_factory.mktemp("senteval")
+    folder, s = root / "STS" / "STSBenchmark", make_sentences(40, seed=4)
+    folder.mkdir(parents=True)
+    rows = [f"g\tf\ty\t{i}\t{i / 4:.2f}\t{s[2 * i]}\t{s[2 * i + 1]}" for i in range(20)]
+    (folder / "sts-dev.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return root
+
+
+def evaluate(*args: object) -> Any:
+    logging.getLogger("hncse_ray").handlers.clear()
+    return CliRunner().invoke(app, ["evaluate", *(str(arg) for arg in args)])
+
+
+def test_geometry_has_a_histogram_in_the_json_in_the_terminal_and_as_a_picture(
+    model: Path, senteval: Path, tmp_path: Path
+) -> None:
+    plots = tmp_path / "new" / "plots"
+    result = evaluate(model, "--suite", "geometry", "--senteval", senteval, "--plots", plots, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert set(found["test"]) == {"geometry/alignment", "geometry/uniformity", "geometry/anisotropy"}
+    histogram = found["similarities"]
+    assert len(histogram["bins"]) == len(histogram["positive"]) + 1 == len(histogram["negative"]) + 1 == 41
+    assert sum(histogram["positive"]) == 4 and sum(histogram["negative"]) == 10_000
+    assert "positives" in result.stderr and "10,000 pairs" in result.stderr
+    assert (plots / "similarity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_models_side_by_side_have_one_each(model: Path, senteval: Path, tiny_model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    save_encoder(load_encoder(tiny_model, EncoderSettings(model=str(tiny_model), pooling="cls")), other)
+    result = evaluate(model, f"{other},{model}", "--suite", "geometry", "--senteval", senteval, "--json")
+    assert result.exit_code == 0, result.stderr
+    one, two = json.loads(result.stdout.splitlines()[-1])["groups"]
+    assert len(one["similarities"]) == 1 and two["similarities"][1] == one["similarities"][0]
+    assert two["similarities"][0] != one["similarities"][0]
+    assert result.stderr.count("positives  ") == 2  # the model that comes twice is shown once
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--suite", "stsb", "--plots", "HERE/plots"], "Add --suite geometry"),
+        (["--suite", "geometry", "--plots", "HERE/file/plots"], "cannot be written"),
+        (["--suite", "geometry", "--senteval", "HERE/none"], "no such folder"),
+        (["--suite", "geometry"], "hncse data sts"),
+        (["--suite", "geometry", "--workers", "2"], "hncse data sts"),  # said before Ray is started
+    ],
+)
+def test_what_is_refused(model: Path, tmp_path: Path, args: list[str], said: str) -> None:
+    (tmp_path / "file").write_text("x")
+    result = evaluate(model, *(arg.replace("HERE", str(tmp_path)) for arg in args))
+    assert isinstance(result.exception, SystemExit) and result.exit_code == 2
+    assert result.stderr.count("error: ") == 1 and said in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_no_workers_at_all(model: Path) -> None:
+    result = evaluate(model, "--workers", 0)
+    assert result.exit_code == 2 and "--workers" in result.stderr
