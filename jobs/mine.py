@@ -1,8 +1,6 @@
 """Mine hard negatives: ``ray job submit --working-dir . -- python jobs/mine.py MODEL CORPUS --out FILE``."""
 
-import sys
-
-from hncse_ray.cli import app
+from hncse_ray.cli import run_job
 
 if __name__ == "__main__":
-    app(["mine", *sys.argv[1:]])
+    run_job(__file__)

@@ -1,8 +1,6 @@
 """Train a recipe: ``ray job submit --working-dir . -- python jobs/train.py RECIPE [KEY=VALUE ...] [--json]``."""
 
-import sys
-
-from hncse_ray.cli import app
+from hncse_ray.cli import run_job
 
 if __name__ == "__main__":
-    app(["train", *sys.argv[1:]])
+    run_job(__file__)

@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
 from hncse_ray.cluster.launch import prepare
+from hncse_ray.cluster.placement import place_pool, survey
 from hncse_ray.cluster.pool import PoolClient, negative_pool
-from hncse_ray.cluster.resources import plan_pool
 from hncse_ray.cluster.session import ray_session
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
@@ -79,7 +78,7 @@ def mine(settings: Settings, out: Path, *, reporter: Reporter | None = None) -> 
     check_candidates(settings, corpus)
     parts = _Parts(out, _fingerprint(settings, encoder, corpus), corpus)
     with ray_session():
-        plan = plan_pool(settings.negatives, ray.cluster_resources(), rows=len(corpus), dimension=encoder.dimension)
+        plan = place_pool(settings, survey(), rows=len(corpus), dimension=encoder.dimension)
         reporter.on(StageProgress(plan.describe(), 0, None))
         with negative_pool(settings, plan, corpus, parts.folder / "index") as handles:
             client = PoolClient(handles, timeout_s=settings.negatives.timeout_s)

@@ -20,6 +20,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from hncse_ray.cluster.coordinator import PoolCoordinator, PoolState
+from hncse_ray.cluster.node_corpus import NodeCorpus
 from hncse_ray.cluster.resources import PoolPlan
 from hncse_ray.cluster.shard_actor import ShardActor, ShardSpec
 from hncse_ray.config import Settings
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 300.0
 _POLL_S = 0.25
+_ROOM_NEWS_S = 10.0
 _CONTROL_TIMEOUT_S = 10.0
 _PUBLISH_TIMEOUT_S = 120.0
 _GROUPS = {"search": 2, "build": 1, "control": 1}  # threads of a shard
@@ -62,20 +64,21 @@ def negative_pool(settings: Settings, plan: PoolPlan, corpus: Corpus, folder: Pa
     pool = f"hncse-{settings.run.name}-{uuid.uuid4().hex[:8]}"
     resources = {"CPU": plan.cpus, "GPU": plan.gpus}
     bundle = {name: amount for name, amount in resources.items() if amount}
+    labels = settings.cluster.pool_labels
     try:
         strategy: Any = "SPREAD"
         if bundle:
-            group = placement_group([bundle] * plan.num_shards, strategy="PACK")
-            if not group.wait(_CONTROL_TIMEOUT_S):
-                raise ClusterError(f"{plan.num_shards} shards x {bundle} are not free on the cluster now",
-                                   "negatives", "Wait for other jobs to end, or ask for less")  # fmt: skip
+            group = placement_group(
+                [bundle] * plan.num_shards, strategy="PACK", bundle_label_selector=[labels] * plan.num_shards
+            )
+            _wait_for_room(group, f"{plan.num_shards} shards x {bundle}", settings.cluster.start_timeout_s)
         for number in range(plan.num_shards):
             if group is not None:
                 strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number)
             spec = ShardSpec(
                 negatives=settings.negatives,
                 encoder=settings.encoder,
-                corpus=str(corpus.path),
+                corpus=NodeCorpus.of(corpus, settings),
                 plan=plan.index,
                 number=number,
                 count=plan.num_shards,
@@ -87,6 +90,7 @@ def negative_pool(settings: Settings, plan: PoolPlan, corpus: Corpus, folder: Pa
                 num_cpus=plan.cpus,
                 num_gpus=plan.gpus,
                 scheduling_strategy=strategy,
+                label_selector={} if group else labels,
                 max_restarts=-1,
             )
             shards.append(actor.remote(spec))
@@ -108,6 +112,18 @@ def negative_pool(settings: Settings, plan: PoolPlan, corpus: Corpus, folder: Pa
                 ray.kill(actor, no_restart=True)
         if group is not None:
             remove_placement_group(group)
+
+
+def _wait_for_room(group: Any, what: str, timeout_s: float) -> None:
+    """Wait until a placement group is placed, saying so now and then: an autoscaler takes minutes to start nodes."""
+    end = time.monotonic() + timeout_s
+    while not group.wait(min(_ROOM_NEWS_S, max(0.1, end - time.monotonic()))):
+        left = end - time.monotonic()
+        if left <= 0:
+            raise ClusterError(f"{what} are not free on the cluster, after {timeout_s:g} s",
+                               "negatives", "Wait for other jobs to end, ask for less, or raise"
+                               " cluster.start_timeout_s if nodes take longer to start")  # fmt: skip
+        logger.info("waiting for room on the cluster for the negative pool, %s; %.0f s more at most", what, left)
 
 
 def _wait_until_ready(shards: Sequence[Any]) -> None:

@@ -28,6 +28,9 @@ def ray_session() -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
+    if address and address.startswith(("http://", "https://")):
+        raise ClusterError("it names the job server, which takes jobs but cannot be joined", f"RAY_ADDRESS={address}",
+                           "Submit the command with `hncse submit`, or name HOST:6379 of the head")  # fmt: skip
     if not address:
         # If this process is killed, Ray's agents learn it from a GCS that no longer answers: after more than a minute
         # by default, after seconds so. A local GCS never comes back.
@@ -55,6 +58,9 @@ def ray_session() -> Iterator[None]:
             hint="Check RAY_ADDRESS and the token (RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)" if address else "",
         ) from error
     try:
+        if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+            logger.warning("this Ray cluster has no token authentication: whoever reaches its ports can run code on it;"
+                           " start it with RAY_AUTH_MODE=token")  # fmt: skip
         yield
     finally:
         ray.shutdown()

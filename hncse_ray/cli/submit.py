@@ -1,0 +1,106 @@
+"""``hncse submit``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from hncse_ray.cli.app import JsonOption, app, command
+from hncse_ray.errors import SettingsError
+
+
+@app.command(
+    options_metavar="[OPTIONS BEFORE COMMAND]",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def submit(
+    job: Annotated[str, typer.Argument(help="train, tune, evaluate, mine, prepare, ...", metavar="COMMAND")],
+    args: Annotated[list[str] | None, typer.Argument(help="Its arguments and options.", metavar="[ARGS]...")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="The cluster's job server, http://HOST:8265. Default: $RAY_API_SERVER_ADDRESS, $RAY_ADDRESS."
+        ),
+    ] = None,
+    working_dir: Annotated[
+        Path, typer.Option(help="The folder that is uploaded, and that the job starts in.")
+    ] = Path(),
+    env: Annotated[
+        list[str] | None, typer.Option(help="A variable that the job gets too, by name; may be repeated.")
+    ] = None,
+    cpus: Annotated[float, typer.Option(min=0, help="CPUs for the command's own process.")] = 0,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs for the command's own process, as evaluate uses them.")] = 0,
+    stop_on_interrupt: Annotated[bool, typer.Option(help="Ctrl-C stops the job; otherwise it runs on.")] = False,
+    wait: Annotated[bool, typer.Option(help="Follow the log to the end, or only print the job's id.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Run another command as a job on a cluster, and show its log; exit with its exit status."""
+    status = 0
+
+    def run(console: Console) -> dict[str, Any]:
+        nonlocal status
+        _check_command(job, args or [])
+        _use_token()
+        from hncse_ray.cluster.submit import JobRequest, submit_job
+
+        request = JobRequest((job, *(args or [])), working_dir, tuple(env or ()), cpus=cpus, gpus=gpus)
+        submitted = submit_job(request, address=address)
+        facts = {"job_id": submitted.id, "address": submitted.address}
+        if not wait:
+            if not as_json:
+                typer.echo(submitted.id)
+            return facts | {"status": submitted.outcome().status, "exit_code": None}
+        console.print(f"job {submitted.id} on {submitted.address}", style="dim", highlight=False)
+        try:
+            outcome = submitted.follow(lambda text: _write(console, text))
+        except KeyboardInterrupt:
+            if not stop_on_interrupt:
+                hint = submitted.hint()
+                Console(stderr=True, soft_wrap=True).print(f"the job runs on. {hint}", style="yellow", highlight=False)
+                raise typer.Exit(130) from None
+            outcome = submitted.stop()
+            status = 130
+        status = status or outcome.exit_code or 0
+        if outcome.message:
+            Console(stderr=True, soft_wrap=True).print(outcome.message, style="red", markup=False, highlight=False)
+        console.print(f"job {submitted.id} {outcome.status}", style="dim", highlight=False)
+        return facts | {"status": outcome.status, "exit_code": status}
+
+    command(run, as_json)
+    if status:
+        raise typer.Exit(status)
+
+
+def _use_token() -> None:
+    """Have Ray show its token if there is one; it looks at the mode when it is imported."""
+    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if named or Path("~/.ray/auth_token").expanduser().is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _write(console: Console, text: str) -> None:
+    console.file.write(text)
+    console.file.flush()
+
+
+def _check_command(job: str, args: list[str]) -> None:
+    """Refuse what is no command, and options of this one among those of the other."""
+    names = [c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands]
+    if job not in names or job == "submit":
+        jobs = ", ".join(name for name in names if name != "submit")
+        raise SettingsError("is not a command that can be submitted", job, f"Choose from {jobs}")
+    mine = {
+        "--address",
+        "--working-dir",
+        "--env",
+        "--stop-on-interrupt",
+        "--no-stop-on-interrupt",
+        "--wait",
+        "--no-wait",
+    }
+    if misplaced := [arg for arg in args if arg.partition("=")[0] in mine]:
+        raise SettingsError(f"is an option of submit, not of {job}", misplaced[0], f"Write it before {job!r}")

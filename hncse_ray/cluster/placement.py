@@ -1,0 +1,119 @@
+"""Where trainers and pool may be placed: labelled nodes, and whether the request fits what is or may be there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import ray
+from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+from hncse_ray.cluster.resources import PoolPlan, WorkerPlan, plan_pool, plan_workers
+from hncse_ray.config import Settings
+from hncse_ray.errors import ClusterError
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that is alive."""
+
+    labels: Mapping[str, str]
+    resources: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The nodes of a cluster.
+
+    Attributes:
+        alive: those there are.
+        growing: whether an autoscaler may add some; what is missing may come then.
+    """
+
+    alive: tuple[Node, ...]
+    growing: bool = False
+
+    def labelled(self, selector: Mapping[str, str], setting: str) -> tuple[Node, ...]:
+        """Return the nodes that a label selector allows.
+
+        Raises:
+            ClusterError: there is none, and none can come.
+        """
+        found = tuple(node for node in self.alive if matches(node.labels, selector))
+        if not found and not self.growing:
+            wanted = ", ".join(f"{key}={value}" for key, value in selector.items())
+            there = Counter(
+                ", ".join(
+                    f"{key}={value}" for key, value in sorted(node.labels.items()) if not key.startswith("ray.io/")
+                )
+                or "no label"
+                for node in self.alive
+            )
+            raise ClusterError(
+                f"no node of the cluster has the label {wanted}; there are "
+                + "; ".join(f"{count} with {labels}" for labels, count in sorted(there.items())),
+                setting,
+                "Start nodes with `ray start --labels ...`, or change the setting",
+            )
+        return found
+
+
+def survey() -> Nodes:
+    """Return the nodes of the cluster that this process is connected to."""
+    alive = tuple(Node(node["Labels"], node["Resources"]) for node in ray.nodes() if node["Alive"])
+    return Nodes(alive, growing=is_autoscaler_v2(fetch_from_server=True))
+
+
+def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+    """Say whether Ray would place what has this label selector on a node with these labels.
+
+    A value is ``x``, ``!x``, ``in(x,y)`` or ``!in(x,y)``.
+    """
+    return all(_allows(condition, labels.get(key)) for key, condition in selector.items())
+
+
+def _allows(condition: str, value: str | None) -> bool:
+    wanted = condition.removeprefix("!")
+    if wanted.startswith("in(") and wanted.endswith(")"):
+        is_one = value in [option.strip() for option in wanted[3:-1].split(",")]
+    else:
+        is_one = value == wanted
+    return is_one != condition.startswith("!")
+
+
+def total(nodes: tuple[Node, ...]) -> dict[str, float]:
+    """Add the resources of nodes up."""
+    return dict(sum((Counter(node.resources) for node in nodes), Counter()))
+
+
+def place_pool(settings: Settings, nodes: Nodes, *, rows: int, dimension: int) -> PoolPlan:
+    """Plan the pool for the nodes that its labels allow; an index in the trainer's process counts as there.
+
+    Raises:
+        ClusterError: it does not fit, and nothing can come that it would fit.
+    """
+    if settings.negatives.source == "in_process":
+        allowed = nodes.labelled(settings.cluster.trainer_labels, "cluster.trainer_labels")
+    else:
+        allowed = nodes.labelled(settings.cluster.pool_labels, "cluster.pool_labels")
+    there = total(allowed)
+    return plan_pool(settings.negatives, there, rows=rows, dimension=dimension, growing=nodes.growing)
+
+
+def place_workers(settings: Settings, nodes: Nodes, pool: PoolPlan | None) -> WorkerPlan:
+    """Plan the workers for the nodes that their labels allow, beside a pool that may share some of these.
+
+    Raises:
+        ClusterError: they do not fit, and nothing can come that they would fit.
+    """
+    cluster = settings.cluster
+    allowed = nodes.labelled(cluster.trainer_labels, "cluster.trainer_labels")
+    there = Counter(total(allowed))
+    if pool is not None:
+        apart = (n for n in nodes.alive if not matches(n.labels, cluster.trainer_labels))
+        elsewhere = total(tuple(n for n in apart if matches(n.labels, cluster.pool_labels)))
+        for name, amount in (("CPU", pool.cpus), ("GPU", pool.gpus)):  # the pool takes these first
+            there[name] += min(amount * pool.num_shards, elsewhere.get(name, 0.0))
+    on_each = [node.resources for node in allowed]
+    return plan_workers(cluster, there, pool, nodes=on_each, growing=nodes.growing)

@@ -1,0 +1,6 @@
+"""Search a recipe's settings: ``ray job submit --working-dir . -- python jobs/tune.py RECIPE ...``."""
+
+from hncse_ray.cli import run_job
+
+if __name__ == "__main__":
+    run_job(__file__)

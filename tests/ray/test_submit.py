@@ -1,0 +1,204 @@
+"""Jobs submitted to a real head with token authentication: run, refused, failed and stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import requests
+import yaml
+
+pytestmark = pytest.mark.timeout(400)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in sockets]
+    finally:
+        for s in sockets:
+            s.close()
+
+
+def wait_for(condition: Callable[[], object], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def processes_with(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("HNCSE_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class Head:
+    """A cluster of one node, and its job server."""
+
+    address: str
+    token: str
+    home: Path
+
+    def environment(self, **changes: str) -> dict[str, str]:
+        """What a client needs, and no more: neither another token of this machine nor another cluster."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        return kept | {"HOME": str(self.home), "RAY_AUTH_TOKEN": self.token} | changes
+
+    def list(self, what: str) -> list[dict[str, Any]]:
+        answer = requests.get(
+            f"{self.address}/api/v0/{what}", headers={"Authorization": f"Bearer {self.token}"}, timeout=20
+        )
+        answer.raise_for_status()
+        return answer.json()["data"]["result"]["result"]
+
+    def is_idle(self) -> bool:
+        """Whether nothing of a run is left: the one actor that Ray Train keeps for all of a cluster is not."""
+        left = [a for a in self.list("actors") if a["state"] != "DEAD"]
+        ours = [a for a in left if a["class_name"] != "_AutoscalingCoordinatorActor"]
+        return not ours and all(g["state"] == "REMOVED" for g in self.list("placement_groups"))
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """``ray start --head`` with a token, everything on the loopback interface and on ports of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="hncse", dir="/tmp"))  # short: it holds Unix sockets
+    port, dashboard, client, agent = free_ports(4)
+    mark, token = secrets.token_hex(8), secrets.token_hex(32)
+    head = Head(f"http://127.0.0.1:{dashboard}", token, folder)
+    log = (folder / "head.log").open("w")
+    process = subprocess.Popen(
+        [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2",
+         "--node-ip-address=127.0.0.1", f"--port={port}", "--dashboard-host=127.0.0.1",
+         f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
+         f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder / 'ray'}", "--disable-usage-stats"],
+        stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        env=head.environment(
+            HNCSE_TEST_MARK=mark, RAY_AUTH_MODE="token", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        ),
+    )  # fmt: skip
+    try:
+
+        def is_up() -> bool:
+            assert process.poll() is None, (folder / "head.log").read_text()
+            try:
+                return len(head.list("nodes")) == 1
+            except (requests.RequestException, KeyError):
+                return False
+
+        assert wait_for(is_up, seconds=120), (folder / "head.log").read_text()
+        yield head
+    finally:
+        for left in processes_with(mark):  # at once: an orderly end takes Ray half a minute
+            left.kill()
+        process.wait(20)
+        log.close()
+        assert wait_for(lambda: not processes_with(mark), seconds=20)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def recipe(small_run: dict[str, Any], tmp_path: Path) -> Path:
+    """A folder with a recipe and nothing else: the package is the installed one."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "small.yaml").write_text(yaml.safe_dump(small_run))
+    return folder / "small.yaml"
+
+
+def submit(head: Head, recipe: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "hncse_ray.cli", "submit", "--address", head.address, *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=recipe.parent,
+        env=head.environment(**environment),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+    )  # fmt: skip
+
+
+def test_a_submitted_run_leaves_its_model_and_nothing_else(head: Head, recipe: Path, tmp_path: Path) -> None:
+    process = submit(head, recipe, "--json", "train", "small.yaml", "--json")
+    out, log = process.communicate(timeout=300)
+    assert process.returncode == 0, log
+    facts = json.loads(out)
+    assert facts["status"] == "SUCCEEDED" and facts["exit_code"] == 0
+    assert "has no token authentication" not in log
+    result = json.loads(next(line for line in reversed(log.splitlines()) if line.startswith("{")))
+    assert result["steps"] == 12 and Path(result["model"]) == tmp_path / "runs" / "small" / "model"
+    assert (tmp_path / "runs" / "small" / "model" / "model.safetensors").is_file()
+    assert wait_for(head.is_idle, seconds=30), (head.list("actors"), head.list("placement_groups"))
+
+
+def test_the_exit_status_and_the_message_of_the_job_come_through(head: Head, recipe: Path) -> None:
+    process = submit(head, recipe, "train", "small.yaml", "train.batch_sise=8")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
+    assert "unknown setting 'train.batch_sise' (did you mean 'train.batch_size'?)" in out
+    assert "FAILED" in out and "Traceback" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("token", "message"), [("", "asks for a token, and none was found"), ("0" * 64, "does not accept the token")]
+)
+def test_without_the_right_token_nothing_is_submitted(head: Head, recipe: Path, token: str, message: str) -> None:
+    jobs = len(head.list("jobs"))
+    started = time.monotonic()
+    process = submit(head, recipe, "train", "small.yaml", RAY_AUTH_TOKEN=token)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and time.monotonic() - started < 20
+    assert message in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
+    assert not out and len(head.list("jobs")) == jobs
+    assert head.token not in err
+
+
+@pytest.mark.slow
+def test_a_job_that_is_not_waited_for_runs_on_and_interrupt_stops_it_if_asked(head: Head, recipe: Path) -> None:
+    long = "train.max_steps=100000"
+    process = submit(head, recipe, "--stop-on-interrupt", "train", "small.yaml", long)
+    metrics = recipe.parent.parent / "runs" / "small" / "metrics.jsonl"
+    assert wait_for(lambda: metrics.exists() and '"loss"' in metrics.read_text(), seconds=200)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 130, err
+    assert "STOPPED" in out and "Traceback" not in out + err
+    job = out.split()[1]  # it was given the time to put its workers away, as by Ctrl-C
+    log = requests.get(
+        f"{head.address}/api/jobs/{job}/logs", headers={"Authorization": f"Bearer {head.token}"}, timeout=20
+    )
+    assert "stopped; the same command again goes on from the last checkpoint" in log.json()["logs"]
+    assert wait_for(head.is_idle, seconds=60), head.list("actors")
+
+    process = submit(head, recipe, "train", "small.yaml", long, "run.name=other")
+    assert wait_for(lambda: (metrics.parents[1] / "other" / "settings.yaml").exists(), seconds=120)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "the job runs on" in err and "ray job stop" in err
+    running = [job for job in head.list("jobs") if job["status"] == "RUNNING"]
+    assert len(running) == 1 and running[0]["submission_id"] in err
+
+    process = submit(head, recipe, "--no-wait", "prepare", "small.yaml")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and out.startswith("raysubmit_") and len(out.split()) == 1, err
