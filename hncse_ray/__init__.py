@@ -5,6 +5,9 @@ The command ``hncse`` and these functions do the same things::
     settings = hncse_ray.load_settings("quickstart", ["train.max_steps=50"])
     result = hncse_ray.train(settings)
     vectors = hncse_ray.load_encoder(result.model).encode(["A sentence."])
+
+    sweep = hncse_ray.load_sweep("quickstart", "hncse_full", trials=8)
+    found = hncse_ray.tune(sweep, "runs/quickstart-hncse_full")
 """
 
 from __future__ import annotations
@@ -16,18 +19,35 @@ from hncse_ray.config import Settings, load_settings
 from hncse_ray.errors import HncseError
 
 if TYPE_CHECKING:
-    from hncse_ray.cluster import RunResult, train
+    from hncse_ray.cluster import RunResult, SweepResult, train, tune
     from hncse_ray.encoder import SentenceEncoder, load_encoder
+    from hncse_ray.tuning import Sweep, load_sweep
 
 __version__ = "0.1.0"
-__all__ = ["HncseError", "RunResult", "SentenceEncoder", "Settings", "load_encoder", "load_settings", "train"]
+__all__ = [
+    "HncseError",
+    "RunResult",
+    "SentenceEncoder",
+    "Settings",
+    "Sweep",
+    "SweepResult",
+    "load_encoder",
+    "load_settings",
+    "load_sweep",
+    "train",
+    "tune",
+]
 
 # torch, transformers and Ray take seconds to import: only what is asked for is loaded.
 _LAZY = {
     "RunResult": "hncse_ray.cluster",
+    "SweepResult": "hncse_ray.cluster",
     "train": "hncse_ray.cluster",
+    "tune": "hncse_ray.cluster",
     "SentenceEncoder": "hncse_ray.encoder",
     "load_encoder": "hncse_ray.encoder",
+    "Sweep": "hncse_ray.tuning",
+    "load_sweep": "hncse_ray.tuning",
 }
 
 

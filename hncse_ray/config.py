@@ -274,6 +274,7 @@ class EvaluationSettings(Section):
     senteval_path: str | None = Field(None, description="default: $HNCSE_DATA/senteval")
     pairs_dev: str | None = Field(None, description="TSV, JSONL, CSV or Parquet file of query and answer")
     pairs_test: str | None = None
+    test: bool = Field(True, description="score the test sets too, before and after; the trials of a sweep do not")
     batch_size: int = Field(128, ge=1)
 
     @model_validator(mode="after")
@@ -295,6 +296,9 @@ class ClusterSettings(Section):
     )
     cpus_per_worker: float | None = Field(None, gt=0, description="default: the cluster's CPUs shared out")
     max_failures: int = Field(3, ge=0, description="worker group restarts before the run fails")
+    trainer_labels: dict[str, str] = Field({}, description="nodes that workers may be on, by Ray's labels")
+    pool_labels: dict[str, str] = Field({}, description="nodes that the negative pool may be on")
+    start_timeout_s: float = Field(600, gt=0, description="wait so long for nodes to be free, or to be started")
 
 
 class Settings(Section):
@@ -354,12 +358,14 @@ class Settings(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_settings(recipe: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Settings:
+def load_settings(
+    recipe: str | Path | Mapping[str, Any], overrides: Iterable[str] | Mapping[str, Any] = ()
+) -> Settings:
     """Read a recipe, apply overrides and check the result.
 
     Args:
         recipe: a YAML file, the bare name of a recipe that comes with the package, or a mapping.
-        overrides: ``section.key=value`` strings; values are read as YAML.
+        overrides: ``section.key=value`` strings, whose values are read as YAML; or values by ``section.key``.
 
     Raises:
         SettingsError: the recipe cannot be read, a key is unknown or a value is out of range.
@@ -368,8 +374,8 @@ def load_settings(recipe: str | Path | Mapping[str, Any], overrides: Iterable[st
         where, tree = "settings", {k: dict(v) if isinstance(v, Mapping) else v for k, v in recipe.items()}
     else:
         where, tree = str(recipe), read_yaml(find_recipe(recipe))
-    for override in overrides:
-        _apply_override(tree, override)
+    for key, value in overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides):
+        _set(tree, key, value)
     if isinstance(objective := tree.get("objective"), dict):
         objective.setdefault("name", InfoNCE.model_fields["name"].default)
     try:
@@ -378,26 +384,29 @@ def load_settings(recipe: str | Path | Mapping[str, Any], overrides: Iterable[st
         raise SettingsError("; ".join(_explain(e) for e in error.errors()), where) from None
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _parse_override(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
+    if not equals or not all(key.strip().split(".")):
         raise SettingsError("is not an override", override, "Write section.key=value, such as train.batch_size=128")
     try:
-        value = yaml.safe_load(text) if text.strip() else None
+        return key.strip(), yaml.safe_load(text) if text.strip() else None
     except yaml.YAMLError:
         raise SettingsError("has a value that is not valid YAML", override, "Quote it") from None
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
     node = tree
-    for part in parts[:-1]:
-        child = node.setdefault(part, {})
+    for section in sections:
+        child = node.setdefault(section, {})
         if not isinstance(child, dict):
-            raise SettingsError(f"{part!r} is a value, not a section", override)
+            raise SettingsError(f"{section!r} is a value, not a section", key)
         node = child
-    if parts == ["objective", "name"] and value in OBJECTIVES:
+    if key == "objective.name" and isinstance(value, str) and value in OBJECTIVES:
         # Another objective keeps of the recipe's section only what it knows itself.
         for unknown in set(node) - set(OBJECTIVES[value].model_fields):
             del node[unknown]
-    node[parts[-1]] = value
+    node[name] = value
 
 
 def _explain(error: ErrorDetails) -> str:

@@ -1,4 +1,4 @@
-"""Finding recipes, by path or by the name of one that comes with the package, and reading them."""
+"""Finding recipes and search spaces, by path or by the name of one that comes with the package; reading them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import yaml
 from hncse_ray.errors import SettingsError
 
 
-def recipe_folder() -> Path:
-    """The folder with the recipes that come with the package (a wheel carries them inside the package)."""
+def shipped_folder(kind: str) -> Path:
+    """The folder with the ``recipes`` or ``search_spaces`` that come with hncse_ray (a wheel carries them inside)."""
     package = Path(__file__).parent
-    return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
+    return package / kind if (package / kind).is_dir() else package.parent / kind
 
 
 def find_recipe(recipe: str | Path) -> Path:
@@ -23,17 +23,30 @@ def find_recipe(recipe: str | Path) -> Path:
     Raises:
         SettingsError: neither exists; the message names the nearest known recipe.
     """
-    path = Path(recipe)
+    return _find(recipe, "recipes", "recipe")
+
+
+def find_space(space: str | Path) -> Path:
+    """Resolve a search space in the same way.
+
+    Raises:
+        SettingsError: there is none; the message names the nearest known one.
+    """
+    return _find(space, "search_spaces", "search space")
+
+
+def _find(name: str | Path, kind: str, noun: str) -> Path:
+    path = Path(name)
     if path.is_file():
         return path
     if path.is_dir():
-        raise SettingsError("is a directory, not a recipe", str(recipe), "Name a YAML file")
-    names = sorted(p.stem for p in recipe_folder().glob("*.yaml"))
+        raise SettingsError(f"is a directory, not a {noun}", str(name), "Name a YAML file")
+    names = sorted(p.stem for p in shipped_folder(kind).glob("*.yaml"))
     if path.name in names and len(path.parts) == 1:
-        return recipe_folder() / f"{path.name}.yaml"
+        return shipped_folder(kind) / f"{path.name}.yaml"
     near = difflib.get_close_matches(path.stem, names, n=1, cutoff=0.4)
     hint = f"Did you mean {near[0]!r}? " if near else ""
-    raise SettingsError("no such recipe", str(recipe), f"{hint}Known by name: {', '.join(names)}")
+    raise SettingsError(f"no such {noun}", str(name), f"{hint}Known by name: {', '.join(names)}")
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -48,7 +61,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a recipe as a tree of plain values.
+    """Read a recipe or a search space as a tree of plain values.
 
     Raises:
         SettingsError: it cannot be read, is not valid YAML, gives a key twice or holds no mapping.
@@ -60,5 +73,5 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise SettingsError(f"is not valid YAML ({' '.join(str(error).split())})", str(path)) from None
     if not isinstance(tree, dict):
-        raise SettingsError("holds no settings", str(path), "A recipe is a mapping of sections: corpus, encoder, ...")
+        raise SettingsError("holds no mapping", str(path), "A recipe has sections: corpus, encoder, ...")
     return tree

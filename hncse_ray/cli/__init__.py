@@ -5,7 +5,7 @@ standard output is one JSON object, and everything meant for people goes to stan
 """
 
 # Importing a module adds its commands, in the order in which `hncse --help` lists them.
-from hncse_ray.cli import train, mine, evaluate, encode  # noqa: I001
-from hncse_ray.cli.app import app
+from hncse_ray.cli import train, tune, report, mine, evaluate, encode, data, publish, submit  # noqa: I001
+from hncse_ray.cli.app import app, run_job
 
-__all__ = ["app", "encode", "evaluate", "mine", "train"]
+__all__ = ["app", "data", "encode", "evaluate", "mine", "publish", "report", "run_job", "submit", "train", "tune"]

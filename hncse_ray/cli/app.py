@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -78,6 +80,11 @@ def console_reporter(console: Console) -> Iterator[Reporter]:
         yield reporter
     finally:
         reporter.close()
+
+
+def run_job(script: str) -> None:
+    """Run the command that a script in jobs/ is named after, with the script's arguments."""
+    app([Path(script).stem, *sys.argv[1:]])
 
 
 def encoder_settings(model: str, pooling: str) -> EncoderSettings:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from hncse_ray.config import ClusterSettings, NegativesSettings
+from hncse_ray.config import ClusterSettings, NegativesSettings, Settings
 from hncse_ray.errors import ClusterError
 from hncse_ray.negatives import IndexPlan, plan_index
 
@@ -51,7 +51,9 @@ class PoolPlan:
         return f"index of {self.num_shards} shard(s), each {self.index.describe()}"
 
 
-def plan_pool(settings: NegativesSettings, total: Mapping[str, float], *, rows: int, dimension: int) -> PoolPlan:
+def plan_pool(
+    settings: NegativesSettings, total: Mapping[str, float], *, rows: int, dimension: int, growing: bool = False
+) -> PoolPlan:
     """Share the corpus out over the shards, and see whether cluster and memory hold them.
 
     Args:
@@ -59,6 +61,7 @@ def plan_pool(settings: NegativesSettings, total: Mapping[str, float], *, rows: 
         total: the cluster's resources as Ray counts them (``CPU``, ``GPU``, ``memory`` in bytes).
         rows: of the corpus.
         dimension: width of the embeddings.
+        growing: an autoscaler may add nodes, so what is missing is no mistake.
 
     Raises:
         ClusterError: it does not fit; the message does the sum.
@@ -68,7 +71,7 @@ def plan_pool(settings: NegativesSettings, total: Mapping[str, float], *, rows: 
         raise ClusterError(f"{n} shards for a corpus of {rows} sentences", "negatives.num_shards", "Ask for fewer")
     for name, asked in (("CPU", cpus), ("GPU", gpus)):
         there = total.get(name, 0.0)
-        if asked * n > there:
+        if asked * n > there and not growing:
             raise ClusterError(f"{n} shards x {asked:g} {name}s = {asked * n:g}, but the cluster has {there:g}",
                                f"negatives.{name.lower()}s_per_shard", "Lower it, or ask for fewer shards")  # fmt: skip
     if settings.index == "ivf_pq":
@@ -86,13 +89,22 @@ def plan_pool(settings: NegativesSettings, total: Mapping[str, float], *, rows: 
     return PoolPlan(num_shards=n, cpus=cpus, gpus=gpus, threads=threads, index=index)
 
 
-def plan_workers(settings: ClusterSettings, total: Mapping[str, float], pool: PoolPlan | None = None) -> WorkerPlan:
+def plan_workers(
+    settings: ClusterSettings,
+    total: Mapping[str, float],
+    pool: PoolPlan | None = None,
+    *,
+    nodes: Sequence[Mapping[str, float]] | None = None,
+    growing: bool = False,
+) -> WorkerPlan:
     """Share what the pool leaves of the cluster out over the workers.
 
     Args:
         settings: what was asked for.
         total: the cluster's resources as Ray counts them (``CPU``, ``GPU``).
         pool: what is reserved before the workers.
+        nodes: the resources of each node, where there are several: a worker is on one of them.
+        growing: an autoscaler may add nodes, so what is missing is no mistake.
 
     Raises:
         ClusterError: it does not fit; the message does the sum.
@@ -101,6 +113,11 @@ def plan_workers(settings: ClusterSettings, total: Mapping[str, float], pool: Po
     pool_cpus, pool_gpus = (0.0, 0.0) if pool is None else (pool.cpus * pool.num_shards, pool.gpus * pool.num_shards)
     free_cpus, free_gpus = cpus - pool_cpus, gpus - pool_gpus
     use_gpu = settings.use_gpu is True or (settings.use_gpu == "auto" and free_gpus >= n)
+    if growing and not (use_gpu or settings.use_gpu is False):
+        raise ClusterError(f"the cluster has {gpus:g} GPUs now and may grow, so 'auto' cannot tell what is wanted",
+                           "cluster.use_gpu", "Set it to true or false")  # fmt: skip
+    if growing:
+        return _plan_growing(settings, use_gpu)
     if settings.use_gpu is True and gpus == 0:
         raise ClusterError("a GPU was asked for and the cluster has none", "cluster.use_gpu",
                            "Set cluster.use_gpu=false, or start Ray on a machine with a GPU")  # fmt: skip
@@ -114,11 +131,31 @@ def plan_workers(settings: ClusterSettings, total: Mapping[str, float], pool: Po
                 _sum(f"{n} workers x 1 CPU", n, pool, "cpus", cpus), "cluster.num_workers",
                 "Ask for fewer workers, or set cluster.cpus_per_worker below 1 to let them share",
             )  # fmt: skip
-        share = float(free_cpus // n)
+        share = _largest_share(n, int(free_cpus // n), nodes)
     elif share * n > free_cpus:
         raise ClusterError(_sum(f"{n} workers x {share:g} CPUs", share * n, pool, "cpus", cpus),
                            "cluster.cpus_per_worker", "Lower it, or ask for fewer workers")  # fmt: skip
+    elif nodes and _room(nodes, share) < n:
+        raise ClusterError(f"{n} workers x {share:g} CPUs do not fit nodes of"
+                           f" {', '.join(f'{cpus:g}' for cpus in sorted(node.get('CPU', 0.0) for node in nodes))} CPUs",
+                           "cluster.cpus_per_worker", "Lower it, or ask for fewer workers")  # fmt: skip
     return WorkerPlan(num_workers=n, cpus=share, threads=max(1, int(share)), use_gpu=use_gpu)
+
+
+def _plan_growing(settings: ClusterSettings, use_gpu: bool) -> WorkerPlan:
+    share = settings.cpus_per_worker or 1.0
+    return WorkerPlan(num_workers=settings.num_workers, cpus=share, threads=max(1, int(share)), use_gpu=use_gpu)
+
+
+def _largest_share(n: int, most: int, nodes: Sequence[Mapping[str, float]] | None) -> float:
+    """Return the most CPUs, whole if possible, that n workers can have each, none of them across nodes."""
+    if not nodes:
+        return float(most)
+    return float(next((share for share in range(most, 1, -1) if _room(nodes, share) >= n), 1))
+
+
+def _room(nodes: Sequence[Mapping[str, float]], share: float) -> int:
+    return sum(int(node.get("CPU", 0.0) // share) for node in nodes)
 
 
 def _sum(workers: str, asked: float, pool: PoolPlan | None, what: Literal["cpus", "gpus"], there: float) -> str:
@@ -131,3 +168,58 @@ def _sum(workers: str, asked: float, pool: PoolPlan | None, what: Literal["cpus"
         f"{workers} + {pool.num_shards} shards x {shards:g} {what[:-1].upper()}s = {total:g},"
         f" but the cluster has {there:g}"
     )
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """How trials of a sweep share the cluster.
+
+    Attributes:
+        concurrent: trials side by side.
+        cpus_per_worker: reserved for each of a trial's workers.
+    """
+
+    concurrent: int
+    cpus_per_worker: float
+
+
+def plan_sweep(trials: Sequence[Settings], total: Mapping[str, float], *, max_concurrent: int | None) -> SweepPlan:
+    """Find how many trials the cluster holds side by side, each with its workers and its negative pool.
+
+    Left to itself it runs as many as there are GPUs for; on CPUs up to four, with two CPUs or more for each worker.
+
+    Args:
+        trials: settings that trials may have; the largest of them counts.
+        total: the cluster's resources as Ray counts them (``CPU``, ``GPU``).
+        max_concurrent: trials side by side as asked for, if they were.
+
+    Raises:
+        ClusterError: not even one, or not as many as asked for, fit; the message does the sum.
+    """
+    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+    workers = max(s.cluster.num_workers for s in trials)
+    given = trials[0].cluster.cpus_per_worker
+    pools = [s.negatives for s in trials if s.negatives.source == "pool"]
+    pool_cpus = max((n.num_shards * n.cpus_per_shard for n in pools), default=0.0)
+    pool_gpus = max((n.num_shards * n.gpus_per_shard for n in pools), default=0.0)
+    asked = trials[0].cluster.use_gpu
+    use_gpu = asked is True or (asked == "auto" and gpus - pool_gpus >= workers)
+    least_cpus = workers * (given or 1.0) + pool_cpus
+    need_gpus = workers * use_gpu + pool_gpus
+    fits = int(cpus // least_cpus) if not need_gpus else int(min(cpus // least_cpus, gpus // need_gpus))
+    concurrent = max_concurrent or fits
+    if max_concurrent is None and not use_gpu:
+        concurrent = min(fits, max(1, min(4, int(cpus // (workers * (given or 2.0) + pool_cpus)))))
+    for name, need, there in (("CPU", least_cpus, cpus), ("GPU", need_gpus, gpus)):
+        if need * max(1, concurrent) > there:
+            each = (given or 1.0) if name == "CPU" else float(use_gpu)
+            pool = pool_cpus if name == "CPU" else pool_gpus
+            raise ClusterError(
+                f"{max(1, concurrent)} trials x ({workers} workers x {each:g} {name}s"
+                + (f" + a pool with {pool:g}" if pool else "")
+                + f") = {need * max(1, concurrent):g} {name}s, but the cluster has {there:g}",
+                "--max-concurrent" if max_concurrent else "cluster",
+                "Ask for fewer trials side by side, fewer workers or fewer shards",
+            )
+    share = given or max(1.0, (cpus / concurrent - pool_cpus) // workers)
+    return SweepPlan(concurrent=concurrent, cpus_per_worker=share)

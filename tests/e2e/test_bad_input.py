@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -17,30 +16,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from invoke import assert_refused, hncse
 from tiny import make_model, make_sentences
-from typer.testing import CliRunner
 
-from hncse_ray.cli import app
 from hncse_ray.config import EncoderSettings, load_settings
 from hncse_ray.encoder import load_encoder, save_encoder
 
 SENTENCES = make_sentences(40, seed=21)
-
-
-@pytest.fixture(autouse=True)
-def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No hub, no proxy, no data of this machine; and the logger as it was, which the command line sets up."""
-    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HNCSE_DATA", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("HNCSE_CACHE", str(tmp_path / "cache"))
-    logger = logging.getLogger("hncse_ray")
-    before, threads = (list(logger.handlers), logger.propagate, logger.level), torch.get_num_threads()
-    logger.handlers.clear()
-    torch.set_num_threads(1)
-    yield
-    logger.handlers, logger.propagate, logger.level = before
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -56,20 +38,6 @@ def saved_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("saved")
     save_encoder(load_encoder(tiny_model, EncoderSettings(model=str(tiny_model), pooling="mean")), folder)
     return folder
-
-
-def hncse(*args: object, stdin: bytes | str | None = None) -> Any:
-    logging.getLogger("hncse_ray").handlers.clear()  # those of a call before write to its streams
-    return CliRunner().invoke(app, [str(arg) for arg in args], input=stdin)
-
-
-def assert_refused(result: Any, *said: object) -> None:
-    assert isinstance(result.exception, SystemExit), f"{type(result.exception).__name__}: {result.exception}"
-    assert result.exit_code == 2
-    assert result.stderr.count("error: ") == 1
-    assert "Traceback" not in result.output + result.stderr
-    for text in said:
-        assert str(text) in result.stderr
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -162,7 +130,7 @@ BAD_RUNS: dict[str, Case] = {
         ("$HNCSE_DATA", "Set evaluation.senteval_path"),
     ),
     "pairs missing": (overrides("evaluation.pairs_dev=HERE/none.tsv"), ("none.tsv: cannot be read (No such file",)),
-    "remote storage": (overrides("run.storage_path=s3://x"), ("run.storage_path=s3://x", "Name a local folder")),
+    "unknown storage": (overrides("run.storage_path=nosuch://x"), ("nosuch://x", "Give a URL such as s3://")),
 }
 
 
@@ -189,7 +157,7 @@ def test_a_missing_recipe_names_the_nearest(tmp_path: Path) -> None:
     assert_refused(hncse("train", tmp_path), "is a directory, not a recipe", "Name a YAML file")
 
 
-@pytest.mark.parametrize(("content", "said"), [("run: [", "is not valid YAML"), ("- a\n", "holds no settings")])
+@pytest.mark.parametrize(("content", "said"), [("run: [", "is not valid YAML"), ("- a\n", "holds no mapping")])
 def test_a_broken_recipe_is_named(tmp_path: Path, content: str, said: str) -> None:
     (tmp_path / "broken.yaml").write_text(content)
     assert_refused(hncse("train", tmp_path / "broken.yaml"), "broken.yaml", said)

@@ -118,6 +118,7 @@ def world(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
                 "threads_per_shard": 1,
                 "build_timeout_s": 2 * BACK_S,
             },
+            "cluster": {"start_timeout_s": 10},
         }
     )
     encoder = load_encoder(settings.encoder.model, settings.encoder)

@@ -3,65 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import yaml
+from commands import Command, wait_for
 
 pytestmark = pytest.mark.timeout(900)  # a start takes 40 s on two quiet cores, and some tests make three
 STEPS = 100  # long enough that a kill at a checkpoint comes before the end
-
-
-class Command:
-    """``hncse train`` in a process of its own, whose descendants can be told by a mark in their environment."""
-
-    def __init__(self, recipe: Path, *overrides: str) -> None:
-        self.mark = uuid.uuid4().hex
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "hncse_ray.cli", "train", str(recipe), *overrides, "--json"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"HNCSE_TEST_MARK": self.mark},
-            start_new_session=True,
-        )
-
-    def finish(self) -> dict:
-        out, err = self.process.communicate(timeout=300)
-        assert self.process.returncode == 0, err
-        return json.loads(out.splitlines()[-1])
-
-    def processes(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("HNCSE_TEST_MARK") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
-
-    def is_gone(self) -> bool:
-        """Wait until no process of this command is left; Ray's agents take some seconds to notice a kill."""
-        return wait_for(lambda: not self.processes(), seconds=40)
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 240) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def lines_of(run: Path) -> list[dict]:
@@ -105,7 +57,7 @@ def recipe(
 
 @pytest.fixture(scope="module")
 def reference(recipe: Path) -> tuple[Path, dict]:
-    command = Command(recipe)
+    command = Command("train", str(recipe))
     result = command.finish()
     assert command.is_gone()
     return recipe.parent / "runs" / "reference", result
@@ -139,15 +91,15 @@ def test_a_run_leaves_a_model_checkpoints_settings_metrics_and_a_log(reference: 
 def test_a_finished_run_is_not_run_again(recipe: Path, reference: tuple[Path, dict]) -> None:
     run, result = reference
     before = (run / "metrics.jsonl").read_bytes()
-    assert Command(recipe).finish() == result
+    assert Command("train", str(recipe)).finish() == result
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
 def test_killed_then_interrupted_goes_on_with_the_same_losses(recipe: Path, reference: tuple[Path, dict]) -> None:
     run = recipe.parent / "runs" / "stopped"
-    first = Command(recipe, "run.name=stopped")
+    first = Command("train", str(recipe), "run.name=stopped")
     assert wait_for((run / "settings.yaml").exists)
-    rival = Command(recipe, "run.name=stopped")
+    rival = Command("train", str(recipe), "run.name=stopped")
     _, err = rival.process.communicate(timeout=200)
     assert rival.process.returncode == 2 and "in use by another process" in err
     assert wait_for(checkpoint(recipe, "stopped", 10))
@@ -155,7 +107,7 @@ def test_killed_then_interrupted_goes_on_with_the_same_losses(recipe: Path, refe
     assert first.is_gone(), first.processes()
     assert not (run / "model").exists()
 
-    second = Command(recipe, "run.name=stopped")
+    second = Command("train", str(recipe), "run.name=stopped")
     assert wait_for(lambda: "resumes at step" in (run / "log.txt").read_text())
     second.process.send_signal(signal.SIGINT)
     _, err = second.process.communicate(timeout=120)
@@ -163,7 +115,7 @@ def test_killed_then_interrupted_goes_on_with_the_same_losses(recipe: Path, refe
     assert "the same command again goes on" in err and "Traceback" not in err
     assert second.is_gone(), second.processes()
 
-    third = Command(recipe, "run.name=stopped")
+    third = Command("train", str(recipe), "run.name=stopped")
     third.finish()
     assert (run / "log.txt").read_text().count("resumes at step") == 2
     assert lines_of(run) == lines_of(reference[0])
@@ -173,7 +125,7 @@ def test_killed_then_interrupted_goes_on_with_the_same_losses(recipe: Path, refe
 
 def test_one_of_two_workers_killed_is_replaced(recipe: Path, reference: tuple[Path, dict]) -> None:
     run = recipe.parent / "runs" / "two"
-    command = Command(recipe, "run.name=two", "cluster.num_workers=2")
+    command = Command("train", str(recipe), "run.name=two", "cluster.num_workers=2")
     assert wait_for(checkpoint(recipe, "two", 10))
     workers = [p for p in command.processes() if "RayTrainWorker" in " ".join(p.cmdline())]
     assert len(workers) == 2

@@ -159,8 +159,8 @@ def test_several_mistakes_are_all_named() -> None:
     ("text", "said"),
     [
         ("corpus: {source: [", "not valid YAML"),
-        ("- a\n- b\n", "holds no settings"),
-        ("", "holds no settings"),
+        ("- a\n- b\n", "holds no mapping"),
+        ("", "holds no mapping"),
         ("corpus: {source: python-docs}\ncorpus: {source: text}\n", "given twice"),
         ("corpus: 3\n", "corpus = 3"),
         ("run: {name: x}\n", "'corpus' is missing"),

@@ -3,9 +3,9 @@
 import pytest
 
 from hncse_ray.config import load_settings
-from hncse_ray.recipe import recipe_folder
+from hncse_ray.recipe import shipped_folder
 
-RECIPES = sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+RECIPES = sorted(path.stem for path in shipped_folder("recipes").glob("*.yaml"))
 
 BACKBONES = {  # model, batch size, learning rate: SimCSE's README, whose values IS-CSE keeps
     "bert_base": ("bert-base-uncased", 64, 3e-5),
@@ -39,7 +39,7 @@ def test_every_recipe_loads_and_survives_a_round_trip(name: str) -> None:
     settings = load_settings(name)
     text = settings.to_yaml()
     assert settings.run.name == name.replace(".yaml", "")
-    assert load_settings(recipe_folder() / f"{name}.yaml").to_yaml() == text
+    assert load_settings(shipped_folder("recipes") / f"{name}.yaml").to_yaml() == text
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -67,7 +67,7 @@ def test_paper_recipes_hold_the_published_values(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_paper_recipes_say_what_they_are_and_how_to_run_them(name: str) -> None:
-    text = (recipe_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+    text = (shipped_folder("recipes") / f"{name}.yaml").read_text(encoding="utf-8")
     comment = text[: text.index("\nrun:")]
     assert all(line.startswith("#") for line in comment.splitlines() if line)
     assert f"arXiv {PAPERS[name][1]}" in comment

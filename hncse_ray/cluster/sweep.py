@@ -1,0 +1,396 @@
+"""The tune command: Ray Tune runs trials side by side, each a training of its own with its own negative pool.
+
+The study in the sweep's folder (:mod:`hncse_ray.tuning`) decides what is tried and what is stopped. Ray Tune starts and
+stops the trials, and knows nothing that a kill could lose.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.tune
+import torch
+from optuna.trial import FrozenTrial, TrialState
+from ray.tune import FailureConfig, ResultGrid, RunConfig, TuneConfig, Tuner
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from hncse_ray.cluster.launch import check_run
+from hncse_ray.cluster.resources import SweepPlan, plan_sweep
+from hncse_ray.cluster.session import ray_session
+from hncse_ray.cluster.sweep_report import write_sweep_report
+from hncse_ray.cluster.trial import run_trial
+from hncse_ray.config import Settings
+from hncse_ray.encoder import load_encoder
+from hncse_ray.errors import ClusterError, HncseError, TrainingError
+from hncse_ray.reporting import LineReporter, Reporter
+from hncse_ray.reporting.sweep import SweepLines, SweepReporter, TrialUpdate
+from hncse_ray.storage import write_folder
+from hncse_ray.training import load_evaluation_sets
+from hncse_ray.tuning import (
+    STATE_NAMES,
+    SeedScores,
+    Sweep,
+    SweepStudy,
+    TrialTask,
+    Values,
+    apply_values,
+    claim_sweep_folder,
+    rank_trials,
+    read_seed_scores,
+    seed_run_name,
+    write_best,
+    write_trials_csv,
+)
+
+logger = logging.getLogger(__name__)
+
+_QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # no table of Ray Tune's own
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the runs have records of their own
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the last report of a trial has no score
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a sweep as it ends any command
+}
+_RETRIES = 1  # of a run whose process died: it goes on from its checkpoint
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a finished sweep leaves.
+
+    Attributes:
+        folder: of the sweep.
+        best_trial: number of the chosen trial.
+        metric: what was maximised, as ``suite/metric``.
+        score: of the chosen settings on dev: the mean over further seeds if there are any, else the trial's.
+        values: the chosen settings.
+        recipe: ``best.yaml``.
+        model: the best model.
+        trials: how many ended in each state.
+        seeds: scores of the best settings with further seeds, best first.
+        before: test scores of the model that all began with.
+        after: test scores of ``model``; these sets were scored for no other trial.
+    """
+
+    folder: str
+    best_trial: int
+    metric: str
+    score: float
+    values: Values
+    recipe: str
+    model: str
+    trials: Mapping[str, int]
+    seeds: tuple[SeedScores, ...]
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+
+
+def tune(
+    sweep: Sweep, folder: str | Path, *, reporter: SweepReporter | None = None, progress: Reporter | None = None
+) -> SweepResult:
+    """Run a sweep to its end, from where it stands if it was interrupted.
+
+    Args:
+        sweep: recipe, space and options.
+        folder: where all of it lies.
+        reporter: receives how the trials stand.
+        progress: receives the progress of preparing the corpus.
+
+    Raises:
+        HncseError: before anything is started, if the space, the data, the model or the cluster cannot be used;
+            at the end, if no trial came to a score.
+    """
+    reporter = reporter or SweepLines()
+    folder, base, options = Path(folder), sweep.settings, sweep.options
+    sweep.space.check(base)
+    extremes = [base, *(apply_values(base, values) for values, _ in sweep.space.extremes(base))]
+    if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):  # what Ray started here will have
+        here = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+        plan_sweep(extremes, here, max_concurrent=options.max_concurrent)
+    check_run(base, progress or LineReporter())  # prepares the corpus that the trials share, too
+    with claim_sweep_folder(folder, sweep):
+        study = SweepStudy(
+            folder,
+            sweep.space,
+            seed=base.run.seed,
+            stopping=options.stopping,
+            grace=sweep.grace_steps,
+            accepts=lambda values: _misfit(base, values),
+        )
+        left = study.unfinished(options.trials)
+        if left < options.trials:
+            reporter.tell(f"{options.trials - left} of {options.trials} trials are done")
+        if left or options.seeds:
+            with ray_session():
+                plan = plan_sweep(extremes, ray.cluster_resources(), max_concurrent=options.max_concurrent)
+                reporter.tell(f"{plan.concurrent} trial(s) side by side, {plan.cpus_per_worker:g} CPU(s) a worker")
+                if left:
+                    _run_trials(sweep, folder, study, plan, left, reporter)
+                if options.seeds:
+                    _run_seeds(sweep, folder, rank_trials(study.finished()), plan, reporter)
+        reporter.close()
+        return _finish(sweep, folder, study)
+
+
+def _misfit(base: Settings, values: Values) -> str | None:
+    """Say why values do not fit together; None if they do."""
+    try:
+        apply_values(base, values)
+    except HncseError as error:
+        return str(error)
+    return None
+
+
+def _run_trials(
+    sweep: Sweep, folder: Path, study: SweepStudy, plan: SweepPlan, left: int, reporter: SweepReporter
+) -> None:
+    def job(task: TrialTask) -> dict[str, Any]:
+        name = f"trial-{task.number:04d}"
+        settings = _run_settings(sweep, task.values, plan, folder / "trials", name)
+        return {"name": str(task.number), "number": task.number, "values": task.values, "settings": settings}
+
+    searcher = _NextTrial(study, job)
+    _fit(
+        plan,
+        TuneConfig(
+            search_alg=searcher, scheduler=_StudyScheduler(study, reporter, folder), num_samples=left,
+            max_concurrent_trials=plan.concurrent,
+        ),
+    )  # fmt: skip
+    if searcher.error is not None:
+        raise searcher.error
+
+
+def _run_seeds(
+    sweep: Sweep, folder: Path, ranked: Sequence[FrozenTrial], plan: SweepPlan, reporter: SweepReporter
+) -> None:
+    """Train the best settings with seeds that they were not chosen by; a run that is finished is not run again."""
+    top = ranked[: sweep.options.top]
+    first = sweep.settings.run.seed + 1
+    jobs = []
+    for trial in top:
+        values = trial.user_attrs["values"]
+        for seed in range(first, first + sweep.options.seeds):
+            name = seed_run_name(trial.number, seed)
+            settings = _run_settings(sweep, values | {"run.seed": seed}, plan, folder / "seeds", name)
+            jobs.append({"name": f"{trial.number} seed {seed}", "values": values, "settings": settings})
+    if jobs:
+        reporter.tell(f"training the best {len(top)} with {sweep.options.seeds} further seeds each")
+        config = TuneConfig(scheduler=_Watcher(reporter), max_concurrent_trials=plan.concurrent)
+        _fit(plan, config, {"job": ray.tune.grid_search(jobs)})
+
+
+def _run_settings(sweep: Sweep, values: Values, plan: SweepPlan, place: Path, name: str) -> dict[str, Any]:
+    """Return the settings of one run, as a tree: its values, its share of the cluster, its folder; no test sets."""
+    fixed: dict[str, Any] = {
+        "run.name": name,
+        "run.storage_path": str(place.absolute()),
+        "cluster.cpus_per_worker": plan.cpus_per_worker,
+        "evaluation.test": False,
+    }
+    if sweep.settings.negatives.threads_per_shard is None and plan.concurrent > 1:
+        fixed["negatives.threads_per_shard"] = max(1, int(plan.cpus_per_worker))
+    return apply_values(sweep.settings, values, **fixed).model_dump(mode="json")
+
+
+def _fit(plan: SweepPlan, config: TuneConfig, param_space: Mapping[str, Any] | None = None) -> ResultGrid:
+    """Let Ray Tune run, with each run's driver on this node, beside the sweep's folder."""
+    here = next(n for n in ray.nodes() if n["NodeID"] == ray.get_runtime_context().get_node_id())
+    place = next(name for name in here["Resources"] if name.startswith("node:") and "internal" not in name)
+    os.environ.update(_QUIET)
+    scratch = tempfile.mkdtemp(prefix="hncse-tune-")  # Ray Tune's own state is of no use to us: the study has it all
+    try:
+        return Tuner(
+            ray.tune.with_resources(run_trial, {place: 0.001}),
+            param_space=None if param_space is None else dict(param_space),
+            tune_config=config,
+            run_config=RunConfig(
+                name="sweep", storage_path=scratch, verbose=0, failure_config=FailureConfig(max_failures=_RETRIES)
+            ),
+        ).fit()
+    except ray.tune.TuneError as error:
+        raise ClusterError(f"Ray Tune could not run the trials ({error})") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+class _NextTrial(Searcher):
+    """Asks the study which trial comes next."""
+
+    def __init__(self, study: SweepStudy, job: Callable[[TrialTask], dict[str, Any]]) -> None:
+        super().__init__(metric="score", mode="max")
+        self._study, self._job = study, job
+        self.error: HncseError | None = None
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """Return the job of the next trial."""
+        try:
+            return {"job": self._job(self._study.next())}
+        except HncseError as error:
+            self.error = error
+            return Searcher.FINISHED
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The scheduler tells the study: it knows how the trial ended."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """All state is in the study's file."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """All state is in the study's file."""
+
+
+class _Watcher(FIFOScheduler):
+    """Starts runs in order and reports how they stand."""
+
+    def __init__(self, reporter: SweepReporter) -> None:
+        super().__init__()
+        self._reporter = reporter
+        self._rows: dict[str, TrialUpdate] = {}
+        self._started: dict[str, float] = {}
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Note a dev score, and say whether the run goes on."""
+        job = trial.config["job"]
+        row = self._row(job)
+        if "outcome" in result or "score" not in result:
+            return TrialScheduler.CONTINUE  # it ends by itself
+        total = result["total_steps"] or row.total_steps
+        self._show(replace(row, state="running", step=result["step"], total_steps=total, score=result["score"]))
+        if self._is_poor(job, result["step"], result["score"]):
+            self._end(job, "stopped early", {})
+            return TrialScheduler.STOP
+        return TrialScheduler.CONTINUE
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Note how a run ended."""
+        state = "finished" if result.get("outcome") == "finished" else "failed"
+        self._end(trial.config["job"], state, {"reason": "it ended without a result"} | result)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Note that the process of a run died."""
+        lines = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines() if trial.error_file else []
+        self._end(trial.config["job"], "failed", {"reason": lines[-1] if lines else "its process died"})
+
+    def choose_trial_to_run(self, tune_controller: Any, **kwargs: Any) -> Any:
+        """Choose the next run, and note that it starts."""
+        trial = super().choose_trial_to_run(tune_controller, **kwargs)
+        if trial is not None:
+            self._row(trial.config["job"])
+        return trial
+
+    def _is_poor(self, job: Mapping[str, Any], step: int, score: float) -> bool:
+        return False
+
+    def _end(self, job: Mapping[str, Any], state: Any, result: Mapping[str, Any]) -> None:
+        row = self._row(job)
+        score = result.get("exported_score", row.score) if state == "finished" else row.score
+        self._show(replace(row, state=state, score=score, reason=result["reason"] if state == "failed" else ""))
+
+    def _seconds(self, job: Mapping[str, Any]) -> float:
+        return round(time.monotonic() - self._started[job["name"]], 1)
+
+    def _row(self, job: Mapping[str, Any]) -> TrialUpdate:
+        if job["name"] not in self._rows:
+            self._started[job["name"]] = time.monotonic()
+            self._show(TrialUpdate(job["name"], "starting", job["values"]))
+        return self._rows[job["name"]]
+
+    def _show(self, row: TrialUpdate) -> None:
+        self._rows[row.name] = row
+        self._reporter.on(row)
+
+
+class _StudyScheduler(_Watcher):
+    """Tells the study what trials score and how they end, stops those that it wants stopped, and frees their room."""
+
+    def __init__(self, study: SweepStudy, reporter: SweepReporter, folder: Path) -> None:
+        super().__init__(reporter)
+        self._study, self._folder = study, folder
+
+    def _is_poor(self, job: Mapping[str, Any], step: int, score: float) -> bool:
+        return self._study.report(job["number"], step, score)
+
+    def _end(self, job: Mapping[str, Any], state: Any, result: Mapping[str, Any]) -> None:
+        number, facts = job["number"], {"seconds": self._seconds(job)}
+        if state == "finished":
+            self._study.complete(number, facts | {"best_step": result["best_step"]})
+        elif state == "failed":
+            self._study.fail(number, result["reason"], facts)
+        else:
+            self._study.stop(number, facts)
+        trials = self._study.finished()
+        write_trials_csv(self._folder, trials)
+        ended = next(t for t in trials if t.number == number)
+        best = next(iter(rank_trials(trials)), None)
+        places = [_trial_folder(self._folder, t.number) for t in trials]
+        _free_room(places, but_the_model_of=None if best is None else _trial_folder(self._folder, best.number))
+        row = self._row(job)
+        score = ended.value if ended.state == TrialState.COMPLETE else row.score
+        self._show(replace(row, state=STATE_NAMES[ended.state], score=score, is_best=best is ended,
+                           reason=ended.user_attrs.get("reason", "")))  # fmt: skip
+
+
+def _trial_folder(folder: Path, number: int) -> Path:
+    return folder / "trials" / f"trial-{number:04d}"
+
+
+def _free_room(runs: Sequence[Path], *, but_the_model_of: Path | None = None) -> None:
+    """Remove the checkpoints of runs that are over, and all models but one."""
+    for run in runs:
+        for name in ("checkpoints", "index", *(() if run == but_the_model_of else ("model",))):
+            shutil.rmtree(run / name, ignore_errors=True)
+
+
+def _finish(sweep: Sweep, folder: Path, study: SweepStudy) -> SweepResult:
+    """Choose, export the best model and score it on the test sets: the only time that these are looked at."""
+    trials = study.finished()
+    ranked = rank_trials(trials)
+    write_trials_csv(folder, trials)
+    if not ranked:
+        write_sweep_report(folder)
+        reasons = Counter(t.user_attrs.get("reason", STATE_NAMES[t.state]) for t in trials)
+        raise TrainingError(f"no trial came to a score; most often: {reasons.most_common(1)[0][0]}", str(folder))
+    best, score = ranked[0], float(ranked[0].value or 0.0)
+    run = _trial_folder(folder, best.number)
+    seeds = read_seed_scores(folder, sweep.metric) if sweep.options.seeds else []
+    if seeds:
+        best = next(t for t in ranked if t.number == seeds[0].number)
+        score, by_seed = seeds[0].mean, seeds[0].scores
+        run = folder / "seeds" / seed_run_name(best.number, max(by_seed, key=lambda seed: by_seed[seed]))
+        _free_room(list((folder / "seeds").iterdir()), but_the_model_of=run)
+    if (run / "model").exists():  # not, if a sweep that was finished is finished again
+        write_folder(folder / "model", lambda new: _copy(run / "model", new))
+    recipe = write_best(folder, sweep, best)
+    write_sweep_report(folder)
+    evaluation = sweep.settings.evaluation.model_copy(update={"test": True})
+    sets = load_evaluation_sets(evaluation, sweep.settings.corpus)
+    first = load_encoder(sweep.settings.encoder.model, sweep.settings.encoder)
+    last = load_encoder(folder / "model")
+    return SweepResult(
+        folder=str(folder),
+        best_trial=best.number,
+        metric=sweep.metric,
+        score=score,
+        values=best.user_attrs["values"],
+        recipe=str(recipe),
+        model=str(folder / "model"),
+        trials=dict(Counter(STATE_NAMES[t.state] for t in trials)),
+        seeds=tuple(seeds),
+        before=sets.score(first.encode, "test"),
+        after=sets.score(last.encode, "test"),
+    )
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, dirs_exist_ok=True)

@@ -1,0 +1,88 @@
+"""One run of a sweep: what Ray Tune executes in an actor of its own."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import ray.tune
+
+from hncse_ray.cluster.launch import train
+from hncse_ray.config import Settings
+from hncse_ray.errors import HncseError
+from hncse_ray.reporting.events import Evaluated, Event, RunStarted
+
+_LOCK_PATIENCE_S = 60.0  # what a killed sweep's processes may take to let go of a run
+
+
+def run_trial(config: dict[str, Any]) -> None:
+    """Train once, with a Ray Train run and a negative pool of its own, and report to Ray Tune.
+
+    Reported are ``step``, ``score`` and ``total_steps`` at every evaluation on dev, and at the end ``outcome``
+    (``finished`` or ``failed``) with ``best_step`` and ``exported_score``, or with ``reason``.
+
+    Args:
+        config: ``job`` with the run's ``settings`` as a tree.
+    """
+    settings = Settings.model_validate(config["job"]["settings"])
+    metric = settings.evaluation.metric
+    try:
+        _wait_until_free(Path(settings.run_dir))
+        scores = _Scores(metric)
+        scores.read(Path(settings.run_dir) / "metrics.jsonl")  # of a run that is gone on with
+        result = train(settings, reporter=scores)
+    except HncseError as error:
+        ray.tune.report({"outcome": "failed", "reason": str(error)})
+        return
+    exported = result.after["dev"][metric]
+    ray.tune.report({"outcome": "finished", "best_step": result.best_step, "exported_score": exported})
+
+
+class _Scores:
+    """Hands a run's dev scores to Ray Tune, each once: a reporter of the run."""
+
+    def __init__(self, metric: str) -> None:
+        self._metric, self._total = metric, 0
+        self._known: set[int] = set()
+
+    def read(self, metrics_file: Path) -> None:
+        """Report what was scored before the run was interrupted."""
+        if not metrics_file.exists():
+            return
+        for line in metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                return  # cut short by a kill: the last line
+            if row.get("split") == "dev":
+                self._tell(row["step"], row[self._metric])
+
+    def on(self, event: Event) -> None:
+        """Report a dev score."""
+        if isinstance(event, RunStarted):
+            self._total = event.total_steps
+        elif isinstance(event, Evaluated) and event.split == "dev":
+            self._tell(event.step, event.scores[self._metric])
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def _tell(self, step: int, score: float) -> None:
+        if step not in self._known:
+            self._known.add(step)
+            ray.tune.report({"step": step, "score": score, "total_steps": self._total})
+
+
+def _wait_until_free(folder: Path) -> None:
+    """Wait for the processes of a killed sweep to let go of a run's folder."""
+    end = time.monotonic() + _LOCK_PATIENCE_S
+    while (folder / ".lock").exists() and time.monotonic() < end:
+        with (folder / ".lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                time.sleep(0.5)

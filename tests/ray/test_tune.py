@@ -1,0 +1,146 @@
+"""Sweeps on a real Ray: trials that finish, stop early and fail; kills, Ctrl-C; and nothing left behind."""
+
+from __future__ import annotations
+
+import csv
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import Command, wait_for
+from optuna.trial import FrozenTrial, TrialState
+
+from hncse_ray.config import load_settings
+from hncse_ray.tuning import open_study
+
+pytestmark = pytest.mark.timeout(1500)  # every trial starts six processes, some seconds each on two busy cores
+SPACE = {
+    "parameters": {
+        "encoder.max_length": {"categorical": [24, 128]},  # the model takes 64: the latter fails
+        "objective.temperature": {"loguniform": [0.01, 1.0]},
+    },
+    "first": [
+        {"encoder.max_length": 24, "objective.temperature": 0.05},
+        {"encoder.max_length": 128, "objective.temperature": 0.05},
+        {"encoder.max_length": 24, "objective.temperature": 1.0},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_model: Path, corpus_file: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tune")
+    tree = {
+        "run": {"name": "small", "storage_path": str(folder / "runs"), "seed": 3},
+        "corpus": {"source": "text", "path": str(corpus_file), "cache_dir": str(folder / "cache")},
+        "encoder": {"model": str(tiny_model), "pooling": "mean", "max_length": 24, "precision": "fp32"},
+        "train": {
+            "batch_size": 16,
+            "learning_rate": 1e-3,
+            "max_steps": 20,
+            "log_every_steps": 5,
+            "evaluate_every_steps": 5,
+            "checkpoint_every_steps": 5,
+        },
+        "evaluation": {
+            "suites": ["pairs"],
+            "metric": "pairs/mrr",
+            "pairs_dev": str(pairs_file),
+            "pairs_test": str(pairs_file),
+        },
+    }
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    (folder / "space.yaml").write_text(yaml.safe_dump(SPACE))
+    return path
+
+
+def trials_of(folder: Path) -> list[FrozenTrial]:
+    return open_study(folder).get_trials() if (folder / "study.db").exists() else []
+
+
+def ended(folder: Path) -> dict[int, tuple[TrialState, float | None]]:
+    return {t.number: (t.state, t.value) for t in trials_of(folder) if t.state.is_finished()}
+
+
+def starts_of(folder: Path, number: int) -> int:
+    return (folder / "trials" / f"trial-{number:04d}" / "log.txt").read_text().count(" starts: ")
+
+
+def test_a_sweep_with_a_pool_leaves_the_best_and_says_why_a_trial_failed(recipe: Path) -> None:
+    out = recipe.parent / "swept"
+    command = Command(
+        "tune", str(recipe), "negatives.source=pool", "negatives.max_score=null", "negatives.refresh=sync",
+        "--space", str(recipe.parent / "space.yaml"), "--trials", "3", "--stopping", "none", "--out", str(out),
+    )  # fmt: skip
+    result = command.finish(seconds=1200)
+    assert command.is_gone(), command.processes()
+    assert result["trials"] == {"finished": 2, "failed": 1}
+
+    rows = list(csv.DictReader((out / "trials.csv").open()))
+    assert [row["state"] for row in rows] == ["finished", "failed", "finished"]
+    assert "64 tokens at most" in rows[1]["reason"]
+    best = max((row for row in rows if row["score"]), key=lambda row: float(row["score"]))
+    assert result["best_trial"] == int(best["trial"]) and result["score"] == pytest.approx(float(best["score"]))
+    recipe_found = load_settings(out / "best.yaml")
+    assert str(recipe_found.objective.temperature) == best["objective.temperature"]
+    assert recipe_found.negatives.source == "pool" and recipe_found.evaluation.test
+    assert set(result["after"]) == {"pairs/recall@1", "pairs/recall@10", "pairs/mrr"}
+    assert (out / "model" / "model.safetensors").is_file() and (out / "report.html").is_file()
+    for row in rows:  # room was freed: no checkpoints, and no model but the best
+        run = out / "trials" / f"trial-{int(row['trial']):04d}"
+        assert not (run / "checkpoints").exists()
+        assert (run / "model").exists() == (row is best)
+    metrics = (out / "trials" / "trial-0000" / "metrics.jsonl").read_text()
+    assert '"split": "dev"' in metrics and '"split": "test"' not in metrics
+
+
+@pytest.mark.slow
+def test_killed_and_interrupted_a_sweep_goes_on_and_runs_nothing_twice(recipe: Path) -> None:
+    out = recipe.parent / "killed"
+    space = str(recipe.parent / "space.yaml")
+    arguments = ["tune", str(recipe), "train.max_steps=60", "--trials", "5", "--space", space, "--out", str(out)]
+    first = Command(*arguments)
+    assert wait_for(lambda: len(ended(out)) >= 1 and any(t.intermediate_values for t in trials_of(out)), seconds=400)
+    assert wait_for(lambda: (out / "trials" / "trial-0002" / "checkpoints").exists(), seconds=300)
+    known = ended(out)
+    first.process.kill()
+    assert first.is_gone(), first.processes()
+    before = ended(out)
+    assert known.items() <= before.items()
+
+    second = Command("tune", "--resume", str(out))
+    assert wait_for(lambda: len(ended(out)) > len(before), seconds=400)
+    second.process.send_signal(signal.SIGINT)
+    _, err = second.process.communicate(timeout=120)
+    assert second.process.returncode == 130 and "Traceback" not in err
+    assert second.is_gone(), second.processes()
+    between = ended(out)
+    assert before.items() <= between.items()
+
+    third = Command("tune", "--resume", str(out))
+    third.finish(seconds=900)
+    assert third.is_gone(), third.processes()
+    after = ended(out)
+    assert between.items() <= after.items() and len(after) == 5
+    for number, (state, _) in after.items():
+        if state == TrialState.COMPLETE:
+            assert starts_of(out, number) == 1  # begun once; what was interrupted went on from its checkpoint
+
+
+@pytest.mark.slow
+def test_further_seeds_decide_and_only_the_chosen_model_sees_the_test_set(recipe: Path) -> None:
+    out = recipe.parent / "seeded"
+    command = Command(
+        "tune", str(recipe), "--space", str(recipe.parent / "space.yaml"), "--trials", "3", "--seeds", "2",
+        "--top", "2", "--out", str(out),
+    )  # fmt: skip
+    result = command.finish(seconds=1200)
+    assert command.is_gone(), command.processes()
+    assert {len(row["scores"]) for row in result["seeds"]} == {2}
+    means = [sum(row["scores"].values()) / 2 for row in result["seeds"]]
+    assert means == sorted(means, reverse=True)
+    assert result["best_trial"] == result["seeds"][0]["number"] and result["score"] == pytest.approx(means[0])
+    for metrics in out.glob("*/*/metrics.jsonl"):
+        assert '"split": "test"' not in metrics.read_text()

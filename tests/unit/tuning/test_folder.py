@@ -1,0 +1,140 @@
+"""The folder of a sweep: which sweep it is, and what it leaves."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hncse_ray.config import load_settings
+from hncse_ray.errors import SettingsError, StorageError
+from hncse_ray.tuning import (
+    SeedScores,
+    Sweep,
+    SweepOptions,
+    SweepStudy,
+    best_settings,
+    claim_sweep_folder,
+    parse_space,
+    rank_trials,
+    read_sweep,
+    write_best,
+    write_trials_csv,
+)
+
+TREE = yaml.safe_load(
+    """
+parameters:
+  objective.name: {categorical: [info_nce, hybrid]}
+  objective.temperature: {uniform: [0.01, 1.0]}
+  objective.w_neg: {uniform: [0, 2], when: {objective.name: hybrid}}
+first:
+  - {objective.name: hybrid, objective.temperature: 0.5, objective.w_neg: 1.0}
+  - {objective.name: info_nce, objective.temperature: 0.25}
+"""
+)
+
+
+def make_sweep(*overrides: str, **options: int) -> Sweep:
+    return Sweep(load_settings("quickstart", overrides), parse_space(TREE, "space"), TREE, SweepOptions(**options))
+
+
+def test_a_sweep_is_read_back_as_it_was(tmp_path: Path) -> None:
+    sweep = make_sweep("train.max_steps=7", trials=3, seeds=2)
+    with claim_sweep_folder(tmp_path / "s", sweep):
+        assert read_sweep(tmp_path / "s") == sweep
+
+
+def test_more_trials_and_another_share_of_the_cluster_are_the_same_sweep(tmp_path: Path) -> None:
+    sweep = make_sweep(trials=3)
+    with claim_sweep_folder(tmp_path, sweep):
+        pass
+    more = make_sweep("cluster.num_workers=2", trials=9, seeds=1, max_concurrent=2)
+    with claim_sweep_folder(tmp_path, more):
+        assert read_sweep(tmp_path).options.trials == 9
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (make_sweep("train.max_steps=7"), "train.max_steps was 40, now 7"),
+        (make_sweep(grace_steps=5), "now by asha after 5"),
+        (replace(make_sweep(), options=SweepOptions(stopping="none")), "now by none"),
+        (
+            replace(make_sweep(), space=parse_space({"parameters": {"train.batch_size": {"int": [8, 64]}}}, "")),
+            "space differs",
+        ),
+    ],
+)
+def test_the_folder_of_another_sweep_is_refused_and_left_alone(tmp_path: Path, other: Sweep, said: str) -> None:
+    with claim_sweep_folder(tmp_path, make_sweep()):
+        pass
+    text = (tmp_path / "sweep.yaml").read_text()
+    with pytest.raises(StorageError, match="holds another sweep") as caught, claim_sweep_folder(tmp_path, other):
+        raise AssertionError("claimed")
+    assert said in str(caught.value)
+    assert (tmp_path / "sweep.yaml").read_text() == text
+
+
+def test_a_folder_in_use_or_with_something_else_is_refused(tmp_path: Path) -> None:
+    sweep = make_sweep()
+    with claim_sweep_folder(tmp_path / "s", sweep):
+        with pytest.raises(StorageError, match="in use"), claim_sweep_folder(tmp_path / "s", sweep):
+            raise AssertionError("claimed twice")
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "a.txt").write_text("dear")
+    with pytest.raises(StorageError, match="holds no sweep"), claim_sweep_folder(tmp_path / "letters", sweep):
+        raise AssertionError("claimed")
+    assert [p.name for p in (tmp_path / "letters").iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "options: 3", "options: {trials: 3}", "a: [", "options: {}\nspace: {}\nsettings: {}"]
+)
+def test_a_damaged_sweep_file_is_an_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "sweep.yaml").write_text(text)
+    with pytest.raises(StorageError, match=r"sweep.yaml: cannot be read"):
+        read_sweep(tmp_path)
+    with pytest.raises(StorageError, match="has no sweep.yaml"):
+        read_sweep(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("option", ["trials", "grace_steps", "max_concurrent", "top"])
+def test_zero_of_anything_is_refused(option: str) -> None:
+    with pytest.raises(SettingsError, match="too few"):
+        SweepOptions(**{option: 0})
+
+
+def test_what_a_sweep_leaves(tmp_path: Path) -> None:
+    sweep = make_sweep("train.max_steps=7")
+    study = SweepStudy(tmp_path, sweep.space, seed=0, stopping="none", grace=5, accepts=lambda values: None)
+    for score in (0.5, 0.75):
+        task = study.next()
+        study.report(task.number, 5, score)
+        study.complete(task.number, {"seconds": 2.5, "best_step": 5})
+    failed = study.next()
+    study.fail(failed.number, "the loss is not a number", {"seconds": 1.0})
+    trials = study.finished()
+
+    rows = list(csv.DictReader(write_trials_csv(tmp_path, trials).open()))
+    assert [row["state"] for row in rows] == ["finished", "finished", "failed"]
+    assert [row["score"] for row in rows] == ["0.5", "0.75", ""]
+    assert rows[0]["objective.w_neg"] == "1.0" and rows[1]["objective.w_neg"] == ""
+    assert rows[2]["reason"] == "the loss is not a number"
+
+    best = rank_trials(trials)[0]
+    path = write_best(tmp_path, sweep, best)
+    settings = load_settings(path)
+    assert settings == best_settings(sweep, best)
+    assert settings.objective.model_dump() == {"name": "info_nce", "temperature": 0.25}
+    assert settings.train.max_steps == 7 and settings.evaluation.test and settings.run.name == "quickstart-best"
+    assert "trial 1" in path.read_text().splitlines()[0]
+
+
+def test_seeds_are_summed_up() -> None:
+    scores = SeedScores(3, {1: 0.5, 2: 0.7})
+    assert scores.mean == pytest.approx(0.6) and scores.spread == pytest.approx(0.1414, abs=1e-4)
+    assert SeedScores(3, {1: 0.5}).spread == 0.0
