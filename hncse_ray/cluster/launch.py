@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shutil
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -15,38 +15,53 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from hncse_ray.cluster.channel import event_channel
 from hncse_ray.cluster.metrics import RayMetrics
+from hncse_ray.cluster.network import NodeTorchConfig
+from hncse_ray.cluster.node_corpus import NodeCorpus
+from hncse_ray.cluster.placement import place_pool, place_workers, survey
 from hncse_ray.cluster.pool import PoolClient, negative_pool
-from hncse_ray.cluster.resources import PoolPlan, WorkerPlan, plan_pool, plan_workers
+from hncse_ray.cluster.resources import PoolPlan, WorkerPlan
+from hncse_ray.cluster.run_store import run_store
 from hncse_ray.cluster.session import ray_session
+from hncse_ray.cluster.visible import check_visible, unseen
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus, prepare_corpus
 from hncse_ray.encoder import SentenceEncoder, autocast_dtype, has_dropout, length_limit, load_encoder, tokenizer_digest
-from hncse_ray.errors import ClusterError, DataError, HncseError, ModelError, StorageError, TrainingError
+from hncse_ray.errors import ClusterError, DataError, HncseError, ModelError, TrainingError
 from hncse_ray.negatives import InProcessSource, NegativeSource
 from hncse_ray.reporting import (
     Event,
     LineReporter,
     MetricsFile,
+    Notice,
     Reporter,
     Reporters,
     RunFinished,
     StageProgress,
     TensorBoard,
 )
-from hncse_ray.storage import write_folder
+from hncse_ray.storage import keep_trying
 from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets
 from hncse_ray.training.distributed import raise_together, rank
 from hncse_ray.training.negatives import check_candidates
-from hncse_ray.training.run_folder import RunFolder, claim_run_folder
+from hncse_ray.training.remote_run import (
+    PATIENCE_S,
+    MirrorPlan,
+    RemoteRunFolder,
+    bring_run,
+    claim_run,
+    working_folder,
+)
+from hncse_ray.training.run_folder import RunFolder
 from hncse_ray.training.shard import build_shard
 
 logger = logging.getLogger(__name__)
 
+_CONTROLLER_RETRIES = 3
 _KEPT_CHECKPOINTS = 2  # the newest, and the one before it in case the newest was damaged
 
 
@@ -99,10 +114,7 @@ def train(settings: Settings, *, reporter: Reporter | None = None) -> RunResult:
     Raises:
         HncseError: bad settings, data, model, cluster or storage; or training failed for a known cause.
     """
-    if "://" in settings.run.storage_path:
-        raise StorageError("only folders are supported", f"run.storage_path={settings.run.storage_path}",
-                           "Name a local folder or a network mount")  # fmt: skip
-    with claim_run_folder(settings) as folder:
+    with claim_run(settings) as folder:
         result = folder.finished()
         if result is None:
             result = _train(settings, folder, Reporters([LineReporter(), *([reporter] if reporter else [])]))
@@ -110,7 +122,7 @@ def train(settings: Settings, *, reporter: Reporter | None = None) -> RunResult:
         else:
             logger.info("run %s is finished already", settings.run.name)
     return RunResult(
-        model=str(folder.model),
+        model=f"{folder.place}/model",
         steps=result.step,
         best_step=result.best_step,
         sentences_per_s=result.sentences_per_s,
@@ -119,8 +131,12 @@ def train(settings: Settings, *, reporter: Reporter | None = None) -> RunResult:
     )
 
 
-def _train(settings: Settings, folder: RunFolder, reporter: Reporter) -> RunFinished:
-    """Check everything that can be checked, then start Ray and train."""
+def check_run(settings: Settings, reporter: Reporter) -> tuple[SentenceEncoder, EvaluationSets, Corpus]:
+    """Load what a run needs and check all that can be checked before Ray is started.
+
+    Raises:
+        HncseError: bad data or model, or settings that do not fit them.
+    """
     model = settings.encoder.model
     encoder = load_encoder(model, settings.encoder, seed=settings.run.seed)
     if not has_dropout(encoder):
@@ -137,13 +153,21 @@ def _train(settings: Settings, folder: RunFolder, reporter: Reporter) -> RunFini
             "Lower train.batch_size or give a larger corpus",
         )
     check_candidates(settings, corpus)
+    return encoder, sets, corpus
+
+
+def _train(settings: Settings, folder: RunFolder, reporter: Reporter) -> RunFinished:
+    """Check everything that can be checked, then start Ray and train."""
+    encoder, sets, corpus = check_run(settings, reporter)
     reporter.on(StageProgress("starting Ray and the workers", 0, None))
     with ray_session():
-        resources, pool = ray.cluster_resources(), None
+        if not isinstance(folder, RemoteRunFolder):
+            check_visible(folder.path, settings.cluster.trainer_labels)
+        nodes, pool = survey(), None
         if settings.negatives.source != "none":
-            pool = plan_pool(settings.negatives, resources, rows=len(corpus), dimension=encoder.dimension)
+            pool = place_pool(settings, nodes, rows=len(corpus), dimension=encoder.dimension)
             reporter.on(StageProgress(pool.describe(), 0, None))
-        plan = plan_workers(settings.cluster, resources, pool)
+        plan = place_workers(settings, nodes, pool)
         return _run(settings, plan, pool, corpus, sets, folder, reporter)
 
 
@@ -164,17 +188,20 @@ def _run(
         package.setLevel(logging.INFO)
     try:
         with event_channel(reporter) as events, ExitStack() as stack:
-            handles = None
+            mirror, handles = None, None
+            if isinstance(folder, RemoteRunFolder):
+                mirror = MirrorPlan(folder.remote, folder.token, keep=_KEPT_CHECKPOINTS)
             if pool is not None and settings.negatives.source == "pool":
                 handles = stack.enter_context(negative_pool(settings, pool, corpus, folder.path / "index"))
             trainer = TorchTrainer(
                 _train_worker,
                 train_loop_config={
                     "settings": settings.model_dump(mode="json"),
-                    "corpus": str(corpus.path),
+                    "corpus": NodeCorpus.of(corpus, settings),
                     "sets": ray.put(sets),
                     "threads": plan.threads,
                     "folder": str(folder.path.absolute()),
+                    "mirror": mirror,
                     "events": events,
                     "index": None if pool is None else pool.index,
                     "pool": handles,
@@ -183,15 +210,21 @@ def _run(
                     num_workers=plan.num_workers,
                     use_gpu=plan.use_gpu,
                     resources_per_worker={"CPU": plan.cpus} | ({"GPU": 1} if plan.use_gpu else {}),
+                    label_selector=settings.cluster.trainer_labels or None,
                 ),
+                torch_config=NodeTorchConfig(),
                 run_config=RunConfig(
                     name=folder.checkpoints.name,
                     storage_path=str(folder.path.absolute()),
                     failure_config=FailureConfig(
-                        max_failures=settings.cluster.max_failures, controller_failure_limit=3
+                        max_failures=settings.cluster.max_failures, controller_failure_limit=_CONTROLLER_RETRIES
                     ),
                     checkpoint_config=CheckpointConfig(num_to_keep=_KEPT_CHECKPOINTS),
                 ),
+            )
+            # Ray Train gives up waiting for nodes after this, and tries again so often.
+            os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(
+                settings.cluster.start_timeout_s / (1 + _CONTROLLER_RETRIES)
             )
             outcome = _fit(trainer)
         reporter.on(outcome)
@@ -231,25 +264,38 @@ def _train_worker(config: dict[str, Any]) -> RunFinished | HncseError:
     """Run one rank; an expected failure is returned, not raised, since trying again would not help."""
     torch.set_num_threads(config["threads"])
     settings = Settings.model_validate(config["settings"])
-    events = config["events"]
+    events, mirror = config["events"], config["mirror"]
+    folder = Path(config["folder"]) if mirror is None else working_folder(settings)
+
+    def notify(text: str) -> None:
+        events.put.remote(Notice(text))
+
     try:
         job, failure = None, None
         try:
+            _reach_run(folder, mirror, notify)
             job = _build_job(settings, config)
         except HncseError as error:
             failure = error
         raise_together(failure)
         assert job is not None
-        folder = Path(config["folder"])
-        with _records(folder, settings.run.name) as files:
+        with run_store(folder, mirror, notify) as store, _records(folder, settings.run.name) as files:
 
             def emit(event: Event) -> None:
                 files.on(event)
                 events.put.remote(event)
 
-            return fit(job, RayRunStore(folder), emit)
+            return fit(job, store, emit)
     except HncseError as error:
         return error
+
+
+def _reach_run(folder: Path, mirror: MirrorPlan | None, notify: Callable[[str], None]) -> None:
+    """Have what the run has reached on this node: fetched, or seen in the folder that all nodes share."""
+    if mirror is not None:
+        keep_trying(lambda: bring_run(mirror.remote, folder, notify), timeout_s=PATIENCE_S)
+    elif not (folder / "settings.yaml").exists():
+        raise unseen(folder)
 
 
 @contextmanager
@@ -269,7 +315,7 @@ def _build_job(settings: Settings, config: dict[str, Any]) -> TrainJob:
     device = ray.train.torch.get_device()
     encoder = load_encoder(settings.encoder.model, settings.encoder, device=device, seed=settings.run.seed)
     precision = autocast_dtype(settings.encoder.precision, device)[1]
-    corpus = Corpus.open(config["corpus"])
+    corpus = config["corpus"].open()
     source = _build_source(settings, corpus, config) if rank() == 0 else None
     return TrainJob(settings, corpus, encoder, ray.get(config["sets"]), precision, source)
 
@@ -288,47 +334,3 @@ def _build_source(settings: Settings, corpus: Corpus, config: dict[str, Any]) ->
         device=ray.train.torch.get_device(),
     )
     return InProcessSource(shard, corpus_digest=corpus.digest, rows=len(corpus))
-
-
-class RayRunStore:
-    """Checkpoints under Ray Train's management, written straight into the run's folder; see RunStore.
-
-    A checkpoint that was whole on disk when its run was killed, but not yet known to Ray Train, is used all the
-    same, and removed once a newer one is there.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = RunFolder(folder)
-        reported = {Path(r.checkpoint.path).name for r in ray.train.get_all_reported_checkpoints()}
-        self._unreported = [path for path in self.checkpoints() if path.name not in reported]
-
-    def checkpoints(self) -> list[Path]:
-        """Return the checkpoints on disk, newest first."""
-        return sorted(self._folder.checkpoints.glob("step_*"), reverse=True)
-
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Write on rank 0, then report on all ranks.
-
-        Raises:
-            StorageError: on every rank, if it could not be written.
-        """
-        path = self._folder.checkpoints / f"step_{step:09d}"
-        is_first = ray.train.get_context().get_world_rank() == 0
-        failure: StorageError | None = None
-        if is_first:
-            try:
-                write_folder(path, write)
-            except StorageError as error:
-                failure = error
-        raise_together(failure)
-        checkpoint = Checkpoint(str(path)) if is_first else None
-        ray.train.report({"step": step}, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
-        if is_first:
-            for leftover in self._unreported:
-                if leftover != path:
-                    shutil.rmtree(leftover, ignore_errors=True)
-            self._unreported = []
-
-    def export(self, write: Callable[[Path], None]) -> None:
-        """Put the model in place."""
-        write_folder(self._folder.model, write)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from hncse_ray.cluster.node_corpus import NodeCorpus
 from hncse_ray.config import EncoderSettings, NegativesSettings
-from hncse_ray.corpus import Corpus
 from hncse_ray.errors import HncseError
 from hncse_ray.negatives import BuildReport, IndexPlan, IndexShard, IndexVersion, Weights
 from hncse_ray.training.shard import build_shard
@@ -21,7 +21,7 @@ class ShardSpec:
 
     negatives: NegativesSettings
     encoder: EncoderSettings
-    corpus: str
+    corpus: NodeCorpus
     plan: IndexPlan
     number: int
     count: int
@@ -42,7 +42,7 @@ class ShardActor:
             self._shard: IndexShard = build_shard(
                 spec.negatives,
                 spec.encoder,
-                Corpus.open(spec.corpus),
+                spec.corpus.open(),
                 plan=spec.plan,
                 number=spec.number,
                 count=spec.count,

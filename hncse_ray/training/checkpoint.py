@@ -22,6 +22,7 @@ from torch import Tensor
 from hncse_ray.config import Settings
 from hncse_ray.encoder import SentenceEncoder
 from hncse_ray.errors import StorageError
+from hncse_ray.training.distributed import gather_values
 from hncse_ray.training.objective import Objective
 
 logger = logging.getLogger(__name__)
@@ -156,10 +157,10 @@ def read_newest(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     objective: Objective,
 ) -> Resumed:
-    """Load the newest whole checkpoint into the given parts.
+    """Load the newest checkpoint that is whole on every rank into the given parts. All ranks call it.
 
     Args:
-        candidates: checkpoint folders, newest first.
+        candidates: checkpoint folders, newest first; ranks on other nodes may have others.
         encoder: takes the weights.
         optimizer: takes the moments.
         schedule: takes the position.
@@ -169,12 +170,16 @@ def read_newest(
         What is not taken by the parts; a fresh state if there is no checkpoint.
     """
     passed_over: list[str] = []
-    for folder in candidates:
+    for folder in _on_all_ranks(candidates):
+        state, failure = TrainState(), None
         try:
             state = _check(folder)
         except StorageError as error:
-            logger.warning("%s", error)
-            passed_over.append(str(error))
+            failure = error
+        damaged = next((error for error in gather_values(failure) if error is not None), None)
+        if damaged is not None:
+            logger.warning("%s", damaged)
+            passed_over.append(str(damaged))
             continue
         weights = load_file(folder / "encoder.safetensors")
         encoder.load_state_dict(weights)
@@ -192,6 +197,12 @@ def read_newest(
     return Resumed(TrainState(), None, None, passed_over)
 
 
+def _on_all_ranks(candidates: Iterable[Path]) -> list[Path]:
+    here = list(candidates)
+    everywhere = set.intersection(*gather_values({folder.name for folder in here}))
+    return [folder for folder in here if folder.name in everywhere]
+
+
 def _check(folder: Path) -> TrainState:
     try:
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -201,6 +212,8 @@ def _check(folder: Path) -> TrainState:
             path = folder / name
             if path.stat().st_size != size or _digest(path) != digest:
                 raise StorageError(f"the checkpoint is damaged ({name} differs from what was written)", str(folder))
+        if odd := {path.name for path in folder.iterdir()} - content["files"].keys() - {"state.json"}:
+            raise StorageError(f"the checkpoint holds what was not written by it ({min(odd)})", str(folder))
         return TrainState(**content["state"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(f"the checkpoint is incomplete ({type(error).__name__}: {error})", str(folder)) from error

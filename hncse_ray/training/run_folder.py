@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ import yaml
 from hncse_ray.config import Settings
 from hncse_ray.errors import StorageError
 from hncse_ray.reporting.events import RunFinished
-from hncse_ray.storage import write_atomically
+from hncse_ray.storage import locked, write_atomically
 
 # Settings that may change between the start of a run and its resumption: they do not change what is computed.
 _FREE = (
@@ -36,7 +35,7 @@ _FREE = (
     "negatives.timeout_s",
     "negatives.build_timeout_s",
 )
-_OTHER = "Choose another run.name, or remove the folder"
+OTHER = "Choose another run.name, or remove the folder"
 
 
 class RunFolder:
@@ -44,6 +43,11 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    @property
+    def place(self) -> str:
+        """Where the run is kept, for the user."""
+        return str(self.path)
 
     @property
     def model(self) -> Path:
@@ -84,16 +88,11 @@ def claim_run_folder(settings: Settings) -> Iterator[RunFolder]:
     _refuse(path, settings)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("a")
     except OSError as error:
         raise StorageError(
             f"cannot be written ({error.strerror})", str(path), "Choose another run.storage_path"
         ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StorageError("is in use by another process", str(path), "Choose another run.name") from error
+    with locked(path / ".lock"):
         _refuse(path, settings)  # again: another process may have been first
         try:
             if not (path / "settings.yaml").exists():
@@ -117,23 +116,33 @@ def _refuse(path: Path, settings: Settings) -> None:
         raise StorageError(f"cannot be written in {existing}", str(path), "Choose another run.storage_path")
     stored = path / "settings.yaml"
     if stored.exists():
-        if changed := _changed_settings(stored, settings):
-            raise StorageError(f"holds a run with other settings: {'; '.join(changed)}", str(path), _OTHER)
+        try:
+            text = stored.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise StorageError(f"cannot be read ({' '.join(str(error).split())})", str(stored), OTHER) from error
+        refuse_other_settings(text, settings, str(path))
     elif path.exists() and any(entry.name != ".lock" for entry in path.iterdir()):
-        raise StorageError("is not empty and holds no run", str(path), _OTHER)
+        raise StorageError("is not empty and holds no run", str(path), OTHER)
 
 
-def _changed_settings(stored: Path, settings: Settings) -> list[str]:
+def refuse_other_settings(stored: str, settings: Settings, where: str) -> None:
+    """Compare settings with those that a run was begun with, as YAML.
+
+    Raises:
+        StorageError: they differ in what changes the results, or cannot be read.
+    """
     try:
-        tree = yaml.safe_load(stored.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise StorageError(f"cannot be read ({' '.join(str(error).split())})", str(stored), _OTHER) from error
+        tree = yaml.safe_load(stored)
+    except (ValueError, yaml.YAMLError) as error:
+        text = " ".join(str(error).split())
+        raise StorageError(f"cannot be read ({text})", f"{where}/settings.yaml", OTHER) from error
     if not isinstance(tree, dict):
-        raise StorageError("holds no settings", str(stored), _OTHER)
+        raise StorageError("holds no settings", f"{where}/settings.yaml", OTHER)
     old = dict(_leaves(tree))
     new = dict(_leaves(settings.model_dump(mode="json")))
     keys = [key for key in sorted(old.keys() | new.keys()) if not key.startswith(_FREE)]
-    return [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+    if changed := [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]:
+        raise StorageError(f"holds a run with other settings: {'; '.join(changed)}", where, OTHER)
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hncse_ray.errors import StorageError
@@ -53,3 +55,29 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
         # safetensors and torch report a full disk as errors of their own, not as OSError.
         raise StorageError(f"cannot be written ({error})", str(path), "Is the disk full?") from error
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file, made if need be, for as long as the context lasts; the system frees it if the process ends.
+
+    Args:
+        path: the lock file; its folder is there.
+        wait: whether to wait until whoever holds it is done.
+
+    Raises:
+        StorageError: it cannot be written, or another process holds it.
+    """
+    folder = str(path.parent)
+    try:
+        lock = path.open("a")
+    except OSError as error:
+        raise StorageError(
+            f"cannot be written ({error.strerror})", folder, "Choose another run.storage_path"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            raise StorageError("is in use by another process", folder, "Choose another run.name") from error
+        yield

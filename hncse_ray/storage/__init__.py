@@ -1,0 +1,32 @@
+"""Where runs are kept: folders written without halves, and copies of them at URLs."""
+
+from hncse_ray.storage.lease import Lease, LeaseLost, check_lease
+from hncse_ray.storage.local import locked, write_atomically, write_folder
+from hncse_ray.storage.mirror import (
+    Damaged,
+    Uploader,
+    delete_folder,
+    fetch_folder,
+    keep_trying,
+    send_folder,
+    whole_folders,
+)
+from hncse_ray.storage.remote import Remote, is_url
+
+__all__ = [
+    "Damaged",
+    "Lease",
+    "LeaseLost",
+    "Remote",
+    "Uploader",
+    "check_lease",
+    "delete_folder",
+    "fetch_folder",
+    "is_url",
+    "keep_trying",
+    "locked",
+    "send_folder",
+    "whole_folders",
+    "write_atomically",
+    "write_folder",
+]

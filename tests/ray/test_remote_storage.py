@@ -1,0 +1,231 @@
+"""Runs that are kept at a URL, on a real Ray: killed and taken up on a fresh machine, through an outage, on two nodes.
+
+The URL is on a real S3 server where one can be had, see tests/s3.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import yaml
+from ray.cluster_utils import Cluster
+from s3 import BUCKET, Gate, s3_server
+
+from hncse_ray.cluster import train
+from hncse_ray.cluster.visible import check_visible
+from hncse_ray.config import Settings, load_settings
+from hncse_ray.reporting.events import Event, Notice, RunStarted
+from hncse_ray.storage import Remote, whole_folders
+from hncse_ray.training.remote_run import working_folder
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+STEPS = 60
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 300) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.2)
+    return False
+
+
+class Machine:
+    """``hncse train`` with a cache of its own, as on a machine of its own."""
+
+    def __init__(self, recipe: Path, name: str, cache: Path) -> None:
+        overrides = [f"run.name={name}", f"corpus.cache_dir={cache}"]
+        self.settings = load_settings(recipe, overrides)
+        self.mark = uuid.uuid4().hex
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "hncse_ray.cli", "train", str(recipe), *overrides, "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"HNCSE_TEST_MARK": self.mark},
+            start_new_session=True,
+        )
+
+    def finish(self) -> tuple[dict, str]:
+        out, err = self.process.communicate(timeout=500)
+        assert self.process.returncode == 0, err
+        return json.loads(out.splitlines()[-1]), err
+
+    def kill(self) -> None:
+        """Kill all processes of the machine at once, as when its power goes."""
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("HNCSE_TEST_MARK") == self.mark:
+                    process.send_signal(signal.SIGKILL)
+            except psutil.Error:
+                continue
+        self.process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
+    with s3_server(tmp_path_factory.mktemp("s3")) as gate:
+        yield gate
+
+
+@pytest.fixture(scope="module")
+def recipe(gate: Gate, tiny_model: Path, corpus_file: Path, pairs_file: Path, tmp_path_factory: Any) -> Path:
+    tree = {
+        "run": {"storage_path": f"s3://{BUCKET}/some/runs", "seed": 3},
+        "corpus": {"source": "text", "path": str(corpus_file)},
+        "encoder": {"model": str(tiny_model), "pooling": "mean", "max_length": 24, "precision": "fp32"},
+        "objective": {"name": "instance_smoothing", "buffer_size": 64, "group_size": 4},
+        "train": {
+            "batch_size": 16,
+            "learning_rate": 1e-3,
+            "max_steps": STEPS,
+            "log_every_steps": 1,
+            "evaluate_every_steps": 20,
+            "checkpoint_every_steps": 5,
+        },
+        "evaluation": {
+            "suites": ["pairs"],
+            "metric": "pairs/recall@1",
+            "pairs_dev": str(pairs_file),
+            "pairs_test": str(pairs_file),
+        },
+    }
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def lines_of(remote: Remote) -> list[dict]:
+    rows = [json.loads(line) for line in (remote.read("metrics.jsonl") or b"").decode().splitlines()]
+    return [{key: value for key, value in row.items() if key != "sentences_per_s"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def reference(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Remote:
+    result, _ = Machine(recipe, "reference", tmp_path_factory.mktemp("cache")).finish()
+    remote = Remote(f"s3://{BUCKET}/some/runs/reference")
+    assert result["model"] == f"{remote.url}/model" and result["steps"] == STEPS
+    return remote
+
+
+def test_a_run_leaves_all_of_itself_at_the_url(reference: Remote) -> None:
+    names = reference.names()
+    top = {name.partition("/")[0] for name in names}
+    assert top == {
+        "settings.yaml", "result.json", "metrics.jsonl", "log.txt", "tensorboard", "checkpoints", "model",
+        "model.manifest.json",
+    }  # fmt: skip
+    assert whole_folders(reference, "checkpoints")[0] == f"step_{STEPS:09d}"
+    assert b"finished after" in (reference.read("log.txt") or b"")
+
+
+def test_a_finished_run_is_not_run_again_on_another_machine(recipe: Path, reference: Remote, tmp_path: Path) -> None:
+    before = reference.read("metrics.jsonl")
+    result, err = Machine(recipe, "reference", tmp_path).finish()
+    assert result["model"] == f"{reference.url}/model" and "finished already" in err
+    assert reference.read("metrics.jsonl") == before
+
+
+def test_a_machine_dies_and_another_goes_on_with_the_same_losses(
+    recipe: Path, reference: Remote, tmp_path: Path
+) -> None:
+    remote = Remote(f"s3://{BUCKET}/some/runs/killed")
+    first = Machine(recipe, "killed", tmp_path / "one")
+    assert wait_for(lambda: len(whole_folders(remote, "checkpoints")) >= 1)
+    first.kill()
+    assert remote.read("result.json") is None
+    result, err = Machine(recipe, "killed", tmp_path / "two").finish()
+    assert "shows no life" in err and "resumes at step" in err
+    assert result["steps"] == STEPS
+    assert lines_of(remote) == lines_of(reference)
+    assert remote.read("model/model.safetensors") == reference.read("model/model.safetensors")
+
+
+def test_the_storage_is_away_for_a_while(recipe: Path, reference: Remote, gate: Gate, tmp_path: Path) -> None:
+    remote = Remote(f"s3://{BUCKET}/some/runs/outage")
+    machine = Machine(recipe, "outage", tmp_path)
+    work = working_folder(machine.settings)
+    assert wait_for(lambda: whole_folders(remote, "checkpoints"))
+    gate.close()
+    try:
+        assert wait_for(lambda: "could not be stored yet" in (work / "log.txt").read_text())
+    finally:
+        gate.open()
+    machine.finish()
+    assert lines_of(remote) == lines_of(reference)
+    assert remote.read("model/model.safetensors") == reference.read("model/model.safetensors")
+    assert whole_folders(remote, "checkpoints")[0] == f"step_{STEPS:09d}"
+
+
+class TestTwoNodes:
+    """A head for the driver, and two nodes for one worker each, all three with caches of their own."""
+
+    @pytest.fixture
+    def cluster(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+        monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        monkeypatch.setenv("HNCSE_CACHE", str(tmp_path / "driver"))
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        try:
+            for name in ("one", "two"):
+                cluster.add_node(num_cpus=1, env_vars={"HNCSE_CACHE": str(tmp_path / name)})
+            ray.init(address=cluster.address, log_to_driver=False)
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+    def test_each_fetches_what_it_needs(self, cluster: Cluster, small_run: dict[str, Any], tmp_path: Path) -> None:
+        check_visible(tmp_path, {})
+        tree = {name: dict(section) for name, section in small_run.items()}
+        tree["run"]["storage_path"] = f"file://{tmp_path}/store"
+        tree["train"] |= {"max_steps": 400, "checkpoint_every_steps": 20, "evaluate_every_steps": 200}
+        tree["cluster"] = {"num_workers": 2, "cpus_per_worker": 1}
+        del tree["corpus"]["cache_dir"]
+        settings = load_settings(tree)
+        seen = Seen()
+        killer = threading.Thread(target=kill_a_worker, args=(settings,), daemon=True)
+        killer.start()
+        result = train(settings, reporter=seen)
+        killer.join(timeout=10)
+        assert result.steps == 400
+        starts = [event for event in seen.events if isinstance(event, RunStarted)]
+        assert len(starts) == 2 and starts[0].step == 0 and starts[1].step >= 20
+        assert not [event.text for event in seen.events if isinstance(event, Notice)]
+        where = working_folder(settings).name
+        for name in ("one", "two"):
+            assert list((tmp_path / name / "runs" / where / "checkpoints").glob("step_*")), name
+        assert not list((tmp_path / "driver/runs" / where / "checkpoints").glob("step_*"))
+        store = Remote(settings.run_dir)
+        assert store.read("model/model.safetensors") and store.read("result.json")
+
+
+class Seen:
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def on(self, event: Event) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        pass
+
+
+def kill_a_worker(settings: Settings) -> None:
+    store = Remote(settings.run_dir)
+    assert wait_for(lambda: whole_folders(store, "checkpoints"), 120)
+    workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    workers[-1].kill()

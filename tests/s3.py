@@ -1,0 +1,105 @@
+"""A real S3 server for tests, and a way to cut it off.
+
+The server is moto's, from where ``moto_server`` is on the path or HNCSE_MOTO_SERVER says. It needs an environment of
+its own, as it does not go together with the pinned python-dateutil. Without it the tests that need it are skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+BUCKET = "tests"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class Gate:
+    """Forwards a port to another while it is open; while it is closed, nobody listens and no connection lives."""
+
+    def __init__(self, target: int) -> None:
+        self.port, self._target = free_port(), target
+        self._listener: socket.socket | None = None
+        self._connections: list[socket.socket] = []
+
+    def open(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def close(self) -> None:
+        assert self._listener is not None
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for connection in self._connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self._connections.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                near = listener.accept()[0]
+                far = socket.create_connection(("127.0.0.1", self._target))
+                self._connections += [near, far]
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._forward, args=pair, daemon=True).start()
+
+    def _forward(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[Gate]:
+    """Run a server with one empty bucket, and point this process and its children to a gate before it."""
+    program = os.environ.get("HNCSE_MOTO_SERVER") or shutil.which("moto_server")
+    if not program:
+        pytest.skip("no S3 server: install moto[server] in an environment of its own and set HNCSE_MOTO_SERVER")
+    port = free_port()
+    with (folder / "moto.log").open("w") as log:
+        server = subprocess.Popen([program, "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log)
+    try:
+        end = time.monotonic() + 90
+        while True:
+            try:
+                make = urllib.request.Request(f"http://127.0.0.1:{port}/{BUCKET}", method="PUT")
+                urllib.request.urlopen(make, timeout=10).read()
+                break
+            except OSError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.2)
+        gate = Gate(port)
+        gate.open()
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {
+                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{gate.port}",
+                "AWS_ACCESS_KEY_ID": "test",
+                "AWS_SECRET_ACCESS_KEY": "test",
+                "AWS_REGION": "us-east-1",
+                "AWS_EC2_METADATA_DISABLED": "true",
+            }.items():
+                patch.setenv(name, value)
+            yield gate
+        gate.close()
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
