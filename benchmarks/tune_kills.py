@@ -57,7 +57,7 @@ def main() -> None:
         first = ["tune", recipe, "--space", space, "--trials", args.trials, "--out", out]
         for number in range(args.kills):
             command = Command(*(first if number == 0 else ["tune", "--resume", out]))
-            results["kills"].append(kill(command, out, dice.uniform(25, 70)))
+            results["kills"].append(kill(command, out, dice.uniform(30, 150)))
             args.out.write_text(json.dumps(results, indent=1) + "\n")
             print(results["kills"][-1], flush=True)
         before = ended(out)

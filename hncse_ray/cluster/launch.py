@@ -31,7 +31,7 @@ from hncse_ray.cluster.visible import check_visible, unseen
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus, prepare_corpus
 from hncse_ray.encoder import SentenceEncoder, autocast_dtype, has_dropout, length_limit, load_encoder, tokenizer_digest
-from hncse_ray.errors import ClusterError, DataError, HncseError, ModelError, TrainingError
+from hncse_ray.errors import ClusterError, DataError, HncseError, ModelError, StorageError, TrainingError
 from hncse_ray.negatives import InProcessSource, NegativeSource
 from hncse_ray.reporting import (
     Event,
@@ -119,6 +119,8 @@ def train(settings: Settings, *, reporter: Reporter | None = None) -> RunResult:
         if result is None:
             result = _train(settings, folder, Reporters([LineReporter(), *([reporter] if reporter else [])]))
             folder.write_result(asdict(result))
+            if settings.evaluation.test and not isinstance(folder, RemoteRunFolder):  # not for the trials of a sweep
+                _write_page(folder.path)
         else:
             logger.info("run %s is finished already", settings.run.name)
     return RunResult(
@@ -129,6 +131,16 @@ def train(settings: Settings, *, reporter: Reporter | None = None) -> RunResult:
         before=result.before,
         after=result.after,
     )
+
+
+def _write_page(folder: Path) -> None:
+    """Write the page of a finished run; the run is not lost if that fails."""
+    from hncse_ray.reporting.run_page import write_run_page  # plotly takes a second to import
+
+    try:
+        write_run_page(folder)
+    except StorageError as error:
+        logger.warning("the page of the run could not be written: %s", error)
 
 
 def check_run(settings: Settings, reporter: Reporter) -> tuple[SentenceEncoder, EvaluationSets, Corpus]:
