@@ -123,7 +123,7 @@ class Trainer:
             if isinstance(event, Evaluated) and event.split == "dev":
                 score = event.scores[settings.evaluation.metric]
                 scores.append((event.step, score))
-                if stop is not None and stop(event.step, score):
+                if stop is not None and stop(event.step, score) and event.step < settings.train.max_steps:
                     raise Stopped
 
         encoder = load_encoder(settings.encoder.model, settings.encoder)

@@ -267,7 +267,8 @@ class _Watcher(FIFOScheduler):
             return TrialScheduler.CONTINUE  # it ends by itself
         total = result["total_steps"] or row.total_steps
         self._show(replace(row, state="running", step=result["step"], total_steps=total, score=result["score"]))
-        if self._is_poor(job, result["step"], result["score"]):
+        is_poor = self._is_poor(job, result["step"], result["score"])
+        if is_poor and result["step"] < result["total_steps"]:  # not what is done anyway, nor for the past of a run
             self._end(job, "stopped early", {})
             return TrialScheduler.STOP
         return TrialScheduler.CONTINUE
@@ -322,7 +323,8 @@ class _StudyScheduler(_Watcher):
         return self._study.report(job["number"], step, score)
 
     def _end(self, job: Mapping[str, Any], state: Any, result: Mapping[str, Any]) -> None:
-        number, facts = job["number"], {"seconds": self._seconds(job)}
+        number, row = job["number"], self._row(job)
+        facts = {"seconds": self._seconds(job), "total_steps": row.total_steps}
         if state == "finished":
             self._study.complete(number, facts | {"best_step": result["best_step"]})
         elif state == "failed":
@@ -335,7 +337,6 @@ class _StudyScheduler(_Watcher):
         best = next(iter(rank_trials(trials)), None)
         places = [_trial_folder(self._folder, t.number) for t in trials]
         _free_room(places, but_the_model_of=None if best is None else _trial_folder(self._folder, best.number))
-        row = self._row(job)
         score = ended.value if ended.state == TrialState.COMPLETE else row.score
         self._show(replace(row, state=STATE_NAMES[ended.state], score=score, is_best=best is ended,
                            reason=ended.user_attrs.get("reason", "")))  # fmt: skip

@@ -23,7 +23,7 @@ def write_sweep_report(folder: Path) -> Path:
         study,
         folder,
         title=f"Sweep {folder.resolve().name}",
-        total_steps=max((trial.last_step or 0 for trial in trials), default=0),
+        total_steps=max((t.user_attrs.get("total_steps", t.last_step or 0) for t in trials), default=0),
         metric=sweep.metric,
         command=seeds_command(folder),
         seeds=seeds or None,

@@ -21,8 +21,9 @@ _LOCK_PATIENCE_S = 60.0  # what a killed sweep's processes may take to let go of
 def run_trial(config: dict[str, Any]) -> None:
     """Train once, with a Ray Train run and a negative pool of its own, and report to Ray Tune.
 
-    Reported are ``step``, ``score`` and ``total_steps`` at every evaluation on dev, and at the end ``outcome``
-    (``finished`` or ``failed``) with ``best_step`` and ``exported_score``, or with ``reason``.
+    Reported are ``step`` and ``score`` of every evaluation on dev, with ``total_steps``, or 0 where the run had got
+    beyond it before an interruption; and at the end ``outcome`` (``finished`` or ``failed``) with ``best_step`` and
+    ``exported_score``, or with ``reason``.
 
     Args:
         config: ``job`` with the run's ``settings`` as a tree.

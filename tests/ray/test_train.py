@@ -78,7 +78,8 @@ def test_a_run_leaves_a_model_checkpoints_settings_metrics_and_a_log(reference: 
     assert "pairs/recall@10" in result["after"]["test"]
     visible = {path.name for path in run.iterdir() if not path.name.startswith(".")}
     assert visible == {
-        "model", "checkpoints", "settings.yaml", "metrics.jsonl", "log.txt", "result.json", "report.html", "tensorboard",
+        "model", "checkpoints", "settings.yaml", "metrics.jsonl", "log.txt", "result.json", "report.html",
+        "tensorboard",
     }  # fmt: skip
     assert sorted(p.name for p in (run / "checkpoints").glob("step_*")) == ["step_000000090", "step_000000100"]
     assert load_settings(run / "model" / "settings.yaml") == load_settings(run / "settings.yaml")
