@@ -13,7 +13,7 @@ from torch import Tensor
 from hncse_ray.config import load_settings
 from hncse_ray.encoder import SentenceEncoder, load_encoder
 from hncse_ray.training.objective import Objective
-from hncse_ray.training.step import LocalBatch, StepContext, train_step
+from hncse_ray.training.step import LocalBatch, StepContext, _length_groups, train_step
 
 SENTENCES = make_sentences(24, seed=11)
 Views = list[list[Tensor]]
@@ -151,3 +151,20 @@ def test_what_a_step_returns_holds_no_graph(tiny_model: Path) -> None:
         assert not z1.requires_grad
         assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())
         assert {"loss", "grad_norm"} <= metrics.keys()
+
+
+def padded(groups: list[np.ndarray], lengths: np.ndarray) -> int:
+    return sum(int(lengths[group].max()) * len(group) for group in groups)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64, 500])
+def test_fresh_negatives_are_grouped_by_length_where_that_saves_more_than_a_forward_costs(count: int) -> None:
+    lengths = np.random.default_rng(count).geometric(0.05, count) + 2
+    groups = _length_groups(lengths)
+    assert sorted(np.concatenate(groups)) == list(range(count))
+    order = np.argsort(lengths)
+    for parts in (1, 2, 4, 8):
+        even = [part for part in np.array_split(order, parts) if len(part)]
+        assert padded(groups, lengths) + 150 * len(groups) <= padded(even, lengths) + 150 * len(even)
+    assert len(_length_groups(np.full(count, 9))) == 1  # of one length: one forward
+    assert _length_groups(np.array([], dtype=int)) == []
