@@ -196,15 +196,7 @@ def _mine_block(source: NegativeSource, parts: _Parts, settings: Settings, first
         hashes_Bk=corpus.hashes[hits.ids_Bk],
         row_hashes_B=corpus.hashes[ids_B],
         positive_score=1.0,
-        rules=SelectionRules(
-            per_anchor=negatives.per_anchor,
-            max_score=negatives.max_score,
-            relative_margin=negatives.relative_margin,
-            skip_hardest=negatives.skip_hardest,
-            sampling=negatives.sampling,
-            temperature=negatives.sampling_temperature,
-            exclude_batch=False,
-        ),
+        rules=SelectionRules.of(negatives, per_anchor=negatives.per_anchor, exclude_batch=False, unique=False),
         seed=(settings.run.seed, first),
     )
     full_B = selection.mask_Bm.all(axis=1)

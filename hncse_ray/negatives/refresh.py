@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 MODES = ("async", "sync")
+_RETRY_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,8 @@ class RefreshRules:
 
     Args:
         every_steps: publish at the multiples of this step, so that a resumed run refreshes at the same steps;
-            None: only at the start, and where `max_staleness_steps` asks for it.
+            None: only at the start, where `max_staleness_steps` asks for it, and at every 100th step for as long as
+            no version could be made.
         mode: `async`: training goes on while a version is built; `sync`: it waits, and is reproducible.
         max_staleness_steps: a served version older than this makes training wait; None: no limit.
 
@@ -92,7 +94,10 @@ def decide(facts: RefreshFacts, *, rules: RefreshRules) -> RefreshDecision:
     if not facts.available:
         return RefreshDecision(publish=False, wait=False, notice="")
     sync = rules.mode == "sync"
-    due = rules.every_steps is not None and step % rules.every_steps == 0 and step != published
+    every = rules.every_steps
+    if every is None and served is None and not facts.building:
+        every = _RETRY_STEPS  # the first build has failed, and no other is planned
+    due = every is not None and step % every == 0 and step != published
     too_old = _too_old(facts, limit=rules.max_staleness_steps)
 
     if published is None or published > step or (due and sync):

@@ -13,6 +13,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from hncse_ray.config import NegativesSettings
+
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
@@ -47,6 +49,20 @@ class SelectionRules:
     temperature: float
     exclude_batch: bool = True
     unique: bool = False
+
+    @classmethod
+    def of(cls, settings: NegativesSettings, *, per_anchor: int, exclude_batch: bool, unique: bool) -> SelectionRules:
+        """Return the rules that the settings of a run ask for."""
+        return cls(
+            per_anchor=per_anchor,
+            max_score=settings.max_score,
+            relative_margin=settings.relative_margin,
+            skip_hardest=settings.skip_hardest,
+            sampling=settings.sampling,
+            temperature=settings.sampling_temperature,
+            exclude_batch=exclude_batch,
+            unique=unique,
+        )
 
     def __post_init__(self) -> None:
         if self.per_anchor < 1:

@@ -158,16 +158,12 @@ class GlobalNegatives:
         self._settings, self._corpus, self._plan, self._notify = settings, corpus, plan, notify
         self._dimension, self._source = dimension, source
         self._per_anchor, self._stored = settings.neighbours_per_anchor, s.use == "stored"
-        self._selection_rules = SelectionRules(
+        smoothing = settings.objective.name == "instance_smoothing"
+        self._selection_rules = SelectionRules.of(
+            s,
             per_anchor=self._per_anchor,
-            max_score=s.max_score,
-            relative_margin=s.relative_margin,
-            skip_hardest=s.skip_hardest,
-            sampling=s.sampling,
-            temperature=s.sampling_temperature,
-            # A smoothing group is not repelled: a sentence of the batch may be in it.
-            exclude_batch=settings.objective.name != "instance_smoothing",
-            unique=s.columns == "all" and settings.objective.name != "instance_smoothing",
+            exclude_batch=not smoothing,  # a smoothing group is not repelled: a sentence of the batch may be in it
+            unique=s.columns == "all" and not smoothing,
         )
         self._refresh_rules = RefreshRules(s.refresh_every_steps, s.refresh, s.max_staleness_steps)
         self._sync = s.refresh == "sync"

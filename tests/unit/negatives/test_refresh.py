@@ -46,6 +46,12 @@ TABLE = [
     ("sync", 450, 400, 400, {}, False, False, ""),
     ("sync", 450, 400, None, BUSY, False, True, "step 450: waiting for the index of step 400"),
     ("sync", 500, 400, 400, {}, True, True, ""),
+    # one index and no more, but its build has failed: tried again at every 100th step
+    ("async", 99, 0, None, {"every": None, "limit": None}, False, False, ""),
+    ("async", 100, 0, None, {"every": None, "limit": None}, True, False, ""),
+    ("sync", 200, 100, None, {"every": None, "limit": None}, True, True, ""),
+    ("async", 100, 0, None, {"every": None, "limit": None, "building": True}, False, False, ""),
+    ("async", 100, 0, 0, {"every": None, "limit": None}, False, False, ""),
     # due
     ("async", 100, 0, 0, {}, True, False, ""),
     ("async", 100, 0, None, {}, True, False, ""),
