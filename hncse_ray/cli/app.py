@@ -37,8 +37,14 @@ PoolingOption = Annotated[str, typer.Option(help="How to pool a model whose fold
 ModelArgument = Annotated[str, typer.Argument(help="A model folder, a hub name, or package:NAME/FOLDER.")]
 
 
-def command(run: Callable[[Console], dict[str, Any]], as_json: bool) -> None:
-    """Run a command body; turn its result into JSON and its expected failures into exit status 2."""
+def command(run: Callable[[Console], dict[str, Any]], as_json: bool, *, resumes: bool = False) -> None:
+    """Run a command body; turn its result into JSON and its expected failures into exit status 2.
+
+    Args:
+        run: the body; what it returns is printed with ``--json``.
+        as_json: whether that was asked for.
+        resumes: whether the same command goes on where it was interrupted.
+    """
     console = Console(stderr=as_json, soft_wrap=True)
     _configure_logging(console)
     try:
@@ -47,7 +53,8 @@ def command(run: Callable[[Console], dict[str, Any]], as_json: bool) -> None:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; the same command again goes on from the last checkpoint", style="yellow")
+        advice = "; the same command again goes on where it stopped" if resumes else ""
+        Console(stderr=True).print(f"stopped{advice}", style="yellow")
         raise typer.Exit(130) from None
     if as_json:
         typer.echo(json.dumps(result))

@@ -34,4 +34,4 @@ def sts(
             console.print(f"hncse evaluate takes them with --senteval {found.folder}", markup=False)
         return asdict(found)
 
-    command(run, as_json)
+    command(run, as_json, resumes=True)

@@ -46,7 +46,7 @@ def mine(
         )
         return asdict(report)
 
-    command(run, as_json)
+    command(run, as_json, resumes=True)
 
 
 def _mining_tree(model: str, corpus: str) -> dict[str, Any]:

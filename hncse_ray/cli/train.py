@@ -41,7 +41,7 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: 
         settings = load_settings(recipe, overrides or ())
         return run_training(settings, console)
 
-    command(run, as_json)
+    command(run, as_json, resumes=True)
 
 
 def run_training(settings: Settings, console: Console) -> dict[str, Any]:

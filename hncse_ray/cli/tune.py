@@ -58,7 +58,7 @@ def tune(
         _print_result(console, result)
         return asdict(result)
 
-    command(run, as_json)
+    command(run, as_json, resumes=True)
 
 
 def _sweep(

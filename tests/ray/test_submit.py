@@ -188,7 +188,7 @@ def test_a_job_that_is_not_waited_for_runs_on_and_interrupt_stops_it_if_asked(he
     log = requests.get(
         f"{head.address}/api/jobs/{job}/logs", headers={"Authorization": f"Bearer {head.token}"}, timeout=20
     )
-    assert "stopped; the same command again goes on from the last checkpoint" in log.json()["logs"]
+    assert "stopped; the same command again goes on where it stopped" in log.json()["logs"]
     assert wait_for(head.is_idle, seconds=60), head.list("actors")
 
     process = submit(head, recipe, "train", "small.yaml", long, "run.name=other")
