@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,9 @@ class Command:
             text=True,
             env=os.environ | {"HNCSE_TEST_MARK": self.mark},
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            ),  # ignored where tests run in the background
         )
 
     def finish(self, seconds: float = 300) -> dict:

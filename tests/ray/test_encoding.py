@@ -78,6 +78,7 @@ def test_scores_equal_those_of_one_process(tiny_model: Path, pairs_file: Path, t
     assert nothing_is_left()
 
 
+@pytest.mark.slow
 def test_the_command_with_workers_prints_what_it_prints_without(tiny_model: Path, pairs_file: Path) -> None:
     command = [
         "evaluate",
@@ -99,6 +100,7 @@ def test_the_command_with_workers_prints_what_it_prints_without(tiny_model: Path
     assert nothing_is_left()
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_what_is_interrupted(tiny_model: Path) -> None:
     with pytest.raises(KeyboardInterrupt), EncodingPool(2) as pool:
         encoder = pool.open(str(tiny_model), MEAN)
@@ -120,6 +122,7 @@ def test_a_model_that_the_actors_do_not_find(tmp_path: Path) -> None:
     assert nothing_is_left()
 
 
+@pytest.mark.slow
 def test_a_lost_actor_ends_it_with_one_message(tiny_model: Path) -> None:
     with EncodingPool(2) as pool:
         encoder = pool.open(str(tiny_model), MEAN)

@@ -124,6 +124,7 @@ def test_killed_then_interrupted_goes_on_with_the_same_losses(recipe: Path, refe
     assert third.is_gone(), third.processes()
 
 
+@pytest.mark.slow
 def test_one_of_two_workers_killed_is_replaced(recipe: Path, reference: tuple[Path, dict]) -> None:
     run = recipe.parent / "runs" / "two"
     command = Command("train", str(recipe), "run.name=two", "cluster.num_workers=2")
