@@ -1,13 +1,12 @@
 """A real S3 server for tests, and a way to cut it off.
 
-The server is moto's, from where ``moto_server`` is on the path or HNCSE_MOTO_SERVER says. It needs an environment of
+The server is moto's ``moto_server``, from where HNCSE_MOTO_SERVER says. It needs an environment of
 its own, as it does not go together with the pinned python-dateutil. Without it the tests that need it are skipped.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import threading
@@ -70,7 +69,7 @@ class Gate:
 @contextmanager
 def s3_server(folder: Path) -> Iterator[Gate]:
     """Run a server with one empty bucket, and point this process and its children to a gate before it."""
-    program = os.environ.get("HNCSE_MOTO_SERVER") or shutil.which("moto_server")
+    program = os.environ.get("HNCSE_MOTO_SERVER")
     if not program:
         pytest.skip("no S3 server: install moto[server] in an environment of its own and set HNCSE_MOTO_SERVER")
     port = free_port()

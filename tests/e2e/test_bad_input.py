@@ -127,7 +127,7 @@ BAD_RUNS: dict[str, Case] = {
     "a metric that is not measured": (overrides("evaluation.metric=stsb/spearman"), ("pairs/recall@1",)),
     "evaluation data missing": (
         overrides("evaluation.suites=[stsb]", "evaluation.metric=stsb/spearman"),
-        ("$HNCSE_DATA", "Set evaluation.senteval_path"),
+        ("$HNCSE_DATA", "hncse data sts", "set evaluation.senteval_path"),
     ),
     "pairs missing": (overrides("evaluation.pairs_dev=HERE/none.tsv"), ("none.tsv: cannot be read (No such file",)),
     "unknown storage": (overrides("run.storage_path=nosuch://x"), ("nosuch://x", "Give a URL such as s3://")),
