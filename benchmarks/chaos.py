@@ -2,8 +2,9 @@
 
 A small run with a negative pool of two shards and two workers is started as a user would; after a random time a process
 of it is killed by SIGKILL: a worker, a shard, the pool's coordinator, Ray Train's controller, the event channel, or the
-command itself, which is then started again. In the end each must have taken the right number of steps and have a model
-that loads and scores, no step may be repeated beyond one checkpoint interval a fault, and no process may be left.
+command itself. After the loss of the command, and of the controller, which ends it with a message, the same command is
+started again. In the end each must have taken the right number of steps and have a model that loads, no step
+may be repeated beyond one checkpoint interval a fault, and no process may be left.
 
     python benchmarks/chaos.py --runs 20 --out result.json
     python benchmarks/chaos.py --table --out result.json
@@ -77,7 +78,7 @@ def run(recipe: Path, scratch: Path, number: int, dice: random.Random) -> dict:
         hung, status = True, -1
         command.process.kill()
     left_s = command.seconds_until_gone()
-    if victim == "command":
+    if victim == "command" or (victim == "controller" and status == 2):  # which says: start the same command again
         command = Command(*arguments)
         try:
             status = command.wait(HANG_S)

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
+from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -261,6 +262,9 @@ def _fit(trainer: TorchTrainer) -> RunFinished:
                             ) from error  # fmt: skip
     except ray.train.ControllerError as error:
         raise ClusterError(f"Ray Train could not run the workers ({error.controller_failure})") from error
+    except RayActorError as error:
+        advice = "Start the same command again: it goes on from the last checkpoint"
+        raise ClusterError("the process that looks after the workers was lost", hint=advice) from error
     except SystemExit:  # Ray Train's own handler of Ctrl-C: it has stopped the workers and wants to exit with 0
         raise KeyboardInterrupt from None
     finally:
