@@ -188,6 +188,8 @@ def _run_seeds(
         reporter.tell(f"training the best {len(top)} with {sweep.options.seeds} further seeds each")
         config = TuneConfig(scheduler=_Watcher(reporter), max_concurrent_trials=plan.concurrent)
         _fit(plan, config, {"job": ray.tune.grid_search(jobs)})
+        for run in (folder / "seeds").iterdir():  # the models stay: with more seeds another may turn out the best
+            shutil.rmtree(run / "checkpoints", ignore_errors=True)
 
 
 def _run_settings(sweep: Sweep, values: Values, plan: SweepPlan, place: Path, name: str) -> dict[str, Any]:
@@ -369,9 +371,7 @@ def _finish(sweep: Sweep, folder: Path, study: SweepStudy) -> SweepResult:
         best = next(t for t in ranked if t.number == seeds[0].number)
         score, by_seed = seeds[0].mean, seeds[0].scores
         run = folder / "seeds" / seed_run_name(best.number, max(by_seed, key=lambda seed: by_seed[seed]))
-        _free_room(list((folder / "seeds").iterdir()), but_the_model_of=run)
-    if (run / "model").exists():  # not, if a sweep that was finished is finished again
-        write_folder(folder / "model", lambda new: _copy(run / "model", new))
+    write_folder(folder / "model", lambda new: _copy(run / "model", new))
     recipe = write_best(folder, sweep, best)
     write_sweep_report(folder)
     evaluation = sweep.settings.evaluation.model_copy(update={"test": True})
