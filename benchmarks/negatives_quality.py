@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from hardware import provenance
+from small import NoStore
 
 from hncse_ray import load_settings
 from hncse_ray.cluster import prepare
@@ -52,19 +53,6 @@ SWEEP: dict[str, tuple[str, ...]] = {
     "stored, ranks 17 to 64": (*STORED, "negatives.candidates=64", "negatives.skip_hardest=16"),
     "stored, everyone's": (*STORED, "negatives.columns=all"),
 }
-
-
-class NoStore:
-    """Keeps nothing: a benchmark looks at the weights in memory."""
-
-    def checkpoints(self) -> list[Path]:
-        return []
-
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
-        pass
-
-    def export(self, write: Callable[[Path], None]) -> None:
-        pass
 
 
 class KeepsTheFirst:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -42,6 +43,19 @@ def make_recipe(folder: Path, *, steps: int, evaluate_every: int = 20, checkpoin
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+class NoStore:
+    """Keeps nothing: a benchmark looks at scores or at the weights in memory."""
+
+    def checkpoints(self) -> list[Path]:
+        return []
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        pass
+
+    def export(self, write: Callable[[Path], None]) -> None:
+        pass
 
 
 class Command:

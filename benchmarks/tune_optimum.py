@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from hardware import provenance
-from small import make_model
+from small import NoStore, make_model
 
 from hncse_ray import load_settings
 from hncse_ray.cluster import prepare
@@ -132,19 +132,6 @@ class Trainer:
         except Stopped:
             scores.append((-1, 0.0))
         return scores
-
-
-class NoStore:
-    """Keeps nothing: only the scores are looked at."""
-
-    def checkpoints(self) -> list[Path]:
-        return []
-
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
-        pass
-
-    def export(self, write: Callable[[Path], None]) -> None:
-        pass
 
 
 if __name__ == "__main__":

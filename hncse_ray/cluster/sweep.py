@@ -189,7 +189,7 @@ def _run_seeds(
         config = TuneConfig(scheduler=_Watcher(reporter), max_concurrent_trials=plan.concurrent)
         _fit(plan, config, {"job": ray.tune.grid_search(jobs)})
         for run in (folder / "seeds").iterdir():  # the models stay: with more seeds another may turn out the best
-            shutil.rmtree(run / "checkpoints", ignore_errors=True)
+            _free_room([run], but_the_model_of=run)
 
 
 def _run_settings(sweep: Sweep, values: Values, plan: SweepPlan, place: Path, name: str) -> dict[str, Any]:
