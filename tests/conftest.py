@@ -8,6 +8,13 @@ import pytest
 from tiny import make_model, make_sentences
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers, tests that start Ray take turns on one; any other file stays whole, for its fixtures."""
+    for item in items:
+        starts_ray = {"ray", "e2e"} & {*item.path.parts}
+        item.add_marker(pytest.mark.xdist_group("ray" if starts_ray else str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"))

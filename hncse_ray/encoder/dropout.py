@@ -33,17 +33,21 @@ class BitDropout(nn.Module):
         """Drop elements of ``x`` (any shape) in training mode."""
         if x.device.type != "cpu":
             return F.dropout(x, self.p, self.training)
-        dropped = round(self.p * _LEVELS)
-        if not self.training or dropped == 0:
+        if not self.training or round(self.p * _LEVELS) == 0:
             return x
-        seed = int(torch.randint(1 << 62, ()))
-        words = np.random.Generator(np.random.SFC64(seed)).integers(1 << 64, size=-(-x.numel() // 4), dtype=np.uint64)
-        bits = torch.from_numpy(words.view(np.int16)[: x.numel()]).view(x.shape)
-        keep = (bits >= dropped - _LEVELS // 2).to(x.dtype)
-        return x * keep.mul_(_LEVELS / (_LEVELS - dropped))
+        return x * dropout_mask(x.numel(), self.p, x.dtype).view(x.shape)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+def dropout_mask(n: int, p: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Draw n factors on the CPU: 0 where an element is dropped, else the inverse of the survivors' share."""
+    dropped = round(p * _LEVELS)
+    seed = int(torch.randint(1 << 62, ()))
+    words = np.random.Generator(np.random.SFC64(seed)).integers(1 << 64, size=-(-n // 4), dtype=np.uint64)
+    bits = torch.from_numpy(words.view(np.int16)[:n])
+    return (bits >= dropped - _LEVELS // 2).to(dtype).mul_(_LEVELS / (_LEVELS - dropped))
 
 
 def replace_dropout(module: nn.Module) -> None:

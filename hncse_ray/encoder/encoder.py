@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hncse_ray.config import Pooling
 from hncse_ray.corpus.batches import pad_rows
+from hncse_ray.encoder.packing import Packing, allow_packing, pack_rows
 
 Progress = Callable[[int, int], None]
 TokenRows = Sequence[NDArray[np.integer]]
@@ -55,6 +56,7 @@ class SentenceEncoder(nn.Module):
         self.max_length = max_length
         self.autocast = autocast
         self.inference_autocast: torch.dtype | None = None
+        self._can_pack = allow_packing(backbone)
         # The backbone's own pooler (BERT has one) is not part of any pooling here. It stays, so that what is saved
         # is a complete model, but it gets no gradient, and DDP must not wait for one.
         if (pooler := getattr(backbone, "pooler", None)) is not None:
@@ -71,28 +73,45 @@ class SentenceEncoder(nn.Module):
         return self.backbone.device
 
     @property
+    def packs(self) -> bool:
+        """Whether :meth:`packed_tensors` may be used: the architecture allows it, and the device gains by it."""
+        return self._can_pack and self.device.type == "cpu"
+
+    @property
     def uses_head(self) -> bool:
         """Whether the head takes part in the present mode."""
         return self.head is not None and (self.training or not self.head_in_training_only)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Embed token rows.
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, packing: Packing | None = None
+    ) -> Tensor:
+        """Embed token rows, padded (:meth:`batch_tensors`) or packed (:meth:`packed_tensors`).
 
         Args:
-            input_ids: ``[B, L]`` int64.
+            input_ids: ``[B, L]`` int64; packed ``[1, T]``.
             attention_mask: ``[B, L]``, 1 = token, 0 = padding; None = no row is padded.
+            packing: how B rows lie in ``[1, T]``; None = they are not packed.
 
         Returns:
             ``[B, D]`` fp32, rows of unit norm.
         """
         needs_layers = self.pooling in ("first_last_mean", "last_two_mean")
         dtype = self.autocast if self.training else self.inference_autocast
+        packed = {} if packing is None else {"position_ids": packing.position_ids, "packing": packing}
         with torch.autocast(device_type=input_ids.device.type, dtype=dtype, enabled=dtype is not None):
             output = self.backbone(
-                input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=needs_layers, return_dict=True
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                output_hidden_states=needs_layers,
+                return_dict=True,
+                **packed,
             )
             layers = output.hidden_states if needs_layers else (output.last_hidden_state,)
-            pooled_BD = _pool(layers, attention_mask, self.pooling)
+            if packing is None:
+                pooled_BD = _pool(layers, attention_mask, self.pooling)
+            else:
+                runs = zip(*(packing.split(layer) for layer in layers), strict=True)
+                pooled_BD = torch.cat([_pool(run, None, self.pooling) for run in runs])[packing.place_N]
             if self.uses_head:
                 assert self.head is not None
                 pooled_BD = torch.tanh(self.head(pooled_BD))
@@ -151,6 +170,11 @@ class SentenceEncoder(nn.Module):
         ids, mask = pad_rows(rows, pad_id=int(self.tokenizer.pad_token_id))
         ids_BL = torch.from_numpy(ids).to(self.device, non_blocking=True)
         return ids_BL, None if mask.all() else torch.from_numpy(mask).to(self.device, non_blocking=True)
+
+    def packed_tensors(self, rows: TokenRows) -> tuple[Tensor, None, Packing]:
+        """Lay token rows behind each other, ``[1, T]``; only where :attr:`packs`."""
+        ids_1T, packing = pack_rows(self.backbone, rows)
+        return ids_1T, None, packing
 
 
 def length_batches(rows: TokenRows, batch_size: int) -> Iterator[NDArray[np.int64]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hncse_ray.encoder import SentenceEncoder
+from hncse_ray.encoder.encoder import TokenRows
 from hncse_ray.training.distributed import gather_rows, rank, world_size
 from hncse_ray.training.objective import Metrics, Neighbours, Objective
 
@@ -159,32 +160,39 @@ def _encode(model: Any, batch: LocalBatch, context: StepContext, *, chunk: int, 
 
     Dropout depends on seed, batch, rank and chunk alone.
     """
-    encoder: SentenceEncoder = getattr(model, "module", model)
     torch.manual_seed(_seed(context.seed, batch.number, rank(), chunk))
-    ids_cL, mask_cL = encoder.batch_tensors(batch.rows[rows])
-    n = context.objective.views
-    z = model(ids_cL.repeat(n, 1), None if mask_cL is None else mask_cL.repeat(n, 1))
+    n, own = context.objective.views, batch.rows[rows]
+    fresh_cm = None if batch.negatives is None else batch.negatives.fresh_bm
+    slots = [] if fresh_cm is None else [tokens for of_row in fresh_cm[rows] for tokens in of_row]
+    usable = [i for i, tokens in enumerate(slots) if tokens is not None]
+    z, fresh = _embed(model, [*own] * n, [tokens for tokens in slots if tokens is not None])
     views = list(z.chunk(n))
-    if batch.negatives is not None and batch.negatives.fresh_bm is not None:
-        views.append(_encode_fresh(model, batch.negatives.fresh_bm[rows], z))
+    if fresh_cm is not None:
+        placed = z.new_zeros(len(slots), z.shape[1])
+        if usable:
+            placed = placed.index_copy(0, torch.tensor(usable, device=z.device), fresh)
+        views.append(placed.view(len(own), -1, z.shape[1]))
     return views
 
 
-def _encode_fresh(model: Any, fresh_cm: Sequence[Sequence[NDArray[np.integer] | None]], z: Tensor) -> Tensor:
-    """Embed negatives ``[c, m, D]``, zero where there is none.
+def _embed(model: Any, views: TokenRows, fresh: TokenRows) -> tuple[Tensor, Tensor]:
+    """Embed rows of like length and rows of any length: ``[V, D]`` and ``[F, D]``.
 
-    The rows of a batch are of like length, its negatives are not. They go through the encoder in a few groups sorted by
-    length: padded to the longest of all, they would cost several times as much as the batch itself.
+    Padded to the longest of all, the second would cost several times as much as the first. Packed they cost what their
+    tokens do. Where that is not possible they go through the encoder in a few groups by length, and every further
+    forward adds a gradient to every weight.
     """
     encoder: SentenceEncoder = getattr(model, "module", model)
-    slots = [tokens for own in fresh_cm for tokens in own]
-    usable = [i for i, tokens in enumerate(slots) if tokens is not None]
-    rows = [tokens for tokens in slots if tokens is not None]
-    fresh = z.new_zeros(len(slots), z.shape[1])
-    for group in _length_groups(np.array([len(tokens) for tokens in rows])):
-        index = torch.tensor([usable[i] for i in group], device=z.device)
-        fresh = fresh.index_copy(0, index, model(*encoder.batch_tensors([rows[i] for i in group])))
-    return fresh.view(len(fresh_cm), -1, z.shape[1])
+    if encoder.packs:
+        z = model(*encoder.packed_tensors([*views, *fresh]))
+        return z[: len(views)], z[len(views) :]
+    z = model(*encoder.batch_tensors(views))
+    groups = _length_groups(np.array([len(tokens) for tokens in fresh]))
+    if not groups:
+        return z, z.new_zeros(0, z.shape[1])
+    parts = [model(*encoder.batch_tensors([fresh[i] for i in group])) for group in groups]
+    back = torch.from_numpy(np.argsort(np.concatenate(groups), kind="stable")).to(z.device)
+    return z, torch.cat(parts)[back]
 
 
 def _length_groups(lengths_n: NDArray[np.integer]) -> list[NDArray[np.intp]]:

@@ -96,6 +96,7 @@ def test_a_finished_run_is_not_run_again(recipe: Path, reference: tuple[Path, di
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_killed_then_interrupted_goes_on_with_the_same_losses(recipe: Path, reference: tuple[Path, dict]) -> None:
     run = recipe.parent / "runs" / "stopped"
     first = Command("train", str(recipe), "run.name=stopped")

@@ -13,7 +13,7 @@ from torch import Tensor
 from hncse_ray.config import load_settings
 from hncse_ray.encoder import SentenceEncoder, load_encoder
 from hncse_ray.training.objective import Objective
-from hncse_ray.training.step import LocalBatch, StepContext, _length_groups, train_step
+from hncse_ray.training.step import LocalBatch, StepContext, StepNegatives, _length_groups, train_step
 
 SENTENCES = make_sentences(24, seed=11)
 Views = list[list[Tensor]]
@@ -168,3 +168,25 @@ def test_fresh_negatives_are_grouped_by_length_where_that_saves_more_than_a_forw
         assert padded(groups, lengths) + 150 * len(groups) <= padded(even, lengths) + 150 * len(even)
     assert len(_length_groups(np.full(count, 9))) == 1  # of one length: one forward
     assert _length_groups(np.array([], dtype=int)) == []
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_a_step_is_the_same_whether_its_rows_are_packed_or_padded(
+    tiny_model: Path, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients = []
+    for packs in (True, False):
+        encoder, watched = build(tiny_model, "encoder.dropout=0", "objective.name=info_nce")
+        assert encoder.packs
+        monkeypatch.setattr(SentenceEncoder, "packs", packs)
+        rows = encoder.tokenize(SENTENCES[:8])
+        fresh = encoder.tokenize([SENTENCES[8], "one", " ".join(SENTENCES[9:12]), *SENTENCES[12:24]])
+        slots = [fresh[2 * i : 2 * i + 2] if i != 4 else [None, fresh[14]] for i in range(7)] + [[None, None]]
+        mask = np.array([[tokens is not None for tokens in own] for own in slots])
+        batch = LocalBatch(0, rows, (8,), StepNegatives(mask, None, None, slots))
+        context = StepContext(objective=watched, seed=1, step=0, total_steps=10, chunk_size=chunk)
+        train_step(encoder, torch.optim.SGD(encoder.parameters(), lr=0.0), [batch], context, max_grad_norm=1e9)
+        gradients.append(gradient(encoder))
+        monkeypatch.undo()
+    assert gradients[0].norm() > 0
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)

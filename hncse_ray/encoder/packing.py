@@ -1,0 +1,112 @@
+"""Rows of unlike length in one forward, behind each other instead of padded.
+
+All layers but attention treat every token apart, so the rows of a step can be one long row ``[1, T]`` as long as each
+token attends to its own row only. Sorted by length, rows of equal length lie together: their attention is a slice of
+the long row seen as ``[heads, rows, length, width]``, without a mask and without padding.
+
+On accelerators a kernel's start costs more than some padding, so it is used on CPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from hncse_ray.encoder.dropout import dropout_mask
+
+_ATTENTION = "sdpa_of_packed_rows"
+# Full attention and learned absolute positions: nothing in them knows where a row lies but the position ids.
+_FAMILIES = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How rows lie in a packed ``[1, T]``.
+
+    Attributes:
+        position_ids: ``[1, T]`` int64, as the backbone numbers them.
+        runs: (rows, length) of each run of rows of equal length.
+        place_N: for each row as it was given, its place among the packed rows.
+    """
+
+    position_ids: Tensor
+    runs: tuple[tuple[int, int], ...]
+    place_N: Tensor
+
+    def split(self, states: Tensor) -> list[Tensor]:
+        """Cut packed token states ``[1, T, D]`` into ``[rows, length, D]`` a run."""
+        parts = torch.split(states[0], [rows * length for rows, length in self.runs])
+        return [part.view(rows, length, -1) for part, (rows, length) in zip(parts, self.runs, strict=True)]
+
+
+def allow_packing(backbone: PreTrainedModel) -> bool:
+    """Make a backbone ready for packed rows; False where its architecture does not allow them."""
+    if backbone.config.model_type not in _FAMILIES or backbone.config._attn_implementation not in ("sdpa", _ATTENTION):
+        return False
+    backbone.set_attn_implementation(_ATTENTION)
+    return True
+
+
+def pack_rows(backbone: PreTrainedModel, rows_N: Sequence[NDArray[np.integer]]) -> tuple[Tensor, Packing]:
+    """Lay token rows behind each other, shortest first: ids ``[1, T]`` and how they lie."""
+    lengths_N = np.array([len(row) for row in rows_N])
+    order_N = np.argsort(lengths_N, kind="stable")
+    lengths, counts = np.unique(lengths_N, return_counts=True)
+    # RoBERTa and its kin number positions from behind the padding's id.
+    embeddings: Any = backbone.embeddings
+    first = embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
+    ids_T = np.concatenate([rows_N[i] for i in order_N]).astype(np.int64)
+    positions_T = np.concatenate([np.arange(first, first + lengths_N[i]) for i in order_N])
+    packing = Packing(
+        torch.from_numpy(positions_T)[None],
+        tuple(zip(counts.tolist(), lengths.tolist(), strict=True)),
+        torch.from_numpy(np.argsort(order_N, kind="stable")),
+    )
+    return torch.from_numpy(ids_T)[None], packing
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    packing: Packing | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attend within each row; ``[1, heads, T, width]`` each, and ``[1, T, heads, width]`` back."""
+    if packing is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
+    heads, width = query.shape[1], query.shape[3]
+    scale = width**-0.5 if scaling is None else scaling
+    tokens = [rows * length for rows, length in packing.runs]
+    weights = [heads * rows * length**2 for rows, length in packing.runs]
+    masks = torch.split(dropout_mask(sum(weights), dropout), weights) if dropout else [None] * len(weights)
+    # One split and one concatenation: slices would each have a gradient of the whole tensor's size.
+    parts = (torch.split(x[0].transpose(0, 1), tokens) for x in (query * scale, key, value))
+    attended = []
+    for (rows, length), mask, q, k, v in zip(packing.runs, masks, *parts, strict=True):
+        q, k, v = (
+            x.view(rows, length, heads, width).transpose(1, 2).reshape(rows * heads, length, width) for x in (q, k, v)
+        )
+        p = torch.bmm(q, k.transpose(1, 2)).softmax(-1)
+        z = torch.bmm(p if mask is None else p * mask.view_as(p), v)
+        attended.append(z.view(rows, heads, length, width).transpose(1, 2).reshape(rows * length, heads, width))
+    return torch.cat(attended)[None], None
+
+
+AttentionInterface.register(_ATTENTION, _attend)
+AttentionMaskInterface.register(_ATTENTION, sdpa_mask)

@@ -1,0 +1,87 @@
+"""Packed rows give what padded ones do, in every architecture that allows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_sentences
+from transformers import AutoConfig, AutoModel
+
+from hncse_ray.config import EncoderSettings
+from hncse_ray.encoder import SentenceEncoder, load_encoder
+
+SENTENCES = [*make_sentences(12, seed=3), "one", "word " * 40]
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+POOLINGS = ["cls", "mean", "first_last_mean", "last_two_mean"]
+
+
+def tiny(model: Path, pooling: str = "mean") -> SentenceEncoder:
+    return load_encoder(model, EncoderSettings.model_validate({"model": str(model), "pooling": pooling})).eval()
+
+
+def encoder_of(family: str, like: SentenceEncoder, pooling: str = "mean", **changed: Any) -> SentenceEncoder:
+    small = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48} if family == "distilbert" else SMALL
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family, vocab_size=len(like.tokenizer), pad_token_id=like.tokenizer.pad_token_id, **small, **changed
+    )
+    backbone = AutoModel.from_config(config, attn_implementation="sdpa")
+    return SentenceEncoder(backbone, like.tokenizer, pooling=pooling)
+
+
+def both(encoder: SentenceEncoder) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors of padded and of packed rows, and the gradients of all weights behind them."""
+    rows = encoder.tokenize(SENTENCES)
+    assert len({len(row) for row in rows}) > 3
+    results = []
+    for tensors in (encoder.batch_tensors, encoder.packed_tensors):
+        encoder.zero_grad()
+        vectors = encoder(*tensors(rows))
+        (vectors * torch.linspace(-1, 1, vectors.numel()).view_as(vectors)).sum().backward()
+        gradients = [p.grad.flatten() for p in encoder.parameters() if p.grad is not None]
+        results.append(torch.cat([vectors.detach().flatten(), *gradients]))
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize("family", ["bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta"])
+def test_vectors_and_gradients_are_those_of_padded_rows(tiny_model: Path, family: str) -> None:
+    encoder = encoder_of(family, tiny(tiny_model)).eval()
+    assert encoder.packs
+    padded, packed = both(encoder)
+    torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_every_pooling(tiny_model: Path, pooling: str) -> None:
+    encoder = tiny(tiny_model, pooling)
+    padded, packed = both(encoder)
+    torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-4)
+
+
+def test_no_row_sees_another(tiny_model: Path) -> None:
+    encoder = tiny(tiny_model)
+    rows = encoder.tokenize(SENTENCES)
+    with torch.no_grad():
+        before = encoder(*encoder.packed_tensors(rows))
+        changed = [np.flip(rows[0]).copy(), *rows[1:]]
+        after = encoder(*encoder.packed_tensors(changed))
+    assert not torch.allclose(before[0], after[0], atol=1e-3)
+    torch.testing.assert_close(after[1:], before[1:], atol=1e-6, rtol=0)
+
+
+def test_an_architecture_with_other_attention_is_not_packed(tiny_model: Path) -> None:
+    small = {**SMALL, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3}
+    like = tiny(tiny_model)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("modernbert", vocab_size=len(like.tokenizer), pad_token_id=0, **small)
+    encoder = SentenceEncoder(AutoModel.from_config(config), like.tokenizer, pooling="mean")
+    assert not encoder.packs
+
+
+def test_the_saved_configuration_does_not_know_of_it(tiny_model: Path, tmp_path: Path) -> None:
+    tiny(tiny_model).backbone.save_pretrained(tmp_path)
+    assert "packed" not in (tmp_path / "config.json").read_text()
