@@ -68,10 +68,11 @@ def starts_of(folder: Path, number: int) -> int:
     return (folder / "trials" / f"trial-{number:04d}" / "log.txt").read_text().count(" starts: ")
 
 
-def test_a_sweep_with_a_pool_leaves_the_best_and_says_why_a_trial_failed(recipe: Path) -> None:
-    out = recipe.parent / "swept"
+@pytest.mark.parametrize("source", ["none", pytest.param("pool", marks=pytest.mark.slow)])
+def test_a_sweep_leaves_the_best_and_says_why_a_trial_failed(recipe: Path, source: str) -> None:
+    out = recipe.parent / f"swept-{source}"
     command = Command(
-        "tune", str(recipe), "negatives.source=pool", "negatives.max_score=null", "negatives.refresh=sync",
+        "tune", str(recipe), f"negatives.source={source}", "negatives.max_score=null", "negatives.refresh=sync",
         "--space", str(recipe.parent / "space.yaml"), "--trials", "3", "--stopping", "none", "--out", str(out),
     )  # fmt: skip
     result = command.finish(seconds=1200)
@@ -85,7 +86,7 @@ def test_a_sweep_with_a_pool_leaves_the_best_and_says_why_a_trial_failed(recipe:
     assert result["best_trial"] == int(best["trial"]) and result["score"] == pytest.approx(float(best["score"]))
     recipe_found = load_settings(out / "best.yaml")
     assert str(recipe_found.objective.temperature) == best["objective.temperature"]
-    assert recipe_found.negatives.source == "pool" and recipe_found.evaluation.test
+    assert recipe_found.negatives.source == source and recipe_found.evaluation.test
     assert set(result["after"]) == {"pairs/recall@1", "pairs/recall@10", "pairs/mrr"}
     assert (out / "model" / "model.safetensors").is_file() and (out / "report.html").is_file()
     for row in rows:  # room was freed: no checkpoints, and no model but the best
