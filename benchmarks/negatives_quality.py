@@ -28,7 +28,9 @@ from hncse_ray.cluster import prepare
 from hncse_ray.config import Settings
 from hncse_ray.encoder import load_encoder
 from hncse_ray.evaluation.sts import read_sts, spearman
-from hncse_ray.negatives import IndexShard, InProcessSource, plan_index
+from hncse_ray.negatives import plan_index
+from hncse_ray.negatives.in_process import InProcessSource
+from hncse_ray.negatives.shard import IndexShard
 from hncse_ray.reporting import LineReporter
 from hncse_ray.training import TrainJob, fit, load_evaluation_sets
 from hncse_ray.training.shard import build_shard

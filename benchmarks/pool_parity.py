@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from hardware import provenance
 
-from hncse_ray.negatives import IndexShard, IndexVersion, merge_hits, plan_index
+from hncse_ray.negatives import IndexVersion, merge_hits, plan_index
+from hncse_ray.negatives.shard import IndexShard
 
 
 def main() -> None:

@@ -24,7 +24,8 @@ from hardware import provenance
 from hncse_ray.cluster import ray_session
 from hncse_ray.cluster.coordinator import PoolCoordinator
 from hncse_ray.cluster.pool import PoolClient, PoolHandles
-from hncse_ray.negatives import IndexShard, plan_index
+from hncse_ray.negatives import plan_index
+from hncse_ray.negatives.shard import IndexShard
 
 GROUPS = {"search": 2, "build": 1, "control": 1}
 

@@ -16,7 +16,8 @@ import torch
 from hncse_ray.config import Settings, load_settings
 from hncse_ray.corpus import BatchPlan, Corpus, prepare_corpus
 from hncse_ray.encoder import SentenceEncoder, load_encoder, tokenizer_digest
-from hncse_ray.negatives import Hits, IndexVersion, InProcessSource, SourceStatus, plan_index
+from hncse_ray.negatives import Hits, IndexVersion, SourceStatus, plan_index
+from hncse_ray.negatives.in_process import InProcessSource
 from hncse_ray.reporting import Event, Notice, RunFinished
 from hncse_ray.reporting.events import StepsLogged
 from hncse_ray.storage import write_folder

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
 from hncse_ray.cluster.channel import event_channel
 from hncse_ray.cluster.metrics import RayMetrics
@@ -33,7 +35,8 @@ from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus, prepare_corpus
 from hncse_ray.encoder import SentenceEncoder, autocast_dtype, has_dropout, length_limit, load_encoder, tokenizer_digest
 from hncse_ray.errors import ClusterError, DataError, HncseError, ModelError, StorageError, TrainingError
-from hncse_ray.negatives import InProcessSource, NegativeSource
+from hncse_ray.negatives import NegativeSource
+from hncse_ray.negatives.in_process import InProcessSource
 from hncse_ray.reporting import (
     Event,
     LineReporter,
@@ -207,18 +210,21 @@ def _run(
             if pool is not None and settings.negatives.source == "pool":
                 handles = stack.enter_context(negative_pool(settings, pool, corpus, folder.path / "index"))
             trainer = TorchTrainer(
-                _train_worker,
-                train_loop_config={
-                    "settings": settings.model_dump(mode="json"),
-                    "corpus": NodeCorpus.of(corpus, settings),
-                    "sets": ray.put(sets),
-                    "threads": plan.threads,
-                    "folder": str(folder.path.absolute()),
-                    "mirror": mirror,
-                    "events": events,
-                    "index": None if pool is None else pool.index,
-                    "pool": handles,
-                },
+                # Not `train_loop_config`: the controller would unpickle that too, and import what training needs.
+                partial(
+                    _train_worker,
+                    {
+                        "settings": settings.model_dump(mode="json"),
+                        "corpus": NodeCorpus.of(corpus, settings),
+                        "sets": ray.put(sets),
+                        "threads": plan.threads,
+                        "folder": str(folder.path.absolute()),
+                        "mirror": mirror,
+                        "events": events,
+                        "index": None if pool is None else pool.index,
+                        "pool": handles,
+                    },
+                ),
                 scaling_config=ScalingConfig(
                     num_workers=plan.num_workers,
                     use_gpu=plan.use_gpu,
@@ -239,7 +245,8 @@ def _run(
             os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(
                 settings.cluster.start_timeout_s / (1 + _CONTROLLER_RETRIES)
             )
-            outcome = _fit(trainer)
+            with _address_for_helpers():
+                outcome = _fit(trainer)
         reporter.on(outcome)
         return outcome
     finally:
@@ -274,6 +281,25 @@ def _fit(trainer: TorchTrainer) -> RunFinished:
         raise outcome
     assert isinstance(outcome, RunFinished)
     return outcome
+
+
+@contextmanager
+def _address_for_helpers() -> Iterator[None]:
+    """Have the helper processes of Ray Train know which Ray they belong to.
+
+    Its cleaner of placement groups asks for the state of a run without an address (Ray 2.60). On a machine with several
+    Rays it then asks another one or none: a trial that was stopped early keeps its CPUs for ever, and the next waits.
+    """
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    before = os.environ.get("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["RAY_ADDRESS"]
+        else:
+            os.environ["RAY_ADDRESS"] = before
 
 
 def _train_worker(config: dict[str, Any]) -> RunFinished | HncseError:

@@ -11,7 +11,8 @@ import torch
 from hncse_ray.cluster.node_corpus import NodeCorpus
 from hncse_ray.config import EncoderSettings, NegativesSettings
 from hncse_ray.errors import HncseError
-from hncse_ray.negatives import BuildReport, IndexPlan, IndexShard, IndexVersion, Weights
+from hncse_ray.negatives import BuildReport, IndexPlan, IndexVersion, Weights
+from hncse_ray.negatives.shard import IndexShard
 from hncse_ray.training.shard import build_shard
 
 

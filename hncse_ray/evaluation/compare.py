@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 
 from hncse_ray.errors import DataError
 from hncse_ray.evaluation.retrieval import METRICS, retrieval_ranks
@@ -118,6 +117,8 @@ def mean_and_spread(runs: Sequence[dict[str, float]]) -> dict[str, tuple[float, 
 
 
 def _spearmans(both: Sequence[FloatArray], gold_N: FloatArray, index_N: Ints) -> FloatArray:
+    from scipy.stats import spearmanr  # see sts.py
+
     return np.array([100 * spearmanr(cosine_N[index_N], gold_N[index_N]).statistic for cosine_N in both])
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from hncse_ray.errors import DataError
 from hncse_ray.evaluation.vectors import Encode, FloatArray, encode_checked
@@ -277,6 +276,8 @@ def _correlation(cosine_N: FloatArray, pairs: StsPairs) -> float:
         what = f"the encoder gives all {len(gold_N)} pairs the same cosine, so that Spearman is undefined"
         hint = "Its embeddings have collapsed to one direction, or it ignores its input"
         raise DataError(what, pairs.name, hint)
+    from scipy.stats import spearmanr  # takes a second to import, in every process of a run
+
     score = 100 * float(spearmanr(cosine_N, gold_N).statistic)
     logger.info("%s: %.2f over %d pairs", pairs.name, score, len(gold_N))
     return score

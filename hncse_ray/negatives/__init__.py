@@ -1,11 +1,15 @@
-"""Global hard negatives: the index of a shard, selection rules, refresh policy, the source protocol. No actors here."""
+"""Global hard negatives: the index of a shard, selection rules, refresh policy, the source protocol. No actors here.
 
-from hncse_ray.negatives.in_process import InProcessSource
-from hncse_ray.negatives.index import IndexPlan, merge_hits, plan_index
+What needs torch, `shard.IndexShard` and `in_process.InProcessSource`, is imported from its module: the pool's
+coordinator does without torch, whose import takes longer than the rest of its start.
+"""
+
+from hncse_ray.negatives.hits import merge_hits
+from hncse_ray.negatives.index_plan import IndexPlan, plan_index
 from hncse_ray.negatives.refresh import RefreshDecision, RefreshFacts, RefreshRules, decide
 from hncse_ray.negatives.selection import Selection, SelectionRules, select
-from hncse_ray.negatives.shard import BuildReport, IndexShard
 from hncse_ray.negatives.source import (
+    BuildReport,
     Hits,
     IndexVersion,
     NegativeSource,
@@ -18,9 +22,7 @@ from hncse_ray.negatives.source import (
 __all__ = [
     "BuildReport",
     "Hits",
-    "InProcessSource",
     "IndexPlan",
-    "IndexShard",
     "IndexVersion",
     "NegativeSource",
     "RefreshDecision",

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import faiss
@@ -14,19 +14,10 @@ import numpy as np
 import torch
 
 from hncse_ray.negatives.index import IndexPlan, VectorIndex, new_index
-from hncse_ray.negatives.source import Float32, Int64, SourceUnavailable, Weights
+from hncse_ray.negatives.source import BuildReport, Float32, Int64, SourceUnavailable, Weights
 from hncse_ray.negatives.source import IndexVersion as Version
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class BuildReport:
-    """What making one version of one shard took."""
-
-    rows: int
-    seconds: float
-    encode_seconds: float
 
 
 class IndexShard:

@@ -20,6 +20,15 @@ class SourceUnavailable(Exception):
 
 
 @dataclass(frozen=True)
+class BuildReport:
+    """What making one version of one shard took."""
+
+    rows: int
+    seconds: float
+    encode_seconds: float
+
+
+@dataclass(frozen=True)
 class IndexVersion:
     """Which weights and which rows an index was made from; travels with every answer.
 

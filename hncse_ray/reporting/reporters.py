@@ -7,9 +7,7 @@ import logging
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
-
-from tensorboardX import SummaryWriter
+from typing import Any, Protocol
 
 from hncse_ray.reporting.events import (
     CheckpointSaved,
@@ -133,11 +131,13 @@ class TensorBoard:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._writer: SummaryWriter | None = None
+        self._writer: Any = None
 
     def on(self, event: Event) -> None:
         """Write the event's scalars."""
         if isinstance(event, RunStarted):
+            from tensorboardX import SummaryWriter  # imports torch, which most processes of a run do without
+
             self.close()
             self._writer = SummaryWriter(str(self._folder), purge_step=event.step + 1 if event.resumed else 0)
         if self._writer is None:

@@ -10,7 +10,8 @@ import torch
 from hncse_ray.config import EncoderSettings, NegativesSettings
 from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import load_encoder
-from hncse_ray.negatives import IndexPlan, IndexShard, Weights
+from hncse_ray.negatives import IndexPlan, Weights
+from hncse_ray.negatives.shard import IndexShard
 
 
 def build_shard(

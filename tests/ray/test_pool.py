@@ -35,7 +35,8 @@ from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import load_encoder
 from hncse_ray.errors import ClusterError, ModelError
-from hncse_ray.negatives import Hits, IndexVersion, InProcessSource, SourceUnavailable, Weights, plan_index
+from hncse_ray.negatives import Hits, IndexVersion, SourceUnavailable, Weights, plan_index
+from hncse_ray.negatives.in_process import InProcessSource
 from hncse_ray.reporting import Reporters
 from hncse_ray.training.shard import build_shard
 

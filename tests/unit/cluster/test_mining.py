@@ -18,7 +18,8 @@ from hncse_ray.config import Settings, load_settings
 from hncse_ray.corpus import Corpus, prepare_corpus
 from hncse_ray.encoder import SentenceEncoder, load_encoder, tokenizer_digest
 from hncse_ray.errors import ClusterError, StorageError
-from hncse_ray.negatives import Hits, InProcessSource, SourceUnavailable, plan_index
+from hncse_ray.negatives import Hits, SourceUnavailable, plan_index
+from hncse_ray.negatives.in_process import InProcessSource
 from hncse_ray.training.shard import build_shard
 
 Tree = dict[str, Any]

@@ -11,7 +11,8 @@ import torch
 from hncse_ray.cluster.resources import PoolPlan, plan_pool, plan_workers
 from hncse_ray.config import ClusterSettings, NegativesSettings
 from hncse_ray.errors import ClusterError, DataError
-from hncse_ray.negatives import IndexShard, IndexVersion
+from hncse_ray.negatives import IndexVersion
+from hncse_ray.negatives.shard import IndexShard
 
 GB = 1e9
 

@@ -14,9 +14,7 @@ import torch
 
 from hncse_ray.errors import DataError
 from hncse_ray.negatives import (
-    IndexShard,
     IndexVersion,
-    InProcessSource,
     NegativeSource,
     SourceStatus,
     SourceUnavailable,
@@ -24,6 +22,8 @@ from hncse_ray.negatives import (
     plan_index,
     weights_digest,
 )
+from hncse_ray.negatives.in_process import InProcessSource
+from hncse_ray.negatives.shard import IndexShard
 
 ROWS, D = 61, 8
 BASE_ND = np.random.default_rng(0).standard_normal((ROWS, D))
