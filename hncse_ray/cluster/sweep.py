@@ -276,7 +276,9 @@ class _Watcher(FIFOScheduler):
         return TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Note how a run ended."""
+        """Note how a run ended; Ray Tune tells of one that it was told to stop, too."""
+        if self._row(trial.config["job"]).state == "stopped early":
+            return
         state = "finished" if result.get("outcome") == "finished" else "failed"
         self._end(trial.config["job"], state, {"reason": "it ended without a result"} | result)
 
