@@ -21,7 +21,8 @@ from optuna.visualization import matplotlib as images
 
 from hncse_ray.reporting.page import BLUE, GREY, RED, SCALE, TEAL, axis_label
 
-_TOO_FEW = "There is nothing to compare before two trials have finished with different scores."
+_FEWEST = 5  # of fewer trials PED-ANOVA tells nothing, and says it with figures
+_TOO_FEW = f"Until {_FEWEST} trials have finished with different scores, nothing can be told."
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,9 @@ def searched(study: optuna.Study) -> list[str]:
 
 def why_no_importances(study: optuna.Study) -> str | None:
     """Say why importances cannot be told; None if they can."""
-    if len({trial.value for trial in scored(study)}) < 2:
-        return _TOO_FEW
-    if not searched(study):
+    if scored(study) and not searched(study):
         return "No setting was varied."
-    return None
+    return _TOO_FEW if len({trial.value for trial in scored(study)}) < _FEWEST else None
 
 
 def learning_curves(curves: Sequence[Curve], best: int | None, *, metric: str) -> go.Figure:

@@ -231,12 +231,20 @@ class TestDegenerateStudies:
         assert images(tmp_path) == {f"{n}.png" for n in ("history", "parallel_coordinate", "slice", "learning_curves")}
         assert len(table(page, 'id="ranking"')) == 2
 
+    def test_of_few_trials_no_importance_is_claimed(self, tmp_path: Path) -> None:
+        study = new_study()
+        for score in (0.5, 0.6, 0.7, 0.8):
+            add(study, [score])
+        assert "importances" not in figures(written(study, tmp_path))
+        add(study, [0.9])
+        assert "importances" in figures(written(study, tmp_path))
+
     def test_all_scores_the_same(self, tmp_path: Path) -> None:
         study = new_study()
         for _ in range(3):
             add(study, [0.5])
         page = written(study, tmp_path)
-        assert "two trials have finished with different scores" in page
+        assert "5 trials have finished with different scores" in page
         assert [row[1] for row in table(page, 'id="ranking"')[1:]] == ["0", "1", "2"]
 
     def test_nothing_varied(self, tmp_path: Path) -> None:
@@ -292,7 +300,7 @@ def test_markup_in_names_and_reasons_is_text(tmp_path: Path) -> None:
 def test_long_names_are_given_places_to_break(tmp_path: Path) -> None:
     name = "section." + "very_long_name_" * 8
     study = new_study()
-    for score in (0.5, 0.6):
+    for score in (0.5, 0.6, 0.7, 0.8, 0.9):
         add(study, [score], suggest=lambda t: {name: t.suggest_float(name, 0, 1)})
     page = written(study, tmp_path)
     assert "very_<wbr>long_<wbr>name_" in page
