@@ -8,6 +8,7 @@ import pytest
 from tiny import make_model, make_sentences
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several workers, tests that start Ray take turns on one; any other file stays whole, for its fixtures."""
     for item in items:
