@@ -447,3 +447,4 @@ def test_nothing_waits_for_the_device(name: str) -> None:
         else:
             loss, _ = evaluate(name, v)
         loss.backward()
+    assert v["z1"].grad is not None
