@@ -40,7 +40,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     results = json.loads(args.out.read_text()) if args.out.exists() else {"kills": [], "whole": []}
-    results |= provenance(torch.device("cpu"), "optuna")
+    measured_on = provenance(torch.device("cpu"), "optuna")
+    if not args.whole:
+        results |= measured_on
     with tempfile.TemporaryDirectory() as scratch:
         recipe = make_recipe(Path(scratch), steps=60)
         space = Path(scratch) / "space.yaml"
@@ -48,7 +50,8 @@ def main() -> None:
         if args.whole:
             for number in range(args.whole):
                 for source in ("none", "pool"):
-                    results["whole"].append(whole(recipe, space, Path(scratch) / f"{source}-{number}", source))
+                    found = whole(recipe, space, Path(scratch) / f"{source}-{number}", source)
+                    results["whole"].append(found | measured_on)
                     args.out.write_text(json.dumps(results, indent=1) + "\n")
                     print(results["whole"][-1], flush=True)
             return

@@ -1,7 +1,7 @@
 """Global hard negatives: the index of a shard, selection rules, refresh policy, the source protocol. No actors here.
 
-What needs torch, `shard.IndexShard` and `in_process.InProcessSource`, is imported from its module: the pool's
-coordinator does without torch, whose import takes longer than the rest of its start.
+What needs torch, `shard.IndexShard` and `in_process.InProcessSource`, is imported from its module, so that
+a module which needs neither can be imported without torch.
 """
 
 from hncse_ray.negatives.hits import merge_hits
