@@ -4,6 +4,8 @@ Runs ``recipes/quickstart.yaml`` as ``hncse train`` does, once a seed and object
 half of the names, the gain is reported on the test half.
 
     python benchmarks/quickstart_seeds.py --seeds 0 1 2 --objectives hybrid info_nce --out result.json
+
+`--runs FOLDER` keeps the runs, to score their models on more suites: FOLDER/hybrid-0/model.
 """
 
 import argparse
@@ -25,10 +27,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--objectives", nargs="+", default=["hybrid"])
+    parser.add_argument("--runs", type=Path, help="keep the runs in this folder")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     result: dict[str, object] = provenance(torch.device("cpu")) | {"recipe": "quickstart", "seeds": args.seeds}
-    with tempfile.TemporaryDirectory() as folder, ray_session():
+    with tempfile.TemporaryDirectory() as scratch, ray_session():
+        folder = args.runs.absolute() if args.runs else scratch
         for objective in args.objectives:
             runs = []
             for seed in args.seeds:
