@@ -1,7 +1,8 @@
 """What a checkpoint holds, and the store that keeps it.
 
 ``state.json`` is written last and names every other file, and itself, by digest, so a folder that was cut short or
-damaged is told from a whole one. Dropout and random pairs are seeded by (run seed, batch, rank, chunk) at every step,
+damaged is told from a whole one. The digest is XXH3, which finds damage, not forgery, in a fraction of the time of
+a cryptographic one. Dropout and random pairs are seeded by (run seed, batch, rank, chunk) at every step,
 so no generator state needs saving and the data position follows from the step.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -220,9 +222,9 @@ def _check(folder: Path) -> TrainState:
 
 
 def _text_digest(content: dict[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
