@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hncse_ray.errors import DataError
+from hncse_ray.evaluation.senteval_files import GET_THE_DATA, read_lines
 from hncse_ray.evaluation.vectors import Encode, FloatArray, encode_checked
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,6 @@ logger = logging.getLogger(__name__)
 GOLD_MIN, GOLD_MAX = 0.0, 5.0
 # A smaller spread of cosines is the rounding of 32 bits, not a ranking of pairs.
 MIN_COSINE_SPREAD = 1e-6
-_GET_THE_DATA = "It should be SentEval's data/downstream folder; name it in evaluation.senteval_path"
 
 
 class StsPair(NamedTuple):
@@ -173,11 +173,11 @@ def read_sts(task: str, split: str, data_dir: str | Path) -> StsPairs:
         raise DataError(f"{task} has no split {split!r}", hint=f"Choose from {', '.join(sts_set.splits)}")
     folder = Path(data_dir) / sts_set.folder
     if not folder.is_dir():
-        raise DataError(f"the folder of {task} is missing", str(folder), _GET_THE_DATA)
+        raise DataError(f"the folder of {task} is missing", str(folder), GET_THE_DATA)
     published = sts_set.splits[split]
     pairs = tuple(pair for name in published.files for pair in _read_file(folder / name, sts_set))
     if not pairs:
-        raise DataError(f"holds no scored pair of {task}", str(folder), _GET_THE_DATA)
+        raise DataError(f"holds no scored pair of {task}", str(folder), GET_THE_DATA)
     if len(pairs) != published.pairs:
         logger.warning(
             "%s: %s %s has %d scored pairs where the published set has %d; its score does not compare",
@@ -187,7 +187,7 @@ def read_sts(task: str, split: str, data_dir: str | Path) -> StsPairs:
 
 
 def _read_file(path: Path, sts_set: _StsSet) -> Iterator[StsPair]:
-    rows = [line.split("\t") for line in _lines(path)]
+    rows = [line.split("\t") for line in read_lines(path)]
     start = 1 if sts_set.header else 0
     if tuple(rows[0][: len(sts_set.header)]) != sts_set.header:
         hint = f"Expected {' '.join(sts_set.header)}"
@@ -219,25 +219,11 @@ def _gold_path(path: Path) -> Path:
 
 def _gold_lines(path: Path, *, rows: int) -> list[str]:
     gold_path = _gold_path(path)
-    golds = _lines(gold_path)
+    golds = read_lines(gold_path)
     if len(golds) != rows:
         what = f"has {len(golds)} scores for the {rows} pairs of {path.name}"
         raise DataError(what, str(gold_path), "One of the two is truncated; fetch both again")
     return golds
-
-
-def _lines(path: Path) -> list[str]:
-    """Lines split at line feeds only: a U+0085 or U+2028 inside a sentence does not shift the rows."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror})", str(path), _GET_THE_DATA) from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError("is not UTF-8", f"{path}:{line}", "Fetch it again or convert it") from None
-    if not text.strip("\r\n"):
-        raise DataError("is empty", str(path), _GET_THE_DATA)
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def _parse_gold(text: str, where: str) -> float:

@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from hncse_ray.errors import DataError
 from hncse_ray.evaluation.logistic import logistic_regressions, principal_axes
+from hncse_ray.evaluation.senteval_files import GET_THE_DATA, read_lines
 from hncse_ray.evaluation.vectors import Encode, FloatArray, encode_checked
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,6 @@ _KFOLD_STRENGTHS = tuple(2.0**t for t in range(-1, 6))
 _EMPTY = "."
 # What stratified folds need of every label: ten for ten folds, and ten in nine tenths of them for nested ones.
 _LEAST_OF_A_LABEL = {"nested": 12, "kfold": FOLDS, "dev": 1}
-_GET_THE_DATA = "It should be SentEval's data/downstream folder; name it in evaluation.senteval_path"
 _TRUNCATED = "Is the file truncated? Fetch it again"
 
 
@@ -294,7 +294,7 @@ def _read_task(task: str, data_dir: str | Path) -> dict[str, list[_Row]]:
     transfer_set = _SETS[task]
     folder = Path(data_dir) / transfer_set.folder
     if not folder.is_dir():
-        raise DataError(f"the folder of {task} is missing", str(folder), _GET_THE_DATA)
+        raise DataError(f"the folder of {task} is missing", str(folder), GET_THE_DATA)
     splits = {}
     for name, split in transfer_set.splits.items():
         rows = [row for i, file in enumerate(split.files) for row in _read_file(folder / file, transfer_set, 1 - i)]
@@ -315,7 +315,7 @@ def _read_task(task: str, data_dir: str | Path) -> dict[str, list[_Row]]:
 
 
 def _read_file(path: Path, transfer_set: _TransferSet, file_label: int) -> Iterator[_Row]:
-    lines = _lines(path, "latin-1" if transfer_set.format in ("binary", "trec") else "utf-8-sig")
+    lines = read_lines(path, "latin-1" if transfer_set.format in ("binary", "trec") else "utf-8-sig")
     first = 1
     if transfer_set.format == "mrpc":
         if not lines[0].startswith("Quality\t"):
@@ -353,17 +353,3 @@ def _columns(line: str, format: str, where: str) -> tuple[str, list[str]]:
     if len(columns) < needed:
         raise DataError(f"has {len(columns)} tab-separated columns where {needed} are needed", where, _TRUNCATED)
     return (columns[1], [columns[0]]) if format == "sst" else (columns[0], columns[3:5])
-
-
-def _lines(path: Path, encoding: str) -> list[str]:
-    """Lines split at line feeds only: a U+0085 inside a sentence does not shift the rows."""
-    try:
-        text = path.read_bytes().decode(encoding)
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror})", str(path), _GET_THE_DATA) from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError("is not UTF-8", f"{path}:{line}", "Fetch it again or convert it") from None
-    if not text.strip("\r\n"):
-        raise DataError("is empty", str(path), _GET_THE_DATA)
-    return text.removesuffix("\n").split("\n")

@@ -77,18 +77,6 @@ class ScriptedSets(EvaluationSets):
         return {"pairs/recall@1": next(self.dev) if split == "dev" else 0.0}
 
 
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture
-def tree(small_run: Tree, cache_dir: str) -> Tree:
-    """The small run, its corpus prepared once for the whole module."""
-    small_run["corpus"]["cache_dir"] = cache_dir
-    return small_run
-
-
 def build_job(settings: Settings, sets: EvaluationSets | None = None) -> TrainJob:
     encoder = load_encoder(settings.encoder.model, settings.encoder, seed=settings.run.seed)
     corpus = prepare_corpus(

@@ -27,18 +27,6 @@ TIMED = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture
-def tree(small_run: Tree, cache_dir: str) -> Tree:
-    """The small run, its corpus prepared once for the whole module."""
-    small_run["corpus"]["cache_dir"] = cache_dir
-    return small_run
-
-
 # ------------------------------------------------------------------------------------------------ a source that fails
 
 
