@@ -134,7 +134,7 @@ class SentenceEncoder(nn.Module):
     def encode(
         self, texts: Sequence[str], *, batch_size: int = 128, progress: Progress | None = None
     ) -> NDArray[np.float32]:
-        """Embed texts in fp32, without dropout, sorted by length so that little is padded.
+        """Embed texts in fp32, without dropout, sorted by length so that little is padded, or nothing (packed).
 
         Args:
             texts: N strings.
@@ -160,7 +160,7 @@ class SentenceEncoder(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            vectors_BD: Tensor = self(*self.batch_tensors(rows))
+            vectors_BD: Tensor = self(*(self.packed_tensors(rows) if self.packs else self.batch_tensors(rows)))
             return vectors_BD.cpu().numpy()
         finally:
             self.train(was_training)

@@ -99,12 +99,14 @@ def _attend(
     parts = (torch.split(x[0].transpose(0, 1), tokens) for x in (query * scale, key, value))
     attended = []
     for (rows, length), mask, q, k, v in zip(packing.runs, masks, *parts, strict=True):
-        q, k, v = (
-            x.view(rows, length, heads, width).transpose(1, 2).reshape(rows * heads, length, width) for x in (q, k, v)
-        )
-        p = torch.bmm(q, k.transpose(1, 2)).softmax(-1)
-        z = torch.bmm(p if mask is None else p * mask.view_as(p), v)
-        attended.append(z.view(rows, heads, length, width).transpose(1, 2).reshape(rows * length, heads, width))
+        q, k, v = (x.view(rows, length, heads, width).transpose(1, 2) for x in (q, k, v))
+        if mask is None:
+            z = nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0)
+        else:  # with dropout it would hold the weights in memory too, and draw a mask for every length
+            q, k, v = (x.reshape(rows * heads, length, width) for x in (q, k, v))
+            p = torch.bmm(q, k.transpose(1, 2)).softmax(-1)
+            z = torch.bmm(p * mask.view_as(p), v).view(rows, heads, length, width)
+        attended.append(z.transpose(1, 2).reshape(rows * length, heads, width))
     return torch.cat(attended)[None], None
 
 
