@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -45,10 +44,9 @@ def evaluate(
     def run(console: Console) -> dict[str, Any]:
         from hncse_ray.encoder import load_encoder
         from hncse_ray.reporting import StageProgress
-        from hncse_ray.training.scoring import FULL, TEST_SUITES, OpenEncoder, score_models
+        from hncse_ray.training.scoring import TEST_SUITES, OpenEncoder, resolve_suites, score_models
 
-        asked = [FULL if name == "full" else (name,) for name in suite or ["python-docs"]]
-        suites = list(dict.fromkeys(itertools.chain(*asked)))
+        suites = resolve_suites(suite or ["python-docs"])
         chosen = [s for s in suites if s not in TEST_SUITES]
         evaluation: dict[str, Any] = {"suites": chosen, "senteval_path": senteval, "pairs_dev": pairs}
         if chosen:

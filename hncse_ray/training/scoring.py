@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hncse_ray.config import EncoderSettings, Settings
-from hncse_ray.encoder import Progress, load_encoder
+from hncse_ray.encoder import Progress, load_encoder, resolve_model
 from hncse_ray.errors import SettingsError
 from hncse_ray.evaluation import (
     Difference,
@@ -89,6 +90,17 @@ class Remembered:
         return np.stack([self._known[text] for text in texts])
 
 
+def resolve_suites(names: Sequence[str]) -> list[str]:
+    """Return the suites that are meant, each once; ``full`` stands for :data:`FULL`.
+
+    Raises:
+        SettingsError: there is no such suite.
+    """
+    if unknown := [name for name in names if name not in ("full", *SUITES)]:
+        raise SettingsError(f"unknown suite {unknown[0]!r}; choose from full, {', '.join(SUITES)}", "--suite")
+    return list(dict.fromkeys(itertools.chain(*(FULL if name == "full" else (name,) for name in names))))
+
+
 def score_models(
     groups: Sequence[str],
     suites: Sequence[str],
@@ -102,23 +114,23 @@ def score_models(
 
     Args:
         groups: each a model, or several joined by commas that differ in their seed.
-        suites: some of :data:`SUITES`.
+        suites: of :func:`resolve_suites`.
         settings: ``evaluation`` and ``corpus`` say where the sets come from.
         encoder: how to load the models.
         tell: called with a stage and how far it is.
         open_encoder: loads a model; default: in this process.
 
     Raises:
-        HncseError: an unknown suite, missing data, or a model that cannot be loaded or scored.
+        HncseError: missing data, or a model that cannot be loaded or scored.
     """
-    if unknown := [suite for suite in suites if suite not in SUITES]:
-        raise SettingsError(f"unknown suite {unknown[0]!r}; choose from full, {', '.join(SUITES)}", "--suite")
+    members = [tuple(name for name in group.split(",") if name) for group in groups]
+    for model in itertools.chain(*members):
+        resolve_model(model)  # the last one's absence should not show after an hour with the others
     sets = load_evaluation_sets(settings.evaluation, settings.corpus)
     data_dir = senteval_folder(settings.evaluation) if set(suites) & set(TEST_SUITES) else ""
     found, encodes = [], []
-    for group in groups:
+    for group, models in zip(groups, members, strict=True):
         runs, similarities = [], []
-        models = tuple(name for name in group.split(",") if name)
         for model in models:
             loaded = open_encoder(model, encoder.model_copy(update={"model": model}))
             encode = Remembered(loaded, partial(tell, f"encoding with {model}"))
