@@ -339,16 +339,6 @@ class TestEvaluate:
     def test_an_unknown_suite(self, saved_model: Path) -> None:
         assert_refused(hncse("evaluate", saved_model, "--suite", "stsx"), "--suite", "stsx", "full, sts, transfer")
 
-    def test_a_later_model_that_is_missing_is_told_before_the_first_is_scored(
-        self, saved_model: Path, tmp_path: Path
-    ) -> None:
-        pairs = tmp_path / "pairs.tsv"
-        pairs.write_text("one\tthe first\ntwo\tthe second\n")
-        models = f"{saved_model},{tmp_path / 'none'}"
-        result = hncse("evaluate", models, "--suite", "pairs", "--pairs", pairs)
-        assert_refused(result, "none: no such model folder")
-        assert "encoding with" not in result.stderr
-
     def test_pairs_that_are_missing(self, saved_model: Path, tmp_path: Path) -> None:
         assert_refused(hncse("evaluate", saved_model, "--suite", "pairs"), "pairs")
         result = hncse("evaluate", saved_model, "--suite", "pairs", "--pairs", tmp_path / "none.tsv")
