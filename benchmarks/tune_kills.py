@@ -87,7 +87,9 @@ def kill(command: Command, out: Path, seconds: float) -> dict:
         time.sleep(0.1)
     finished = command.process.poll() is not None
     command.process.kill()
-    gone = command.seconds_until_gone()
+    gone = command.seconds_until_gone(10)
+    slow = [] if gone < 10 else [" ".join(process.cmdline())[-60:] for process in command.processes()]
+    gone = gone if gone < 10 else 10 + command.seconds_until_gone(110)
     after = ended(out)
     return {
         "after_s": round(seconds, 1),
@@ -96,6 +98,7 @@ def kill(command: Command, out: Path, seconds: float) -> dict:
         "at_work": sum(t.state == TrialState.RUNNING for t in trials(out)),
         "scores_changed": not before.items() <= after.items(),
         "seconds_until_gone": round(gone, 1),
+        "there_after_10_s": slow,
     }
 
 
