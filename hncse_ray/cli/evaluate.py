@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from hncse_ray.reporting.similarity import Similarities
     from hncse_ray.training.scoring import Scoreboard
 
+_LONGEST_LABEL = 20
+_HEADINGS = {"STSBenchmark": "STS-B", "SICKRelatedness": "SICK-R", "MRPC_F1": "MRPC F1"}
+
 
 @app.command()
 def evaluate(
@@ -123,11 +126,17 @@ def _print_scoreboard(console: Console, board: Scoreboard) -> None:
     """One table a suite and split with a model a row; then what the bootstrap says."""
     from hncse_ray.reporting import scoreboard_table
 
+    labels = [group.name for group in board.groups]
+    if max(map(len, labels)) > _LONGEST_LABEL:  # or a table of nine columns has no room left for its scores
+        labels = [str(number) for number in range(1, len(labels) + 1)]
+        for label, group in zip(labels, board.groups, strict=True):
+            console.print(f"{label} = {', '.join(group.models)}", markup=False, highlight=False, soft_wrap=True)
     for split in ("dev", "test"):
-        rows = {group.name: group.summary(split) for group in board.groups}
+        rows = {label: group.summary(split) for label, group in zip(labels, board.groups, strict=True)}
         names = list(next(iter(rows.values())))
         for suite in dict.fromkeys(name.partition("/")[0] for name in names):
-            columns = {name: name.partition("/")[2] for name in names if name.startswith(f"{suite}/")}
+            metrics = {name: name.partition("/")[2] for name in names if name.startswith(f"{suite}/")}
+            columns = {name: _HEADINGS.get(metric, metric) for name, metric in metrics.items()}
             console.print(scoreboard_table(f"{suite}, {split}", rows, columns))
     if board.differences:
         table = Table(title="second model - first model, paired bootstrap")
