@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import ray
+from ray._private.state import state
 from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from hncse_ray.cluster.resources import PoolPlan, WorkerPlan, plan_pool, plan_workers
 from hncse_ray.config import Settings
@@ -117,3 +120,21 @@ def place_workers(settings: Settings, nodes: Nodes, pool: PoolPlan | None) -> Wo
             there[name] += min(amount * pool.num_shards, elsewhere.get(name, 0.0))
     on_each = [node.resources for node in allowed]
     return plan_workers(cluster, there, pool, nodes=on_each, growing=nodes.growing)
+
+
+def remove_orphaned_groups() -> int:
+    """Remove the placement groups of this job whose creator, an actor, is dead; return how many.
+
+    Ray keeps them until the job ends. Ray Train's controller (2.60) may be ended with a trial of a sweep just when it
+    has asked for one: the CPUs in it would be missing for the rest of the sweep. Ray's public table of groups does
+    not name their creators.
+    """
+    job, removed = ray.get_runtime_context().get_job_id(), 0
+    for entry in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(entry)
+        by_actor = not ray.ActorID(group.creator_actor_id).is_nil()
+        here = group.creator_job_id.hex() == job and group.state != PlacementGroupTableData.REMOVED
+        if by_actor and here and group.creator_actor_dead and not group.is_detached:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+            removed += 1
+    return removed
