@@ -22,21 +22,20 @@ def session() -> Iterator[None]:
         ray.shutdown()
 
 
-class Holder:
-    """Reserves a CPU, as Ray Train's controller does for its workers."""
-
-    def hold(self) -> None:
-        ray.get(placement_group([{"CPU": 1}]).ready())
-
-    def clean(self) -> int:
-        return remove_orphaned_groups()
-
-
 def free_cpus() -> float:
     return ray.available_resources().get("CPU", 0.0)
 
 
 def test_only_groups_of_dead_actors_are_removed() -> None:
+    class Holder:
+        """Reserves a CPU, as Ray Train's controller does for its workers."""
+
+        def hold(self) -> None:
+            ray.get(placement_group([{"CPU": 1}]).ready())
+
+        def clean(self) -> int:
+            return remove_orphaned_groups()
+
     ray.get(placement_group([{"CPU": 1}]).ready())  # the driver's own
     dead, alive = (ray.remote(num_cpus=0)(Holder).remote() for _ in range(2))
     ray.get([dead.hold.remote(), alive.hold.remote()])
