@@ -46,7 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     results = json.loads(args.out.read_text()) if args.out.exists() else {"runs": []}
     if not args.table:
-        results |= provenance(torch.device("cpu"), "faiss-cpu", "ray") | {
+        results |= provenance(torch.device("cpu"), "faiss", "ray") | {
             "steps": STEPS,
             "checkpoint_every": CHECKPOINT_EVERY,
         }

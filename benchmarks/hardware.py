@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -10,13 +11,32 @@ import torch
 
 
 def provenance(device: torch.device, *packages: str) -> dict[str, str | int | None]:
-    """Hardware, threads, date and commit, and the versions of torch, transformers and of further packages."""
+    """Hardware, threads, date and commit, and the versions of torch, transformers and of further packages.
+
+    ``faiss`` stands for whichever package it comes from.
+    """
+    names = ["torch", "transformers"]
+    for name in packages:
+        names += [name] if name != "faiss" else [p for p in ("faiss-cpu", "faiss-gpu") if _version(p)]
     return {
         "hardware": hardware(device),
         "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": git_commit(),
-    } | {name: importlib.metadata.version(name) for name in ("torch", "transformers", *packages)}
+    } | {name: _version(name) for name in names}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for an accelerator's queue to empty; nothing to do on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def hardware(device: torch.device) -> str:
@@ -32,7 +52,7 @@ def hardware(device: torch.device) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the working tree, or None outside one."""
+    """The commit of the working tree, else what ``HNCSE_COMMIT`` says."""
     try:
         answer = subprocess.run(
             ["git", "rev-parse", "HEAD"],
@@ -42,5 +62,5 @@ def git_commit() -> str | None:
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("HNCSE_COMMIT")
     return answer.stdout.strip()

@@ -84,7 +84,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     results = json.loads(args.out.read_text()) if args.out.exists() else {"runs": {}}
     if not args.table:
-        results |= provenance(torch.device("cpu"), "faiss-cpu") | {
+        results |= provenance(torch.device("cpu"), "faiss") | {
             "recipe": "quickstart",
             "steps": args.steps,
             "sentences": args.sentences,

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hardware import provenance
+from hardware import provenance, synchronise
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
@@ -134,12 +134,6 @@ def median_seconds(steps: dict[str, Step], *, rounds: int, device: torch.device)
             if round_number:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for an accelerator's queue to empty; nothing to do on the CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def describe(

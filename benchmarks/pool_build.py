@@ -5,6 +5,7 @@ builds the next version; the search has one thread in both. The rate of the buil
 (`SentenceEncoder.encode_rows` over length-sorted batches of the same rows) in a process with as many threads, alone.
 
     python benchmarks/pool_build.py --out result.json
+    python benchmarks/pool_build.py --device cuda --sentences 200000 --set corpus.source=text corpus.path=lines.txt
 """
 
 import argparse
@@ -22,6 +23,7 @@ from hncse_ray import load_settings
 from hncse_ray.cluster import prepare, ray_session
 from hncse_ray.cluster.pool import PoolClient, negative_pool
 from hncse_ray.cluster.resources import plan_pool
+from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import load_encoder
 from hncse_ray.negatives import SourceUnavailable
@@ -33,6 +35,8 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=12_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="of the shard and of the bare encoder")
+    parser.add_argument("--device", default="cpu", help="of the encoder and of the index")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of the run")
     parser.add_argument("--pause", type=float, default=0.2, help="seconds between searches")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -42,6 +46,8 @@ def main() -> None:
             f"corpus.max_sentences={args.sentences}",
             "negatives.source=pool",
             f"negatives.threads_per_shard={args.threads}",
+            f"negatives.gpus_per_shard={0.5 if args.device == 'cuda' else 0}",
+            *args.set,
         ],
     )
     encoder = load_encoder(settings.encoder.model, settings.encoder)
@@ -56,7 +62,8 @@ def main() -> None:
             client.wait(3600)
             search_for(client, corpus, args.pause, lambda n: n < 20)
             for number in range(1, args.rounds + 1):
-                bare = ray.get(ray.remote(num_cpus=0)(bare_rate).remote(str(corpus.path), args.threads))
+                task = ray.remote(num_cpus=0, num_gpus=plan.gpus)(bare_rate)
+                bare = ray.get(task.remote(settings, str(corpus.path), args))
                 idle = search_for(client, corpus, args.pause, lambda n: n < 100)
                 client.publish(weights, step=number)
                 building = search_for(client, corpus, args.pause, lambda n: client.status().building)
@@ -77,22 +84,23 @@ def main() -> None:
                 print(rounds[-1], flush=True)
             client.close()
     medians = {key: float(np.median([r[key] for r in rounds])) for key in rounds[0]}
-    result = provenance(torch.device("cpu"), "faiss-cpu", "ray") | vars(args) | {"rounds": rounds, "median": medians}
+    result = provenance(torch.device(args.device), "faiss", "ray") | vars(args) | {"rounds": rounds, "median": medians}
     print(json.dumps(medians, indent=2))
     if args.out:
         args.out.write_text(json.dumps(result, indent=2, default=str) + "\n")
 
 
-def bare_rate(path: str, threads: int) -> float:
+def bare_rate(settings: Settings, path: str, args: argparse.Namespace) -> float:
     """Rows a second of the bulk encoder over a whole corpus, sorted by length."""
-    torch.set_num_threads(threads)
-    settings = load_settings("quickstart")
-    encoder, corpus = load_encoder(settings.encoder.model, settings.encoder), Corpus.open(path)
+    torch.set_num_threads(args.threads)
+    encoder = load_encoder(settings.encoder.model, settings.encoder, device=torch.device(args.device))
+    encoder.inference_autocast = encoder.autocast  # as a shard does
+    corpus, size = Corpus.open(path), settings.negatives.encode_batch_size
     order = np.argsort(-corpus.lengths, kind="stable")
-    encoder.encode_rows(corpus.token_rows(order[:128]))
+    encoder.encode_rows(corpus.token_rows(order[:size]))
     started = time.perf_counter()
-    for start in range(0, len(order), 128):
-        encoder.encode_rows(corpus.token_rows(order[start : start + 128]))
+    for start in range(0, len(order), size):
+        encoder.encode_rows(corpus.token_rows(order[start : start + size]))
     return len(order) / (time.perf_counter() - started)
 
 

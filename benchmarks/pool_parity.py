@@ -26,25 +26,29 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=10_000)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--kinds", nargs="+", default=["flat", "exact_torch"])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    device = torch.device(args.device)
     rng = np.random.default_rng(0)
     vectors_ND = unit(rng.standard_normal((args.rows, args.dimension)))
     vectors_ND[1000:1200] = vectors_ND[0:200]
     vectors_ND[2000:2200] = unit(vectors_ND[0:200] + 1e-7 * rng.standard_normal((200, args.dimension)))
     queries_QD = unit(rng.standard_normal((args.queries, args.dimension)))
     queries_QD[:200] = vectors_ND[:200]
+    if device.type == "cuda":  # what the index keeps there
+        vectors_ND, queries_QD = (x.astype(np.float16).astype(np.float32) for x in (vectors_ND, queries_QD))
 
     one = faiss.IndexFlatIP(args.dimension)
     one.add(vectors_ND)
     scores_faiss, ids_faiss = one.search(queries_QD, args.k)
-    result: dict[str, object] = provenance(torch.device("cpu"), "faiss-cpu") | {
+    result: dict[str, object] = provenance(device, "faiss") | {
         "rows": args.rows, "dimension": args.dimension, "queries": args.queries, "k": args.k,
     }  # fmt: skip
     first = None
     for kind in args.kinds:
         for count in (1, 2, 3, 5):
-            scores, ids = search_sharded(kind, count, vectors_ND, queries_QD, args.k)
+            scores, ids = search_sharded(kind, count, vectors_ND, queries_QD, args.k, device)
             first = first or (scores, ids)
             differ = ids != ids_faiss
             found = {
@@ -65,7 +69,7 @@ def main() -> None:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def search_sharded(kind: str, count: int, vectors_ND: np.ndarray, queries_QD: np.ndarray, k: int):  # type: ignore[no-untyped-def]
+def search_sharded(kind, count, vectors_ND, queries_QD, k, device):  # type: ignore[no-untyped-def]
     version = IndexVersion(0, "random", "random", len(vectors_ND))
     answers = []
     for number in range(count):
@@ -76,8 +80,10 @@ def search_sharded(kind: str, count: int, vectors_ND: np.ndarray, queries_QD: np
             lengths=np.random.default_rng(1).integers(4, 64, len(vectors_ND)),
             encode=lambda ids: vectors_ND[ids],
             load_weights=lambda weights: None,
-            plan=plan_index(kind, rows=rows, dimension=vectors_ND.shape[1], memory_bytes=None),
-            device=torch.device("cpu"),
+            plan=plan_index(
+                kind, rows=rows, dimension=vectors_ND.shape[1], memory_bytes=None, on_gpu=device.type == "cuda"
+            ),
+            device=device,
             batch_size=1000,
             threads=torch.get_num_threads(),
         )

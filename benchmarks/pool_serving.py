@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--kind", default="flat")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    result: dict[str, object] = provenance(torch.device("cpu"), "faiss-cpu", "ray") | vars(args) | {"out": None}
+    result: dict[str, object] = provenance(torch.device("cpu"), "faiss", "ray") | vars(args) | {"out": None}
     result["faiss"] = bare_faiss(args)
     with ray_session(), tempfile.TemporaryDirectory() as folder:
         shards = [

@@ -5,6 +5,7 @@ A real pool serves the quickstart's corpus; this process trains. Rounds of steps
 `fresh` encodes 3B rows instead of 2B: a third view of the anchors, as `three_view` has it.
 
     python benchmarks/pool_steps.py --out result.json
+    python benchmarks/pool_steps.py --device cuda --batch 512 --set encoder.model=bert-base-uncased --out result.json
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import ray
 import torch
-from hardware import provenance
+from hardware import provenance, synchronise
 
 from hncse_ray import load_settings
 from hncse_ray.cluster import prepare, ray_session
@@ -41,10 +42,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="in each mode and round")
+    parser.add_argument("--device", default="cpu", help="of the trainer and of the one shard, which share it")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of the run")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     settings = {use: read_settings(args, use) for use in ("stored", "fresh")}
-    encoder = load_encoder(settings["stored"].encoder.model, settings["stored"].encoder)
+    device = torch.device(args.device)
+    encoder = load_encoder(settings["stored"].encoder.model, settings["stored"].encoder, device=device)
     corpus = prepare(settings["stored"], encoder, LineReporter())
     with ray_session(), tempfile.TemporaryDirectory() as folder:
         negatives = settings["stored"].negatives
@@ -60,7 +64,7 @@ def main() -> None:
     }
     print(json.dumps({"median_step_s": of, "ratio": ratio}, indent=2))
     if args.out:
-        result = provenance(torch.device("cpu"), "faiss-cpu", "ray") | vars(args)
+        result = provenance(device, "faiss", "ray") | vars(args)
         result |= {"median_step_s": of, "ratio": ratio, "step_s_by_round": seconds}
         args.out.write_text(json.dumps(result, indent=2, default=str) + "\n")
 
@@ -77,6 +81,8 @@ def read_settings(args: argparse.Namespace, use: str) -> Settings:
             "negatives.refresh=async",
             f"negatives.use={use}",
             "negatives.refresh_every_steps=null",
+            f"negatives.gpus_per_shard={1 if args.device == 'cuda' else 0}",
+            *args.set,
         ],
     )
 
@@ -128,6 +134,7 @@ def measure(
                     objective=objectives[mode == "3B rows"], seed=0, step=1, total_steps=1000, chunk_size=None
                 )
                 train_step(encoder, optimizer, [batch], context, max_grad_norm=train.max_grad_norm)
+                synchronise(encoder.device)
                 times.append(time.perf_counter() - started)
             if round_number:  # the first warms up
                 seconds[str(mode)].append(float(np.median(times)))

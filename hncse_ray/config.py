@@ -292,13 +292,25 @@ class ClusterSettings(Section):
 
     num_workers: int = Field(1, ge=1, le=4096)
     use_gpu: Literal["auto", True, False] = Field(
-        "auto", description="auto = one GPU per worker if the cluster has them"
+        "auto", description="auto = GPUs if the cluster has them for every worker"
+    )
+    gpus_per_worker: float = Field(
+        1, gt=0, le=1, description="a fraction leaves the rest of a GPU to a shard of the pool"
     )
     cpus_per_worker: float | None = Field(None, gt=0, description="default: the cluster's CPUs shared out")
     max_failures: int = Field(3, ge=0, description="worker group restarts before the run fails")
     trainer_labels: dict[str, str] = Field({}, description="nodes that workers may be on, by Ray's labels")
     pool_labels: dict[str, str] = Field({}, description="nodes that the negative pool may be on")
     start_timeout_s: float = Field(600, gt=0, description="wait so long for nodes to be free, or to be started")
+
+    @model_validator(mode="after")
+    def _no_two_workers_on_a_gpu(self) -> ClusterSettings:
+        if self.num_workers > 1 and self.gpus_per_worker <= 0.5:
+            raise ValueError(
+                f"gpus_per_worker {self.gpus_per_worker:g} would put two workers on one GPU, which NCCL refuses;"
+                " with several workers it must be above 0.5"
+            )
+        return self
 
 
 class Settings(Section):

@@ -227,8 +227,8 @@ def _run(
                 ),
                 scaling_config=ScalingConfig(
                     num_workers=plan.num_workers,
-                    use_gpu=plan.use_gpu,
-                    resources_per_worker={"CPU": plan.cpus} | ({"GPU": 1} if plan.use_gpu else {}),
+                    use_gpu=plan.gpus > 0,
+                    resources_per_worker={"CPU": plan.cpus} | ({"GPU": plan.gpus} if plan.gpus else {}),
                     label_selector=settings.cluster.trainer_labels or None,
                 ),
                 torch_config=NodeTorchConfig(),

@@ -19,13 +19,13 @@ class WorkerPlan:
         num_workers: how many there are.
         cpus: reserved for each.
         threads: compute threads of each.
-        use_gpu: whether each gets one GPU.
+        gpus: reserved for each; 0 = it trains on CPUs.
     """
 
     num_workers: int
     cpus: float
     threads: int
-    use_gpu: bool
+    gpus: float
 
 
 @dataclass(frozen=True)
@@ -112,18 +112,24 @@ def plan_workers(
     n, cpus, gpus = settings.num_workers, total.get("CPU", 0.0), total.get("GPU", 0.0)
     pool_cpus, pool_gpus = (0.0, 0.0) if pool is None else (pool.cpus * pool.num_shards, pool.gpus * pool.num_shards)
     free_cpus, free_gpus = cpus - pool_cpus, gpus - pool_gpus
-    use_gpu = settings.use_gpu is True or (settings.use_gpu == "auto" and free_gpus >= n)
+    gpus_asked = n * settings.gpus_per_worker
+    use_gpu = settings.use_gpu is True or (settings.use_gpu == "auto" and free_gpus >= gpus_asked)
+    gpus_each = settings.gpus_per_worker if use_gpu else 0.0
     if growing and not (use_gpu or settings.use_gpu is False):
         raise ClusterError(f"the cluster has {gpus:g} GPUs now and may grow, so 'auto' cannot tell what is wanted",
                            "cluster.use_gpu", "Set it to true or false")  # fmt: skip
     if growing:
-        return _plan_growing(settings, use_gpu)
+        share = settings.cpus_per_worker or 1.0
+        return WorkerPlan(num_workers=n, cpus=share, threads=max(1, int(share)), gpus=gpus_each)
     if settings.use_gpu is True and gpus == 0:
         raise ClusterError("a GPU was asked for and the cluster has none", "cluster.use_gpu",
                            "Set cluster.use_gpu=false, or start Ray on a machine with a GPU")  # fmt: skip
-    if use_gpu and free_gpus < n:
-        raise ClusterError(_sum(f"{n} workers x 1 GPU", n, pool, "gpus", gpus), "cluster.num_workers",
-                           "Ask for fewer workers, or set cluster.use_gpu=false")  # fmt: skip
+    if use_gpu and free_gpus < gpus_asked:
+        hint = "Ask for fewer workers, or set cluster.use_gpu=false"
+        if free_gpus > 0 and pool is not None and pool.gpus:
+            hint += "; cluster.gpus_per_worker=0.6 negatives.gpus_per_shard=0.4 lets both share a GPU"
+        workers = f"{n} workers x {settings.gpus_per_worker:g} GPU"
+        raise ClusterError(_sum(workers, gpus_asked, pool, "gpus", gpus), "cluster.num_workers", hint)
     share = settings.cpus_per_worker
     if share is None:
         if n > free_cpus:
@@ -139,12 +145,7 @@ def plan_workers(
         raise ClusterError(f"{n} workers x {share:g} CPUs do not fit nodes of"
                            f" {', '.join(f'{cpus:g}' for cpus in sorted(node.get('CPU', 0.0) for node in nodes))} CPUs",
                            "cluster.cpus_per_worker", "Lower it, or ask for fewer workers")  # fmt: skip
-    return WorkerPlan(num_workers=n, cpus=share, threads=max(1, int(share)), use_gpu=use_gpu)
-
-
-def _plan_growing(settings: ClusterSettings, use_gpu: bool) -> WorkerPlan:
-    share = settings.cpus_per_worker or 1.0
-    return WorkerPlan(num_workers=settings.num_workers, cpus=share, threads=max(1, int(share)), use_gpu=use_gpu)
+    return WorkerPlan(num_workers=n, cpus=share, threads=max(1, int(share)), gpus=gpus_each)
 
 
 def _largest_share(n: int, most: int, nodes: Sequence[Mapping[str, float]] | None) -> float:
@@ -202,17 +203,18 @@ def plan_sweep(trials: Sequence[Settings], total: Mapping[str, float], *, max_co
     pools = [s.negatives for s in trials if s.negatives.source == "pool"]
     pool_cpus = max((n.num_shards * n.cpus_per_shard for n in pools), default=0.0)
     pool_gpus = max((n.num_shards * n.gpus_per_shard for n in pools), default=0.0)
-    asked = trials[0].cluster.use_gpu
-    use_gpu = asked is True or (asked == "auto" and gpus - pool_gpus >= workers)
+    asked, gpus_each = trials[0].cluster.use_gpu, trials[0].cluster.gpus_per_worker
+    use_gpu = asked is True or (asked == "auto" and gpus - pool_gpus >= workers * gpus_each)
+    gpus_each *= use_gpu
     least_cpus = workers * (given or 1.0) + pool_cpus
-    need_gpus = workers * use_gpu + pool_gpus
+    need_gpus = workers * gpus_each + pool_gpus
     fits = int(cpus // least_cpus) if not need_gpus else int(min(cpus // least_cpus, gpus // need_gpus))
     concurrent = max_concurrent or fits
     if max_concurrent is None and not use_gpu:
         concurrent = min(fits, max(1, min(4, int(cpus // (workers * (given or 2.0) + pool_cpus)))))
     for name, need, there in (("CPU", least_cpus, cpus), ("GPU", need_gpus, gpus)):
         if need * max(1, concurrent) > there:
-            each = (given or 1.0) if name == "CPU" else float(use_gpu)
+            each = (given or 1.0) if name == "CPU" else gpus_each
             pool = pool_cpus if name == "CPU" else pool_gpus
             raise ClusterError(
                 f"{max(1, concurrent)} trials x ({workers} workers x {each:g} {name}s"

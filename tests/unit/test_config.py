@@ -63,6 +63,7 @@ def test_another_objective_keeps_what_it_knows() -> None:
         ("encoder.pooling=cls_before_head", "needs head: tanh"),
         ("run.name=a/b", "run.name"),
         ("cluster.use_gpu=2", "'auto', True or False"),
+        ("cluster={num_workers: 2, gpus_per_worker: 0.5}", "would put two workers on one GPU"),
         ("corpus.source=text", "needs a path"),
         ("corpus.path=x", "takes no path"),
         ("evaluation.metric=stsb/recall@1", "choose from stsb/spearman"),

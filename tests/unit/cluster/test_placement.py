@@ -58,7 +58,7 @@ def test_labels_that_an_autoscaler_may_bring_are_not_refused() -> None:
     growing = Nodes((HEAD,), growing=True)
     asked = settings(cluster={"num_workers": 3, "use_gpu": True, "cpus_per_worker": 4, "trainer_labels": TRAINER})
     plan = place_workers(asked, growing, None)
-    assert (plan.num_workers, plan.cpus, plan.threads, plan.use_gpu) == (3, 4, 4, True)
+    assert (plan.num_workers, plan.cpus, plan.threads, plan.gpus) == (3, 4, 4, 1)
     negatives = {"source": "pool", "num_shards": 2, "gpus_per_shard": 1}
     pool = place_pool(settings(negatives=negatives, cluster={"pool_labels": POOL}), growing, rows=1000, dimension=8)
     assert pool.num_shards == 2 and pool.gpus == 1
@@ -67,7 +67,7 @@ def test_labels_that_an_autoscaler_may_bring_are_not_refused() -> None:
 def test_a_cluster_that_may_grow_is_not_trained_on_by_cpu_for_want_of_a_word() -> None:
     with pytest.raises(ClusterError, match="0 GPUs now and may grow.*use_gpu|use_gpu.*0 GPUs now and may grow"):
         place_workers(settings(), Nodes((HEAD,), growing=True), None)
-    assert not place_workers(settings(cluster={"use_gpu": False}), Nodes((HEAD,), growing=True), None).use_gpu
+    assert not place_workers(settings(cluster={"use_gpu": False}), Nodes((HEAD,), growing=True), None).gpus
 
 
 def test_trainers_get_their_own_nodes_and_the_pool_takes_nothing_of_them() -> None:
@@ -77,7 +77,7 @@ def test_trainers_get_their_own_nodes_and_the_pool_takes_nothing_of_them() -> No
     )
     pool = place_pool(asked, FLEET, rows=1000, dimension=8)
     plan = place_workers(asked, FLEET, pool)
-    assert (plan.cpus, plan.use_gpu) == (8, True)
+    assert (plan.cpus, plan.gpus) == (8, 1)
 
 
 def test_a_pool_that_needs_more_than_its_nodes_have_is_refused() -> None:

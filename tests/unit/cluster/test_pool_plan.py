@@ -94,11 +94,21 @@ def test_workers_and_shards_together_are_counted() -> None:
 def test_workers_do_not_get_the_gpus_of_the_shards() -> None:
     total = {"CPU": 8, "GPU": 2}
     pool = plan(total, num_shards=2, gpus_per_shard=0.5)
-    assert plan_workers(ClusterSettings(num_workers=1), total, pool).use_gpu
-    assert not plan_workers(ClusterSettings(num_workers=2), total, pool).use_gpu
+    assert plan_workers(ClusterSettings(num_workers=1), total, pool).gpus
+    assert not plan_workers(ClusterSettings(num_workers=2), total, pool).gpus
     with pytest.raises(ClusterError) as caught:
         plan_workers(ClusterSettings(num_workers=2, use_gpu=True), total, pool)
     assert "2 workers x 1 GPU + 2 shards x 0.5 GPUs = 3, but the cluster has 2" in str(caught.value)
+
+
+def test_a_worker_and_a_shard_can_share_one_gpu() -> None:
+    total = {"CPU": 8, "GPU": 1}
+    pool = plan(total, gpus_per_shard=0.4)
+    assert plan_workers(ClusterSettings(gpus_per_worker=0.6), total, pool).gpus == 0.6
+    with pytest.raises(ClusterError) as caught:
+        plan_workers(ClusterSettings(use_gpu=True), total, pool)
+    assert "1 workers x 1 GPU + 1 shards x 0.4 GPUs = 1.4, but the cluster has 1" in str(caught.value)
+    assert "cluster.gpus_per_worker=0.6 negatives.gpus_per_shard=0.4" in caught.value.hint
 
 
 @pytest.mark.parametrize("kind", ["flat", "exact_torch", "ivf_flat", "ivf_pq"])

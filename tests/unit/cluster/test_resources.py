@@ -21,24 +21,24 @@ def refusal(total: dict[str, float], **settings: object) -> str:
 
 
 def test_cpus_are_shared_out_whole() -> None:
-    assert plan({"CPU": 8}, num_workers=3) == WorkerPlan(num_workers=3, cpus=2.0, threads=2, use_gpu=False)
-    assert plan({"CPU": 1}) == WorkerPlan(num_workers=1, cpus=1.0, threads=1, use_gpu=False)
+    assert plan({"CPU": 8}, num_workers=3) == WorkerPlan(num_workers=3, cpus=2.0, threads=2, gpus=0)
+    assert plan({"CPU": 1}) == WorkerPlan(num_workers=1, cpus=1.0, threads=1, gpus=0)
 
 
 def test_cpus_asked_for_are_given_and_threads_are_never_none() -> None:
-    assert plan({"CPU": 8}, num_workers=2, cpus_per_worker=3.5) == WorkerPlan(2, 3.5, 3, False)
-    assert plan({"CPU": 2}, num_workers=4, cpus_per_worker=0.5) == WorkerPlan(4, 0.5, 1, False)
+    assert plan({"CPU": 8}, num_workers=2, cpus_per_worker=3.5) == WorkerPlan(2, 3.5, 3, 0)
+    assert plan({"CPU": 2}, num_workers=4, cpus_per_worker=0.5) == WorkerPlan(4, 0.5, 1, 0)
 
 
 def test_auto_takes_gpus_only_if_there_is_one_for_each_worker() -> None:
-    assert plan({"CPU": 8, "GPU": 2}, num_workers=2).use_gpu
-    assert not plan({"CPU": 8, "GPU": 1}, num_workers=2).use_gpu
-    assert not plan({"CPU": 8}).use_gpu
+    assert plan({"CPU": 8, "GPU": 2}, num_workers=2).gpus
+    assert not plan({"CPU": 8, "GPU": 1}, num_workers=2).gpus
+    assert not plan({"CPU": 8}).gpus
 
 
 def test_gpus_can_be_declined_and_demanded() -> None:
-    assert not plan({"CPU": 8, "GPU": 8}, use_gpu=False).use_gpu
-    assert plan({"CPU": 8, "GPU": 2}, num_workers=2, use_gpu=True).use_gpu
+    assert not plan({"CPU": 8, "GPU": 8}, use_gpu=False).gpus
+    assert plan({"CPU": 8, "GPU": 2}, num_workers=2, use_gpu=True).gpus
 
 
 def test_no_gpu_at_all_is_said() -> None:

@@ -49,6 +49,8 @@ def test_the_largest_trial_counts() -> None:
     [
         (["cluster.num_workers=4"], 2, 0, None, "1 trials x (4 workers x 1 CPUs) = 4 CPUs, but the cluster has 2"),
         ([], 2, 0, 3, "3 trials x (1 workers x 1 CPUs) = 3 CPUs, but the cluster has 2"),
+        (["cluster.use_gpu=true", "cluster.gpus_per_worker=0.5"], 8, 2, 5,
+         "5 trials x (1 workers x 0.5 GPUs) = 2.5 GPUs, but the cluster has 2"),
         (["cluster.use_gpu=true"], 8, 0, None, "1 trials x (1 workers x 1 GPUs) = 1 GPUs, but the cluster has 0"),
         (["cluster.use_gpu=true"], 8, 2, 4, "4 trials x (1 workers x 1 GPUs) = 4 GPUs, but the cluster has 2"),
         (
