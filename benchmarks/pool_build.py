@@ -2,7 +2,8 @@
 
 Searches of 64 rows, one after another with a pause as between training steps, first with the pool idle, then while it
 builds the next version; the search has one thread in both. The rate of the build is compared with the bare bulk encoder
-(`SentenceEncoder.encode_rows` over length-sorted batches of the same rows) in a process with as many threads, alone.
+(`SentenceEncoder.encode_rows` over length-sorted batches of the same rows) in a process with as many threads, alone; on
+a GPU at several batch sizes, of which the best counts.
 
     python benchmarks/pool_build.py --out result.json
     python benchmarks/pool_build.py --device cuda --sentences 200000 --set corpus.source=text corpus.path=lines.txt
@@ -63,7 +64,8 @@ def main() -> None:
             search_for(client, corpus, args.pause, lambda n: n < 20)
             for number in range(1, args.rounds + 1):
                 task = ray.remote(num_cpus=0, num_gpus=plan.gpus)(bare_rate)
-                bare = ray.get(task.remote(settings, str(corpus.path), args))
+                sizes = (128, 512, 1024, 2048) if args.device == "cuda" else (128,)
+                bare = {size: ray.get(task.remote(settings, str(corpus.path), args, size)) for size in sizes}
                 idle = search_for(client, corpus, args.pause, lambda n: n < 100)
                 client.publish(weights, step=number)
                 building = search_for(client, corpus, args.pause, lambda n: client.status().building)
@@ -76,12 +78,12 @@ def main() -> None:
                         "building_p99_ms": percentile(building, 99),
                         "searches_while_building": len(building),
                         "p99_ratio": percentile(building, 99) / percentile(idle, 99),
-                        "bare_rows_per_s": bare,
+                        "bare_rows_per_s": max(bare.values()),
                         "build_rows_per_s": rate,
-                        "rate_ratio": rate / bare,
+                        "rate_ratio": rate / max(bare.values()),
                     }
                 )
-                print(rounds[-1], flush=True)
+                print(rounds[-1], {f"bare, {size} rows a batch": round(r) for size, r in bare.items()}, flush=True)
             client.close()
     medians = {key: float(np.median([r[key] for r in rounds])) for key in rounds[0]}
     result = provenance(torch.device(args.device), "faiss", "ray") | vars(args) | {"rounds": rounds, "median": medians}
@@ -90,12 +92,12 @@ def main() -> None:
         args.out.write_text(json.dumps(result, indent=2, default=str) + "\n")
 
 
-def bare_rate(settings: Settings, path: str, args: argparse.Namespace) -> float:
+def bare_rate(settings: Settings, path: str, args: argparse.Namespace, size: int) -> float:
     """Rows a second of the bulk encoder over a whole corpus, sorted by length."""
     torch.set_num_threads(args.threads)
     encoder = load_encoder(settings.encoder.model, settings.encoder, device=torch.device(args.device))
     encoder.inference_autocast = encoder.autocast  # as a shard does
-    corpus, size = Corpus.open(path), settings.negatives.encode_batch_size
+    corpus = Corpus.open(path)
     order = np.argsort(-corpus.lengths, kind="stable")
     encoder.encode_rows(corpus.token_rows(order[:size]))
     started = time.perf_counter()

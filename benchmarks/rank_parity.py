@@ -50,7 +50,8 @@ def gradients(model: str, rank: int, world: int) -> Found:
     """Loss and flattened gradient of one step of each case, on this rank."""
     found = {}
     for case, (name, chunk, accumulation) in CASES.items():
-        overrides = [f"objective.name={name}", "encoder.dropout=0", "encoder.pooling=mean", f"encoder.model={model}"]
+        overrides = [f"objective.name={name}", "encoder.dropout=0", "encoder.pooling=mean"]
+        overrides += [f"encoder.model={model}", "encoder.precision=fp32"]
         if name == "instance_smoothing":
             overrides += [f"objective.buffer_size={BUFFER}", f"objective.group_size={GROUP}", "objective.weight=2"]
         settings = load_settings({"corpus": {"source": "python-docs"}}, overrides)

@@ -216,7 +216,7 @@ class NegativesSettings(Section):
         "auto", description="auto = flat (exact) where it fits into memory, else ivf_pq"
     )
     nprobe: int = Field(32, ge=1, description="lists searched by the ivf kinds")
-    encode_batch_size: int = Field(128, ge=1)
+    encode_batch_size: int | None = Field(None, ge=1, description="default: 128 on CPUs, 1,024 on a GPU")
     num_shards: int = Field(1, ge=1, le=4096, description="actors of the pool; each holds a part of the rows")
     cpus_per_shard: float = Field(0, ge=0, description="reserved; 0 = the shards share the trainers' CPUs")
     gpus_per_shard: float = Field(0, ge=0, description="whole, or a fraction of one")

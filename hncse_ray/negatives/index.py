@@ -11,6 +11,7 @@ import os
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +38,7 @@ __all__ = ["IndexKind", "IndexPlan", "VectorIndex", "merge_hits", "new_index", "
 _OVERFETCH = 8  # candidates beyond k: room for rows that fp32 scores cannot tell apart
 _RESCORE_BYTES = 64e6  # float64 working memory of one search
 _MOST_QUERIES = 1024  # scored at a time
+_GPU_SCORES = 1 << 25  # fp32 scores held at a time on a GPU, 134 MB
 _untyped: Any = faiss  # the stubs miss most of the GPU part
 
 
@@ -137,6 +139,7 @@ class _ExactIndex:
     """All vectors in one torch matrix: float32 on the CPU, float16 on a GPU, where queries are rounded likewise.
 
     Products of float16 are exact in fp32 (and in TF32), so candidates everywhere differ from exact by summing alone.
+    On a GPU searches have streams of their own, ahead of the encoder's in the queue.
     """
 
     def __init__(self, plan: IndexPlan, device: torch.device, dtype: torch.dtype | None = None) -> None:
@@ -145,6 +148,7 @@ class _ExactIndex:
         self._matrix_ND = torch.empty((plan.rows, plan.dimension), dtype=self._dtype, device=device)
         self._filling = _Filling(plan)
         self._longest = 0.0  # norm of a vector
+        self._local = threading.local()  # a GPU's stream and faiss's resources serve one thread at a time
 
     def put(self, rows_n: NDArray[np.integer[Any]], vectors_nD: NDArray[np.floating[Any]]) -> None:
         self._filling.accept(rows_n, vectors_nD)
@@ -171,16 +175,23 @@ class _ExactIndex:
         scores_Qk, rows_Qk = no_hits(len(queries_QD), k)
         keep, fetch = min(k, self.rows), min(k + _OVERFETCH, self.rows)
         step = min(_MOST_QUERIES, max(1, int(_RESCORE_BYTES / (8 * fetch * self.dimension))))
-        for part in (slice(start, start + step) for start in range(0, len(queries_QD), step)):
-            hits = self._search_part(queries_QD[part], keep, fetch, threads)
-            scores_Qk[part, :keep], rows_Qk[part, :keep] = hits
+        with self._own_stream():
+            for part in (slice(start, start + step) for start in range(0, len(queries_QD), step)):
+                hits = self._search_part(queries_QD[part], keep, fetch, threads)
+                scores_Qk[part, :keep], rows_Qk[part, :keep] = hits
         return scores_Qk, rows_Qk
+
+    def _own_stream(self) -> AbstractContextManager[Any]:
+        if not self._matrix_ND.is_cuda:
+            return nullcontext()
+        if not hasattr(self._local, "stream"):
+            make: Any = torch.cuda.Stream
+            self._local.stream = make(self._matrix_ND.device, priority=-1)
+        return torch.cuda.stream(self._local.stream)
 
     def _search_part(self, queries_QD: NDArray[np.float32], keep: int, fetch: int, threads: int) -> Hits:
         fast_QK, rows_QK = self._candidates(queries_QD, fetch, threads)
-        wide_Q1D = queries_QD.astype(np.float64)[:, None]
-        exact_QK = np.vecdot(self.vectors(rows_QK).astype(np.float64), wide_Q1D).astype(np.float32)
-        scores_Qk, rows_Qk = ordered(exact_QK, rows_QK, keep)
+        scores_Qk, rows_Qk = ordered(self._exact_scores(queries_QD, rows_QK), rows_QK, keep)
         if rows_QK.shape[1] == self.rows:
             return scores_Qk, rows_Qk
         # A row that was not fetched has a fast score of at most the lowest fetched, and an exact one within `slack`
@@ -193,6 +204,20 @@ class _ExactIndex:
             floor_U = (found[0][:, -1] - slack_Q[doubtful_u]).astype(np.float32)
             scores_Qk[doubtful_u], rows_Qk[doubtful_u] = self._all_above(queries_QD[doubtful_u], floor_U, found)
         return scores_Qk, rows_Qk
+
+    def _exact_scores(self, queries_QD: NDArray[np.float32], rows_QK: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Float64 sums, rounded. Those of unit-norm float16 vectors are exact, in any order and on any device.
+
+        Products of float16 are multiples of 2^-48, and their partial sums stay below 2.
+        """
+        if self._matrix_ND.is_cuda:
+            wide_QKD = self._matrix_ND[self._at(rows_QK)].double()
+            queries = torch.from_numpy(queries_QD).to(wide_QKD)
+            found: NDArray[np.float32] = (wide_QKD * queries[:, None]).sum(-1).float().cpu().numpy()
+        else:
+            wide_Q1D = queries_QD.astype(np.float64)[:, None]
+            found = np.vecdot(self.vectors(rows_QK).astype(np.float64), wide_Q1D).astype(np.float32)
+        return found
 
     def _all_above(self, queries_UD: NDArray[np.float32], floor_U: NDArray[np.float32], found_Uk: Hits) -> Hits:
         """Return the best of `found_Uk` and of every row whose fast score reaches its query's floor."""
@@ -220,8 +245,15 @@ class _ExactIndex:
     def _candidates(self, queries_QD: NDArray[np.float32], fetch: int, threads: int) -> Hits:
         queries = torch.from_numpy(queries_QD).to(self._matrix_ND.device)
         best, at = (queries.new_empty((len(queries), 0), dtype=dtype) for dtype in (torch.float32, torch.int64))
-        for start in range(0, self.rows, BLOCK_ROWS):
-            fast = queries @ self._matrix_ND[start : start + BLOCK_ROWS].float().T
+        step = BLOCK_ROWS
+        if queries.is_cuda:  # few large products: each costs a start
+            queries, step = queries.half(), max(step, _GPU_SCORES // len(queries))
+        for start in range(0, self.rows, step):
+            block = self._matrix_ND[start : start + step]
+            if queries.is_cuda:
+                fast = torch.mm(queries, block.T, out_dtype=torch.float32)
+            else:
+                fast = queries @ block.float().T
             top = fast.topk(min(fetch, fast.shape[1]))
             both, places = torch.cat((best, top.values), 1), torch.cat((at, top.indices + start), 1)
             best, order = both.topk(min(fetch, both.shape[1]))
@@ -259,10 +291,6 @@ class _FaissIndex(_ExactIndex):
 
 class _FaissGpuIndex(_ExactIndex):
     """`flat` on a GPU: faiss's brute-force kernel (that of GpuIndexFlatIP in float16) over the matrix as it lies."""
-
-    def __init__(self, plan: IndexPlan, device: torch.device) -> None:
-        super().__init__(plan, device)
-        self._local = threading.local()  # faiss's GPU resources serve one thread at a time
 
     def _candidates(self, queries_QD: NDArray[np.float32], fetch: int, threads: int) -> Hits:
         if not hasattr(self._local, "resources"):

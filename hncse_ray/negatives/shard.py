@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +37,7 @@ class IndexShard:
         plan: which index; the number of rows is the shard's own.
         device: where the index lives.
         batch_size: rows encoded in one call.
+        encode_ahead: calls under way at a time, in threads; 2 on a GPU, where one is prepared while the other computes.
         threads: CPU threads of one search.
         folder: where index kinds that spill to disk may do so.
     """
@@ -51,6 +54,7 @@ class IndexShard:
         device: torch.device,
         batch_size: int,
         threads: int,
+        encode_ahead: int = 1,
         folder: Path | None = None,
     ) -> None:
         self.number, self.count = number, count
@@ -59,7 +63,7 @@ class IndexShard:
         self._encode, self._load_weights = encode, load_weights
         self._plan = replace(plan, rows=len(self._ids))  # some shards have one row less than the largest
         self._device, self._folder = device, folder
-        self._batch_size, self._threads = batch_size, threads
+        self._batch_size, self._threads, self._encode_ahead = batch_size, threads, encode_ahead
         self._indexes: dict[Version, VectorIndex] = {}
         self._building = threading.Lock()
 
@@ -76,13 +80,26 @@ class IndexShard:
             faiss.omp_set_num_threads(self._threads)  # of this thread
             self._load_weights(weights)
             index = new_index(self._plan, device=self._device, folder=self._folder)
-            for start in range(0, len(self._order), self._batch_size):
-                rows = self._order[start : start + self._batch_size]
-                index.put(rows, self._encode(self._ids[rows]))
+            for rows, vectors_nD in self._encoded():
+                index.put(rows, vectors_nD)
             encode_seconds = time.perf_counter() - started
             index.finish()
             self._indexes = self._indexes | {version: index}  # replaced, not changed: readers need no lock
             return BuildReport(len(self._ids), time.perf_counter() - started, encode_seconds)
+
+    def _encoded(self) -> Iterator[tuple[Int64, Float32]]:
+        """Yield (positions, vectors) of all rows, longest first."""
+        parts = [self._order[at : at + self._batch_size] for at in range(0, len(self._order), self._batch_size)]
+        if self._encode_ahead == 1:
+            yield from ((rows, self._encode(self._ids[rows])) for rows in parts)
+            return
+        with ThreadPoolExecutor(self._encode_ahead, thread_name_prefix="encode") as pool:
+            under_way: deque[Future[Float32]] = deque()
+            for number, rows in enumerate(parts):
+                while len(under_way) < self._encode_ahead and number + len(under_way) < len(parts):
+                    ahead = self._ids[parts[number + len(under_way)]]
+                    under_way.append(pool.submit(self._encode, ahead))
+                yield rows, under_way.popleft().result()
 
     def versions(self) -> list[Version]:
         """Return the complete versions, oldest first."""

@@ -13,6 +13,8 @@ from hncse_ray.encoder import load_encoder
 from hncse_ray.negatives import IndexPlan, Weights
 from hncse_ray.negatives.shard import IndexShard
 
+_ENCODE_BATCH = (128, 1024)  # rows encoded at a time on CPUs, and on a GPU
+
 
 def build_shard(
     negatives: NegativesSettings,
@@ -61,7 +63,8 @@ def build_shard(
         load_weights=load_weights,
         plan=plan,
         device=device if plan.on_gpu else torch.device("cpu"),
-        batch_size=negatives.encode_batch_size,
+        batch_size=negatives.encode_batch_size or _ENCODE_BATCH[device.type == "cuda"],
+        encode_ahead=1 + (device.type == "cuda"),
         threads=threads,
         folder=folder,
     )

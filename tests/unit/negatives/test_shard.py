@@ -61,7 +61,9 @@ class Encoder:
         return (raw / np.linalg.norm(raw, axis=1, keepdims=True)).astype(np.float32)
 
 
-def make_shard(encoder: Encoder, number: int = 0, count: int = 1, batch_size: int = 7) -> IndexShard:
+def make_shard(
+    encoder: Encoder, number: int = 0, count: int = 1, batch_size: int = 7, encode_ahead: int = 1
+) -> IndexShard:
     rows = len(range(number, ROWS, count))
     return IndexShard(
         number=number,
@@ -73,6 +75,7 @@ def make_shard(encoder: Encoder, number: int = 0, count: int = 1, batch_size: in
         device=torch.device("cpu"),
         batch_size=batch_size,
         threads=1,
+        encode_ahead=encode_ahead,
     )
 
 
@@ -108,6 +111,31 @@ def test_rows_are_encoded_from_the_longest_to_the_shortest_in_batches(number: in
     assert (np.diff(lengths) <= 0).all() and lengths[0] > lengths[-1]
     assert [len(ids) for ids in encoder.calls[:-1]] == [7] * (len(encoder.calls) - 1)
     assert 0 < report.encode_seconds <= report.seconds
+
+
+def test_batches_encoded_side_by_side_are_those_encoded_in_turn_and_no_more_than_asked_for() -> None:
+    in_turn, together, most = make_shard(Encoder()), [0], [0]
+
+    def before(ids: np.ndarray) -> None:
+        together[0] += 1
+        most[0] = max(most[0], together[0])
+        time.sleep(0.002)
+        together[0] -= 1
+
+    aside = make_shard(Encoder(before), encode_ahead=3)
+    for shard in (in_turn, aside):
+        assert shard.build(version(0), weights(0)).rows == ROWS
+    everyone = np.arange(ROWS)
+    np.testing.assert_array_equal(aside.vectors(version(0), everyone), in_turn.vectors(version(0), everyone))
+    assert 1 < most[0] <= 3
+
+
+def test_an_encoder_that_fails_ahead_fails_the_build() -> None:
+    encoder = Encoder(lambda ids: 1 / 0 if 3 in ids else None)
+    shard = make_shard(encoder, encode_ahead=2)
+    with pytest.raises(ZeroDivisionError):
+        shard.build(version(0), weights(0))
+    assert shard.versions() == []
 
 
 @pytest.mark.parametrize("count", [1, 3])

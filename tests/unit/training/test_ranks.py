@@ -62,7 +62,8 @@ def global_gradients(model: str, rank: int, world: int) -> Found:
     """Loss and flattened gradient of one step with global negatives, in each case, on this rank."""
     found = {}
     for case, (name, use, columns, chunk, accumulation, slots) in GLOBAL.items():
-        overrides = [f"objective.name={name}", "encoder.dropout=0", "encoder.pooling=mean", f"encoder.model={model}"]
+        overrides = [f"objective.name={name}", "encoder.dropout=0", "encoder.pooling=mean"]
+        overrides += [f"encoder.model={model}", "encoder.precision=fp32"]
         if name == "instance_smoothing":
             overrides += [f"objective.buffer_size={BUFFER}", "objective.group_size=4", "objective.weight=2"]
         settings = load_settings({"corpus": {"source": "python-docs"}}, overrides)
