@@ -16,6 +16,9 @@ from hncse_ray.negatives.index_plan import training_rows
 CHUNK_BYTES = 5e6  # in which Ray sends an object: those that go to several nodes at once take turns
 POLL_S = 0.25  # a client looks at the pool's state so often
 BUILDING_SLOWS_SEARCH = 1.9  # LOG.md, pool_build: p99 57 ms against 30 ms
+# Bytes that choosing the best takes for each score, at the bandwidth that is reached: results/gpu_index_h200.json,
+# where a million rows more cost 64 queries 1.33 ms and 512 queries 8.7, less the products and the reading of vectors.
+SELECT_BYTES = 35
 # LOG.md, "Where a step goes": forward 41.5 %, AdamW 5.0 %, which now takes 17 ms where it took 109.
 FORWARD_SHARE = 0.415 / (1 - 0.05 * (1 - 17 / 109))
 GPU_STEP_OVER_FORWARD = 3.0  # the usual count: the backward pass computes twice the forward; not measured
@@ -159,16 +162,21 @@ def index_of(setup: Setup) -> IndexPlan:
 
 
 def search_s(plan: IndexPlan, queries: int, device: Device) -> float:
-    """Seconds that one shard takes for a batch: products, or reading the vectors, whichever takes longer."""
+    """Seconds that one shard takes for a batch: products, or reading the vectors, whichever takes longer.
+
+    An exact index on a GPU then has to choose among the scores of all rows; on a CPU faiss's own time includes that.
+    """
+    choosing = 0.0
     if not plan.nlist:
         width = 2 if plan.on_gpu else 4
         products, reading = 2.0 * queries * plan.rows * plan.dimension, plan.rows * plan.dimension * width
+        choosing = queries * plan.rows * SELECT_BYTES / device.bandwidth  # 0 on a CPU
     else:
         seen = queries * plan.rows * plan.nprobe / plan.nlist
         width = (plan.pq_bytes or 4 * plan.dimension) + 8
         products = 2.0 * queries * plan.nlist * plan.dimension + (0 if plan.pq_bytes else 2.0 * seen * plan.dimension)
         reading = seen * width
-    return max(products / device.search_flops, reading / device.bandwidth)
+    return max(products / device.search_flops, reading / device.bandwidth) + choosing
 
 
 def step_s(setup: Setup) -> float:

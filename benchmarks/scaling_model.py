@@ -1,8 +1,9 @@
 """How many pool GPUs does a corpus need, with which index, and what ends first? Formulas, checked by a simulation.
 
 Costs of the parts (encode, build, search, gather, step) come from constants that were measured on a CPU
-(`benchmarks/results/`, `LOG.md`) and, for GPUs, from ASSUMED ones: nothing here has run on a GPU. Memory is that of
-`plan_index`. docs/scaling.md explains; the formulas are in `scaling_costs.py`, `scaling_simulation.py` plays them.
+(`benchmarks/results/`, `LOG.md`) and, for GPUs, from ASSUMED ones, but for the choice of the best among the scores of
+an exact index, which was measured on an H200. Memory is that of `plan_index`. docs/scaling.md explains; the formulas
+are in `scaling_costs.py`, `scaling_simulation.py` plays them.
 
     python benchmarks/scaling_model.py --out benchmarks/results/scaling_model.json
     python benchmarks/scaling_model.py --gpu-tflops 40 --gpu-gb 48 --gpu-gbs 400 --trainers 4 --nic-gbit 25
@@ -246,7 +247,7 @@ def main() -> None:
     print("\nagainst what was measured here\n" + json.dumps(measured, indent=2))
     if args.out:
         result = provenance(torch.device("cpu"), "faiss", "ray") | {"settings": vars(args) | {"out": None}}
-        result["note"] = "GPU throughputs are assumed; no GPU was used"
+        result["note"] = "GPU throughputs are assumed, but for the choice of the best scores (gpu_index_h200.json)"
         result |= {"measured_constants": facts, "tables": tables, "simulation": checks, "against_measured": measured}
         args.out.write_text(json.dumps(result, indent=2, default=str) + "\n")
 

@@ -60,6 +60,9 @@ class NoStore:
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         pass
 
+    def wants_one_now(self) -> bool:
+        return False
+
     def export(self, write: Callable[[Path], None]) -> None:
         pass
 

@@ -213,7 +213,7 @@ class NegativesSettings(Section):
     refresh_every_steps: int | None = Field(100, ge=1, description="null = one index, made at the start")
     max_staleness_steps: int | None = Field(None, ge=1, description="training waits rather than use an older index")
     index: Literal["auto", "flat", "ivf_flat", "ivf_pq", "exact_torch"] = Field(
-        "auto", description="auto = flat (exact) where it fits into memory, else ivf_pq"
+        "auto", description="auto = exact (flat; on a GPU exact_torch) where it fits into memory, else ivf_pq"
     )
     nprobe: int = Field(32, ge=1, description="lists searched by the ivf kinds")
     encode_batch_size: int | None = Field(None, ge=1, description="default: 128 on CPUs, 1,024 on a GPU")

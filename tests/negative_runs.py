@@ -58,6 +58,9 @@ class FolderStore:
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         write_folder(self.checkpoint(step), write)
 
+    def wants_one_now(self) -> bool:
+        return False
+
     def export(self, write: Callable[[Path], None]) -> None:
         write_folder(self.root / "model", write)
 

@@ -28,13 +28,13 @@ def run_store(folder: Path, mirror: MirrorPlan | None, notify: Callable[[str], N
     Args:
         folder: of the run; with a mirror, that of this node.
         mirror: where copies go; None if all nodes see ``folder``.
-        notify: told when copies cannot be sent.
+        notify: told when copies cannot be sent, and when a node is about to be taken away.
 
     Raises:
         StorageError: on leaving, if the last copies could not be sent.
     """
     if mirror is None:
-        yield RayRunStore(folder)
+        yield RayRunStore(folder, notify)
         return
     store = RemoteRunStore(folder, mirror, notify)
     try:
@@ -45,6 +45,22 @@ def run_store(folder: Path, mirror: MirrorPlan | None, notify: Callable[[str], N
     store.finish()
 
 
+class _Departures:
+    """Nodes of the run's workers that are about to be taken away, such as spot instances; Ray Train hears of it."""
+
+    def __init__(self, notify: Callable[[str], None]) -> None:
+        self._notify, self._known = notify, set[str]()
+
+    def is_news(self) -> bool:
+        """Say whether there is one that was not there when last asked; a barrier, and the same on every rank."""
+        info = ray.train.get_preemption_info()
+        leaving = set(info.preempted_node_ids) - self._known if info is not None else set()
+        self._known |= leaving
+        if leaving and ray.train.get_context().get_world_rank() == 0:
+            self._notify(f"{len(leaving)} node(s) of the workers will be taken away: a checkpoint is written now")
+        return bool(leaving)
+
+
 class RayRunStore:
     """Checkpoints under Ray Train's management, written straight into the run's folder; see RunStore.
 
@@ -52,8 +68,8 @@ class RayRunStore:
     same, and removed once a newer one is there.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = RunFolder(folder)
+    def __init__(self, folder: Path, notify: Callable[[str], None]) -> None:
+        self._folder, self._departures = RunFolder(folder), _Departures(notify)
         reported = {Path(r.checkpoint.path).name for r in ray.train.get_all_reported_checkpoints()}
         self._unreported = [path for path in self.checkpoints() if path.name not in reported]
 
@@ -84,6 +100,10 @@ class RayRunStore:
                     shutil.rmtree(leftover, ignore_errors=True)
             self._unreported = []
 
+    def wants_one_now(self) -> bool:
+        """Say whether a node is about to be taken away."""
+        return self._departures.is_news()
+
     def export(self, write: Callable[[Path], None]) -> None:
         """Put the model in place."""
         write_folder(self._folder.model, write)
@@ -97,7 +117,7 @@ class RemoteRunStore:
     """
 
     def __init__(self, folder: Path, plan: MirrorPlan, notify: Callable[[str], None]) -> None:
-        self._folder, self._keep = RunFolder(folder), plan.keep
+        self._folder, self._keep, self._departures = RunFolder(folder), plan.keep, _Departures(notify)
         context = ray.train.get_context()
         self._mirror = RunMirror(plan, folder, notify) if context.get_world_rank() == 0 else None
         self._cleans = context.get_local_rank() == 0
@@ -127,6 +147,10 @@ class RemoteRunStore:
             for old in self.checkpoints():
                 if old not in past[: self._keep] and old.name != sending:
                     shutil.rmtree(old, ignore_errors=True)
+
+    def wants_one_now(self) -> bool:
+        """Say whether a node is about to be taken away."""
+        return self._departures.is_news()
 
     def export(self, write: Callable[[Path], None]) -> None:
         """Put the model in place; it is sent at the end."""

@@ -54,7 +54,8 @@ def plan_index(
 ) -> IndexPlan:
     """Size an index, and refuse one that does not fit.
 
-    `auto` is `flat` where that fits, else `ivf_pq`. `ivf_flat` needs more memory than `flat` and is not exact: it is
+    `auto` is exact where that fits, else `ivf_pq`: `flat` on a CPU, `exact_torch` on a GPU, where it answers alike and
+    sooner (benchmarks/results/gpu_index_h200.json). `ivf_flat` needs more memory than these and is not exact: it is
     chosen by hand, for the speed of a search among very many rows.
 
     Args:
@@ -71,7 +72,7 @@ def plan_index(
     """
     if rows < 1:
         raise DataError("a shard has no rows to index", "negatives.index", "Use fewer shards (negatives.num_shards)")
-    candidates: list[IndexKind] = [kind] if kind != "auto" else ["flat"]
+    candidates: list[IndexKind] = [kind] if kind != "auto" else ["exact_torch" if on_gpu else "flat"]
     if kind == "auto" and rows >= _PQ_TRAINING_ROWS:
         candidates.append("ivf_pq")
     sums = []

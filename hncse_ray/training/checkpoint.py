@@ -84,7 +84,7 @@ class Resumed:
 
 
 class RunStore(Protocol):
-    """Where checkpoints and the exported model go. All ranks call ``save`` equally often."""
+    """Where checkpoints and the exported model go. All ranks call ``save`` and ``wants_one_now`` equally often."""
 
     def checkpoints(self) -> Iterable[Path]:
         """Yield the folders of complete checkpoints, newest first."""
@@ -96,6 +96,10 @@ class RunStore(Protocol):
         Raises:
             StorageError: on every rank, if it could not be written.
         """
+        ...
+
+    def wants_one_now(self) -> bool:
+        """Say whether a checkpoint is wanted out of turn; the same on every rank, and once for each reason."""
         ...
 
     def export(self, write: Callable[[Path], None]) -> None:

@@ -123,7 +123,7 @@ class _Trainer:
 
     def run(self) -> RunFinished:
         state, train = self.state, self.settings.train
-        saved_step = state.step
+        saved_step, out_of_turn = state.step, False
         if not state.before:
             state.before = {split: self._score(split) for split in _SPLITS}
             self._consider_best(state.before["dev"])
@@ -134,14 +134,15 @@ class _Trainer:
             last = stopped_early or state.step >= self.total_steps
             # Logged before every evaluation and checkpoint too: then a resumed run writes the same lines.
             due = map(self._due, (train.log_every_steps, train.evaluate_every_steps, train.checkpoint_every_steps))
-            if last or any(due):
+            if (last or any(due)) and self.log.steps:
                 self._write_log()
+                out_of_turn |= self.store.wants_one_now()
             if state.evaluated_step != state.step and (last or self._due(train.evaluate_every_steps)):
                 self._consider_best(self._score("dev"))
                 continue  # the score may end the run here
-            if saved_step != state.step and (last or self._due(train.checkpoint_every_steps)):
+            if saved_step != state.step and (last or out_of_turn or self._due(train.checkpoint_every_steps)):
                 self._checkpoint()
-                saved_step = state.step
+                saved_step, out_of_turn = state.step, False
             if last:
                 return self._finish(stopped_early)
             # ---------------------------------------------------------------- one optimiser step
@@ -181,8 +182,6 @@ class _Trainer:
         return batches
 
     def _write_log(self) -> None:
-        if self.log.steps == 0:
-            return
         started = time.perf_counter()
         means, z1_BD = self.log.means()  # waits for the device
         self.log.seconds += time.perf_counter() - started

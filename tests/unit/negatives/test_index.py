@@ -319,6 +319,8 @@ def test_lists_have_enough_rows_to_train(rows):
 
 
 def test_auto_takes_the_exact_index_where_it_fits():
+    assert plan_index("auto", rows=1000, dimension=384, memory_bytes=None, on_gpu=True).kind == "exact_torch"
+
     def choose(memory, rows=1_000_000):
         return plan_index("auto", rows=rows, dimension=384, memory_bytes=memory).kind
 

@@ -29,6 +29,9 @@ class OnlyTheModel:
     def save(self, step: int, write: object) -> None:
         pass
 
+    def wants_one_now(self) -> bool:
+        return False
+
     def export(self, write: Any) -> None:
         write_folder(self.model, write)
 

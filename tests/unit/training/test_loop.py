@@ -38,6 +38,7 @@ class FolderStore:
     def __init__(self, root: Path, *, stop_at_save: int | None = None, full_at: int | None = None) -> None:
         self.root, self.stop_at_save, self.full_at = root, stop_at_save, full_at
         self.export_error: Exception | None = None
+        self.asked, self.wanted = 0, set[int]()  # at which times of asking a checkpoint is wanted out of turn
 
     @property
     def model(self) -> Path:
@@ -59,6 +60,10 @@ class FolderStore:
                 raise OSError(errno.ENOSPC, "No space left on device")
 
         write_folder(self.checkpoint(step), write_until_full)
+
+    def wants_one_now(self) -> bool:
+        self.asked += 1
+        return self.asked in self.wanted
 
     def export(self, write: Callable[[Path], None]) -> None:
         if self.export_error is not None:
@@ -451,6 +456,19 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     expected_events, _, expected_store = kept["ten whole"]
     assert facts(events).items() <= facts(expected_events).items()
     assert_same_weights(weights(store), weights(expected_store))
+
+
+def test_a_checkpoint_out_of_turn_is_written_once_and_changes_nothing_else(tree: Tree, tmp_path: Path) -> None:
+    settings = load_settings(
+        tree, ["train.log_every_steps=2", "train.evaluate_every_steps=4", "train.checkpoint_every_steps=100"]
+    )
+    in_turn, asked = FolderStore(tmp_path / "in turn"), FolderStore(tmp_path / "asked")
+    asked.wanted = {2, 3}  # at steps 4, which is scored first, and 6
+    courses = [of(run(settings, store)[0], StepsLogged) for store in (in_turn, asked)]
+    assert [path.name[-2:] for path in in_turn.checkpoints()] == ["12"]
+    assert [path.name[-2:] for path in asked.checkpoints()] == ["12", "06", "04"]
+    assert asked.asked == in_turn.asked == 6  # once a line of the log: it is a barrier
+    assert [event.metrics for event in courses[0]] == [event.metrics for event in courses[1]]
 
 
 def test_a_run_without_a_whole_checkpoint_starts_over(tree: Tree, tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""A node that is announced to go: a checkpoint is written at once, and the run goes on from it elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+from pool_faults import Training, nothing_is_left, soon
+from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+from hncse_ray.config import Settings
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+STEPS = 300
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head without room for a trainer, and one node for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        try:
+            cluster.add_node(num_cpus=2)
+            ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
+            logging.getLogger("hncse_ray").setLevel(logging.INFO)  # as the command does: the run's log is looked at
+            yield cluster
+        finally:
+            logging.getLogger("hncse_ray").setLevel(logging.NOTSET)
+            ray.shutdown()
+            cluster.shutdown()
+
+
+def announce(cluster: Cluster, node_id: str, seconds: float) -> None:
+    """Say what an autoscaler says of a spot instance that its cloud takes back."""
+    accepted, why = ray._raylet.GcsClient(address=cluster.address).drain_node(
+        node_id, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "spot", int((time.time() + seconds) * 1000)
+    )
+    assert accepted, why
+
+
+def test_a_node_that_is_announced_to_go_costs_next_to_nothing(cluster: Cluster, small_run: dict[str, Any]) -> None:
+    tree = {name: dict(section) for name, section in small_run.items()}
+    tree["cluster"] = {"cpus_per_worker": 2, "max_failures": 0}  # nodes taken back are not failures
+    tree["train"] |= {"max_steps": STEPS, "log_every_steps": 5, "evaluate_every_steps": 5000}
+    tree["train"]["checkpoint_every_steps"] = 5000
+    training = Training(Settings.model_validate(tree))
+    checkpoints = training.folder / "checkpoints"
+    with training.slowly():
+        training.line(lambda row: row["step"] >= 10, within_s=180, what="steps")
+        assert not list(checkpoints.glob("step_*"))
+        (leaving,) = cluster.worker_nodes
+        announce(cluster, leaving.node_id, seconds=60)
+        soon(lambda: list(checkpoints.glob("step_*")), within_s=30, what="a checkpoint out of turn")
+        (saved,) = (int(path.name[5:]) for path in checkpoints.glob("step_*"))
+        assert saved % 5 == 0 and 10 < saved < STEPS
+        training.line(lambda row: row["step"] > saved, within_s=20, what="further steps meanwhile")
+        cluster.add_node(num_cpus=2)
+        cluster.remove_node(leaving, allow_graceful=False)
+        soon(lambda: "resumes at step" in training.log(), within_s=120, what="the run on the other node")
+    assert training.finish(within_s=150).steps == STEPS
+    log = training.log()
+    assert log.count(f"resumes at step {saved}") == 1 and log.count("resumes at step") == 1
+    assert log.count("1 node(s) of the workers will be taken away: a checkpoint is written now") == 1
+    assert [line["step"] for line in training.lines()] == list(range(5, STEPS + 1, 5))
+    assert nothing_is_left()
