@@ -35,19 +35,20 @@ class BitDropout(nn.Module):
             return F.dropout(x, self.p, self.training)
         if not self.training or round(self.p * _LEVELS) == 0:
             return x
-        return x * dropout_mask(x.numel(), self.p, x.dtype).view(x.shape)
+        kept, inverse = kept_by_dropout(x.numel(), self.p)
+        return x * kept.to(x.dtype).mul_(inverse).view(x.shape)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
 
 
-def dropout_mask(n: int, p: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Draw n factors on the CPU: 0 where an element is dropped, else the inverse of the survivors' share."""
+def kept_by_dropout(n: int, p: float) -> tuple[Tensor, float]:
+    """Draw on the CPU which of n elements survive, bool ``[n]``; and return the inverse of the survivors' share."""
     dropped = round(p * _LEVELS)
     seed = int(torch.randint(1 << 62, ()))
     words = np.random.Generator(np.random.SFC64(seed)).integers(1 << 64, size=-(-n // 4), dtype=np.uint64)
     bits = torch.from_numpy(words.view(np.int16)[:n])
-    return (bits >= dropped - _LEVELS // 2).to(dtype).mul_(_LEVELS / (_LEVELS - dropped))
+    return bits >= dropped - _LEVELS // 2, _LEVELS / (_LEVELS - dropped)
 
 
 def replace_dropout(module: nn.Module) -> None:

@@ -9,7 +9,7 @@ On accelerators a kernel's start costs more than some padding, so it is used on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from hncse_ray.encoder.dropout import dropout_mask
+from hncse_ray.encoder.dropout import kept_by_dropout
 
 _ATTENTION = "sdpa_of_packed_rows"
 # Full attention and learned absolute positions: nothing in them knows where a row lies but the position ids.
@@ -92,22 +93,72 @@ def _attend(
         )
     heads, width = query.shape[1], query.shape[3]
     scale = width**-0.5 if scaling is None else scaling
-    tokens = [rows * length for rows, length in packing.runs]
-    weights = [heads * rows * length**2 for rows, length in packing.runs]
-    masks = torch.split(dropout_mask(sum(weights), dropout), weights) if dropout else [None] * len(weights)
+    q_THW, k_THW, v_THW = (x[0].transpose(0, 1) for x in (query * scale, key, value))
+    if dropout:  # scaled_dot_product_attention would hold the weights in memory too, and draw a mask for every length
+        kept_M, inverse = kept_by_dropout(sum(heads * rows * length**2 for rows, length in packing.runs), dropout)
+        apply: Any = _DroppedAttention.apply
+        return apply(q_THW, k_THW, v_THW * inverse, kept_M.to(q_THW.dtype), packing.runs)[None], None
     # One split and one concatenation: slices would each have a gradient of the whole tensor's size.
-    parts = (torch.split(x[0].transpose(0, 1), tokens) for x in (query * scale, key, value))
+    parts = (torch.split(x, [rows * length for rows, length in packing.runs]) for x in (q_THW, k_THW, v_THW))
     attended = []
-    for (rows, length), mask, q, k, v in zip(packing.runs, masks, *parts, strict=True):
+    for (rows, length), q, k, v in zip(packing.runs, *parts, strict=True):
         q, k, v = (x.view(rows, length, heads, width).transpose(1, 2) for x in (q, k, v))
-        if mask is None:
-            z = nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0)
-        else:  # with dropout it would hold the weights in memory too, and draw a mask for every length
-            q, k, v = (x.reshape(rows * heads, length, width) for x in (q, k, v))
-            p = torch.bmm(q, k.transpose(1, 2)).softmax(-1)
-            z = torch.bmm(p * mask.view_as(p), v).view(rows, heads, length, width)
+        z = nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0)
         attended.append(z.transpose(1, 2).reshape(rows * length, heads, width))
     return torch.cat(attended)[None], None
+
+
+class _DroppedAttention(torch.autograd.Function):
+    """``(softmax(q k^T) * mask) v`` within each row, for packed ``[T, heads, width]``.
+
+    With some 25 lengths in a batch, starting the operations counts as much as what they compute. The gradient written
+    out takes half as many as autograd's, and gradients of slices are written in place. Weights have the dtype
+    of their products; their sums are taken in fp32, as in the fused kernels.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_THW: Tensor, k_THW: Tensor, v_THW: Tensor, mask_M: Tensor, runs: Any) -> Tensor:
+        z_THW = torch.empty_like(q_THW, memory_format=torch.contiguous_format)
+        kept: list[Tensor] = []
+        with torch.autocast(device_type="cpu", enabled=False):
+            for (rows, length), mask, *packed in _by_run(runs, mask_M, q_THW, k_THW, v_THW, z_THW):
+                *qkv, z = (_heads_first(x, rows, length) for x in packed)
+                q, k, v = (x.reshape(-1, *x.shape[2:]) for x in qkv)
+                p = torch.bmm(q, k.transpose(1, 2)).softmax(-1)
+                z.copy_(torch.bmm(p * mask.view_as(p), v).view_as(z))
+                kept += (q, k, v, p)
+        ctx.save_for_backward(mask_M, *kept)
+        ctx.runs = runs
+        return z_THW
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz_THW: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        mask_M, *kept = ctx.saved_tensors
+        grads = [torch.empty(dz_THW.shape, dtype=dz_THW.dtype) for _ in range(3)]
+        for i, ((rows, length), mask, *packed) in enumerate(_by_run(ctx.runs, mask_M, dz_THW, *grads)):
+            q, k, v, p = kept[4 * i : 4 * i + 4]
+            dz, dq, dk, dv = (_heads_first(x, rows, length) for x in packed)
+            dz, mask = dz.reshape(v.shape), mask.view_as(p)
+            dp = torch.bmm(dz, v.transpose(1, 2)).mul_(mask)
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+            dv.copy_(torch.bmm((p * mask).transpose(1, 2), dz).view_as(dv))
+            dq.copy_(torch.bmm(ds, k).view_as(dq))
+            dk.copy_(torch.bmm(ds.transpose(1, 2), q).view_as(dk))
+        return grads[0], grads[1], grads[2], None, None
+
+
+def _by_run(runs: Sequence[tuple[int, int]], mask_M: Tensor, *packed: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Yield (rows, length), the mask and the tokens of each run."""
+    heads = packed[0].shape[1]
+    masks = torch.split(mask_M, [heads * rows * length**2 for rows, length in runs])
+    parts = (torch.split(x, [rows * length for rows, length in runs]) for x in packed)
+    return zip(runs, masks, *parts, strict=True)
+
+
+def _heads_first(x: Tensor, rows: int, length: int) -> Tensor:
+    """View ``[rows * length, heads, width]`` as ``[rows, heads, length, width]``."""
+    return x.view(rows, length, *x.shape[1:]).transpose(1, 2)
 
 
 AttentionInterface.register(_ATTENTION, _attend)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel
 
 from hncse_ray.config import EncoderSettings
 from hncse_ray.encoder import SentenceEncoder, load_encoder
+from hncse_ray.encoder.packing import _DroppedAttention
 
 SENTENCES = [*make_sentences(12, seed=3), "one", "word " * 40]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -71,6 +72,53 @@ def test_no_row_sees_another(tiny_model: Path) -> None:
         after = encoder(*encoder.packed_tensors(changed))
     assert not torch.allclose(before[0], after[0], atol=1e-3)
     torch.testing.assert_close(after[1:], before[1:], atol=1e-6, rtol=0)
+
+
+RUNS = ((2, 3), (1, 4), (3, 2))
+DROPPED = (16, 2, 3)  # tokens of the runs, heads, width
+
+
+def dropped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask_M: torch.Tensor) -> torch.Tensor:
+    """What `_DroppedAttention` computes, a row and a head at a time."""
+    parts, at, taken = [], 0, 0
+    for rows, length in RUNS:
+        for _ in range(rows):
+            row, heads = slice(at, at + length), []
+            for head in range(2):
+                p = torch.softmax(q[row, head] @ k[row, head].T, -1)
+                size = length**2
+                heads.append((p * mask_M[taken : taken + size].view_as(p)) @ v[row, head])
+                taken += size
+            parts.append(torch.stack(heads, 1))
+            at += length
+    return torch.cat(parts)
+
+
+def test_attention_with_dropout_is_its_formula_and_its_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(DROPPED, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3))
+    weights = sum(2 * rows * length**2 for rows, length in RUNS)
+    mask = (torch.rand(weights, generator=generator) > 0.3).double()
+
+    def attend(*qkv: torch.Tensor) -> torch.Tensor:
+        return _DroppedAttention.apply(*qkv, mask, RUNS)
+
+    torch.testing.assert_close(attend(q, k, v), dropped_attention(q, k, v, mask))
+    assert torch.autograd.gradcheck(attend, (q, k, v))
+    half = _DroppedAttention.apply(*(x.detach().bfloat16() for x in (q, k, v, mask)), RUNS)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), attend(q, k, v).detach(), atol=0.05, rtol=0.05)
+
+
+def test_the_mean_over_dropout_is_what_comes_without(tiny_model: Path) -> None:
+    encoder = tiny(tiny_model)
+    rows = encoder.tokenize(SENTENCES)
+    with torch.no_grad():
+        still = encoder(*encoder.packed_tensors(rows))
+        encoder.train()
+        dropped = torch.stack([encoder(*encoder.packed_tensors(rows)) for _ in range(200)])
+    assert dropped.std(0).max() > 0.01
+    assert torch.nn.functional.cosine_similarity(dropped.mean(0), still).min() > 0.98
 
 
 def test_an_architecture_with_other_attention_is_not_packed(tiny_model: Path) -> None:
