@@ -87,10 +87,11 @@ def test_the_exact_kinds_have_nothing_to_finish_and_ivf_trains_on_the_cpu() -> N
     assert finish_s(ivf, replace(GPU, host_flops=1e11)) > finish_s(ivf, replace(GPU, host_flops=math.inf)) > 0
 
 
-def test_a_search_is_bound_by_reading_for_few_queries_and_by_products_for_many() -> None:
+def test_a_search_reads_for_few_queries_multiplies_for_many_and_chooses_for_all() -> None:
     plan = plan_index("flat", rows=10**6, dimension=768, memory_bytes=None, on_gpu=True)
-    assert search_s(plan, 1, GPU) == pytest.approx(10**6 * 768 * 2 / 1.5e11)
-    assert search_s(plan, 4096, GPU) == pytest.approx(2 * 4096 * 10**6 * 768 / 2e13)
+    assert search_s(plan, 1, GPU) == pytest.approx(10**6 * (768 * 2 + 35) / 1.5e11)
+    assert search_s(plan, 4096, GPU) == pytest.approx(4096 * 10**6 * (2 * 768 / 2e13 + 35 / 1.5e11))
+    assert search_s(plan, 4096, replace(GPU, bandwidth=math.inf)) == pytest.approx(2 * 4096 * 10**6 * 768 / 2e13)
     ivf = plan_index("ivf_pq", rows=10**6, dimension=768, memory_bytes=None, on_gpu=True)
     assert search_s(ivf, 512, GPU) < search_s(plan, 512, GPU) / 10
 
@@ -177,7 +178,7 @@ def test_the_same_seed_is_the_same_run() -> None:
 
 
 def test_fewer_steps_between_versions_take_more_gpus() -> None:
-    setup = replace(SETUP, rows=10**7, index="flat")
+    setup = replace(SETUP, rows=10**7, index="ivf_pq")
     answers = [needed(setup, every) for every in (3000, 10_000, 100_000)]
     gpus = [answer.gpus for answer in answers if answer is not None]
     assert None not in gpus and gpus == sorted(gpus, reverse=True) and gpus[0] > gpus[-1]  # type: ignore[type-var]
@@ -223,5 +224,5 @@ def test_constants_come_from_the_committed_results_and_land_near_other_measureme
 def test_the_tables_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     lines = scaling_model.table(SETUP, [10**6, 10**12], [10_000])
     scaling_model.show("a GPU", lines)
-    assert lines[0]["gpus"] == 1 and lines[1]["index"] is None
+    assert lines[0]["gpus"] == 2 and lines[1]["index"] is None
     assert "does not fit" in capsys.readouterr().out
