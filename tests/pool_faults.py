@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -15,7 +16,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import psutil
+import pytest
 import ray
+from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 
 from hncse_ray.cluster import train
@@ -28,6 +31,25 @@ POOL = ("ShardActor", "PoolCoordinator")
 TIMINGS = {"sentences_per_s"} | {
     f"negatives/{name}" for name in ("waited", "search_ms_p50", "search_ms_p99", "build_seconds", "build_rows_per_s")
 }
+
+
+@contextmanager
+def nodes(*cpus: int) -> Iterator[Cluster]:
+    """Be connected to a Ray of several nodes on this machine, the first of them the head."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus[0], "include_dashboard": False})
+        try:
+            for count in cpus[1:]:
+                cluster.add_node(num_cpus=count)
+            ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
+            logging.getLogger("hncse_ray").setLevel(logging.INFO)  # as the command does: the run's log is looked at
+            yield cluster
+        finally:
+            logging.getLogger("hncse_ray").setLevel(logging.NOTSET)
+            ray.shutdown()
+            cluster.shutdown()
 
 
 def soon(condition: Callable[[], Value], *, within_s: float, what: str, every_s: float = 0.1) -> Value:

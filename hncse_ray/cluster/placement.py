@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
@@ -15,6 +18,10 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from hncse_ray.cluster.resources import PoolPlan, WorkerPlan, plan_pool, plan_workers
 from hncse_ray.config import Settings
 from hncse_ray.errors import ClusterError
+
+logger = logging.getLogger(__name__)
+
+_LOOK_FOR_ORPHANS_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -122,19 +129,45 @@ def place_workers(settings: Settings, nodes: Nodes, pool: PoolPlan | None) -> Wo
     return plan_workers(cluster, there, pool, nodes=on_each, growing=nodes.growing)
 
 
-def remove_orphaned_groups() -> int:
-    """Remove the placement groups of this job whose creator, an actor, is dead; return how many.
+@contextmanager
+def without_orphaned_groups() -> Iterator[None]:
+    """Meanwhile, remove this job's placement groups whose creator, an actor, is dead.
 
     Ray keeps them until the job ends. Ray Train's controller (2.60) may be ended with a trial of a sweep just when it
-    has asked for one: the CPUs in it would be missing for the rest of the sweep. Ray's public table of groups does
-    not name their creators.
+    has asked for one: the CPUs in it would be missing for the rest of the sweep.
     """
-    job, removed = ray.get_runtime_context().get_job_id(), 0
+    job, over = ray.get_runtime_context().get_job_id(), threading.Event()
+
+    def look() -> None:
+        while not over.wait(_LOOK_FOR_ORPHANS_S):
+            try:
+                for group in orphaned_groups(job):
+                    logger.info("a trial that was stopped still held CPUs: they are given back")
+                    remove_placement_group(group)
+            except Exception as error:
+                logger.warning("cannot look for CPUs that are held for nobody (%s)", error)
+
+    thread = threading.Thread(target=look, name="orphaned-groups", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def orphaned_groups(job: str) -> list[PlacementGroup]:
+    """Return the placement groups of a job whose creator, an actor, is dead.
+
+    Ray's public table of groups does not name their creators. Its own mark, ``creator_actor_dead``, is missing where
+    the actor's request arrived after its death.
+    """
+    found = []
     for entry in state._connect_and_get_accessor().get_placement_group_table():
         group = PlacementGroupTableData.FromString(entry)
-        by_actor = not ray.ActorID(group.creator_actor_id).is_nil()
+        creator = ray.ActorID(group.creator_actor_id)
         here = group.creator_job_id.hex() == job and group.state != PlacementGroupTableData.REMOVED
-        if by_actor and here and group.creator_actor_dead and not group.is_detached:
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
-            removed += 1
-    return removed
+        if here and not creator.is_nil() and not group.is_detached:
+            if group.creator_actor_dead or state.actor_table(creator.hex()).get("State") == "DEAD":
+                found.append(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+    return found

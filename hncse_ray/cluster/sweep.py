@@ -26,6 +26,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from hncse_ray.cluster.launch import check_run
+from hncse_ray.cluster.placement import without_orphaned_groups
 from hncse_ray.cluster.resources import SweepPlan, plan_sweep
 from hncse_ray.cluster.session import ray_session
 from hncse_ray.cluster.sweep_report import write_sweep_report
@@ -212,14 +213,16 @@ def _fit(plan: SweepPlan, config: TuneConfig, param_space: Mapping[str, Any] | N
     os.environ.update(_QUIET)
     scratch = tempfile.mkdtemp(prefix="hncse-tune-")  # Ray Tune's own state is of no use to us: the study has it all
     try:
-        return Tuner(
-            ray.tune.with_resources(run_trial, {place: 0.001}),
-            param_space=None if param_space is None else dict(param_space),
-            tune_config=config,
-            run_config=RunConfig(
-                name="sweep", storage_path=scratch, verbose=0, failure_config=FailureConfig(max_failures=_RETRIES)
-            ),
-        ).fit()
+        run_config = RunConfig(
+            name="sweep", storage_path=scratch, verbose=0, failure_config=FailureConfig(max_failures=_RETRIES)
+        )
+        with without_orphaned_groups():
+            return Tuner(
+                ray.tune.with_resources(run_trial, {place: 0.001}),
+                param_space=None if param_space is None else dict(param_space),
+                tune_config=config,
+                run_config=run_config,
+            ).fit()
     except ray.tune.TuneError as error:
         raise ClusterError(f"Ray Tune could not run the trials ({error})") from error
     finally:

@@ -11,7 +11,6 @@ from typing import Any
 import ray.tune
 
 from hncse_ray.cluster.launch import train
-from hncse_ray.cluster.placement import remove_orphaned_groups
 from hncse_ray.config import Settings
 from hncse_ray.errors import HncseError
 from hncse_ray.reporting.events import Evaluated, Event, RunStarted
@@ -33,7 +32,6 @@ def run_trial(config: dict[str, Any]) -> None:
     metric = settings.evaluation.metric
     try:
         _wait_until_free(Path(settings.run_dir))
-        remove_orphaned_groups()  # of trials that were stopped early
         scores = _Scores(metric)
         scores.read(Path(settings.run_dir) / "metrics.jsonl")  # of a run that is gone on with
         result = train(settings, reporter=scores)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import ray
-from pool_faults import Training, nothing_is_left, soon
+from pool_faults import Training, nodes, nothing_is_left, soon
 from ray.cluster_utils import Cluster
 
 from hncse_ray.config import Settings
@@ -21,20 +20,8 @@ BACK_S = 90.0
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head with room for a trainer but for no shard, and two nodes with room for one shard each but no trainer."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-        try:
-            cluster.add_node(num_cpus=4)
-            cluster.add_node(num_cpus=4)
-            ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
-            logging.getLogger("hncse_ray").setLevel(logging.INFO)  # as the command does: the run's log is looked at
-            yield cluster
-        finally:
-            logging.getLogger("hncse_ray").setLevel(logging.NOTSET)
-            ray.shutdown()
-            cluster.shutdown()
+    with nodes(2, 4, 4) as cluster:
+        yield cluster
 
 
 def nodes_of(*names: str) -> set[str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import ray
-from pool_faults import Training, nothing_is_left, soon
+from pool_faults import Training, nodes, nothing_is_left, soon
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
@@ -22,19 +21,8 @@ STEPS = 300
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head without room for a trainer, and one node for it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        try:
-            cluster.add_node(num_cpus=2)
-            ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
-            logging.getLogger("hncse_ray").setLevel(logging.INFO)  # as the command does: the run's log is looked at
-            yield cluster
-        finally:
-            logging.getLogger("hncse_ray").setLevel(logging.NOTSET)
-            ray.shutdown()
-            cluster.shutdown()
+    with nodes(1, 2) as cluster:
+        yield cluster
 
 
 def announce(cluster: Cluster, node_id: str, seconds: float) -> None:
