@@ -27,7 +27,7 @@ from hncse_ray.cluster.network import NodeTorchConfig
 from hncse_ray.cluster.node_corpus import NodeCorpus
 from hncse_ray.cluster.placement import place_pool, place_workers, survey
 from hncse_ray.cluster.pool import PoolClient, negative_pool
-from hncse_ray.cluster.resources import PoolPlan, WorkerPlan
+from hncse_ray.cluster.resources import PoolPlan, WorkerPlan, pool_advice
 from hncse_ray.cluster.run_store import run_store
 from hncse_ray.cluster.session import ray_session
 from hncse_ray.cluster.visible import check_visible, unseen
@@ -184,6 +184,8 @@ def _train(settings: Settings, folder: RunFolder, reporter: Reporter) -> RunFini
             pool = place_pool(settings, nodes, rows=len(corpus), dimension=encoder.dimension)
             reporter.on(StageProgress(pool.describe(), 0, None))
         plan = place_workers(settings, nodes, pool)
+        if settings.negatives.source == "pool" and pool is not None and (advice := pool_advice(plan, pool)):
+            reporter.on(Notice(advice))
         return _run(settings, plan, pool, corpus, sets, folder, reporter)
 
 

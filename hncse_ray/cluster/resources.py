@@ -148,6 +148,16 @@ def plan_workers(
     return WorkerPlan(num_workers=n, cpus=share, threads=max(1, int(share)), gpus=gpus_each)
 
 
+def pool_advice(workers: WorkerPlan, pool: PoolPlan) -> str | None:
+    """Return what should be said about where the pool's shards compute, if anything."""
+    if not workers.gpus or pool.gpus:
+        return None
+    return (
+        "the negative pool encodes on CPUs though training has GPUs; negatives.gpus_per_shard=1 gives it its own,"
+        " cluster.gpus_per_worker=0.6 negatives.gpus_per_shard=0.4 a part of one"
+    )
+
+
 def _largest_share(n: int, most: int, nodes: Sequence[Mapping[str, float]] | None) -> float:
     """Return the most CPUs, whole if possible, that n workers can have each, none of them across nodes."""
     if not nodes:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hncse_ray.cluster.resources import PoolPlan, plan_pool, plan_workers
+from hncse_ray.cluster.resources import PoolPlan, plan_pool, plan_workers, pool_advice
 from hncse_ray.config import ClusterSettings, NegativesSettings
 from hncse_ray.errors import ClusterError, DataError
 from hncse_ray.negatives import IndexVersion
@@ -104,7 +104,11 @@ def test_workers_do_not_get_the_gpus_of_the_shards() -> None:
 def test_a_worker_and_a_shard_can_share_one_gpu() -> None:
     total = {"CPU": 8, "GPU": 1}
     pool = plan(total, gpus_per_shard=0.4)
-    assert plan_workers(ClusterSettings(gpus_per_worker=0.6), total, pool).gpus == 0.6
+    workers = plan_workers(ClusterSettings(gpus_per_worker=0.6), total, pool)
+    assert workers.gpus == 0.6 and pool_advice(workers, pool) is None
+    advice = pool_advice(workers, plan(total))
+    assert advice is not None and "cluster.gpus_per_worker=0.6 negatives.gpus_per_shard=0.4" in advice
+    assert pool_advice(plan_workers(ClusterSettings(use_gpu=False), total), plan(total)) is None
     with pytest.raises(ClusterError) as caught:
         plan_workers(ClusterSettings(use_gpu=True), total, pool)
     assert "1 workers x 1 GPU + 1 shards x 0.4 GPUs = 1.4, but the cluster has 1" in str(caught.value)
