@@ -2,7 +2,6 @@
 
 import datetime
 import importlib.metadata
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -52,7 +51,7 @@ def hardware(device: torch.device) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the working tree, else what ``HNCSE_COMMIT`` says."""
+    """The commit of the working tree, or None outside one."""
     try:
         answer = subprocess.run(
             ["git", "rev-parse", "HEAD"],
@@ -62,5 +61,5 @@ def git_commit() -> str | None:
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("HNCSE_COMMIT")
+        return None
     return answer.stdout.strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -71,7 +72,7 @@ def plan_pool(
         raise ClusterError(f"{n} shards for a corpus of {rows} sentences", "negatives.num_shards", "Ask for fewer")
     for name, asked in (("CPU", cpus), ("GPU", gpus)):
         there = total.get(name, 0.0)
-        if asked * n > there and not growing:
+        if _counted(asked * n) > there and not growing:
             raise ClusterError(f"{n} shards x {asked:g} {name}s = {asked * n:g}, but the cluster has {there:g}",
                                f"negatives.{name.lower()}s_per_shard", "Lower it, or ask for fewer shards")  # fmt: skip
     if settings.index == "ivf_pq":
@@ -111,8 +112,8 @@ def plan_workers(
     """
     n, cpus, gpus = settings.num_workers, total.get("CPU", 0.0), total.get("GPU", 0.0)
     pool_cpus, pool_gpus = (0.0, 0.0) if pool is None else (pool.cpus * pool.num_shards, pool.gpus * pool.num_shards)
-    free_cpus, free_gpus = cpus - pool_cpus, gpus - pool_gpus
-    gpus_asked = n * settings.gpus_per_worker
+    free_cpus, free_gpus = _counted(cpus - pool_cpus), _counted(gpus - pool_gpus)
+    gpus_asked = _counted(n * settings.gpus_per_worker)
     use_gpu = settings.use_gpu is True or (settings.use_gpu == "auto" and free_gpus >= gpus_asked)
     gpus_each = settings.gpus_per_worker if use_gpu else 0.0
     if growing and not (use_gpu or settings.use_gpu is False):
@@ -138,7 +139,7 @@ def plan_workers(
                 "Ask for fewer workers, or set cluster.cpus_per_worker below 1 to let them share",
             )  # fmt: skip
         share = _largest_share(n, int(free_cpus // n), nodes)
-    elif share * n > free_cpus:
+    elif _counted(share * n) > free_cpus:
         raise ClusterError(_sum(f"{n} workers x {share:g} CPUs", share * n, pool, "cpus", cpus),
                            "cluster.cpus_per_worker", "Lower it, or ask for fewer workers")  # fmt: skip
     elif nodes and _room(nodes, share) < n:
@@ -146,6 +147,11 @@ def plan_workers(
                            f" {', '.join(f'{cpus:g}' for cpus in sorted(node.get('CPU', 0.0) for node in nodes))} CPUs",
                            "cluster.cpus_per_worker", "Lower it, or ask for fewer workers")  # fmt: skip
     return WorkerPlan(num_workers=n, cpus=share, threads=max(1, int(share)), gpus=gpus_each)
+
+
+def _counted(amount: float) -> float:
+    """Round as Ray counts, in ten-thousandths: 1 - 3 x 0.2 is 0.4 and not a little less."""
+    return round(amount, 4)
 
 
 def pool_advice(workers: WorkerPlan, pool: PoolPlan) -> str | None:
@@ -214,16 +220,16 @@ def plan_sweep(trials: Sequence[Settings], total: Mapping[str, float], *, max_co
     pool_cpus = max((n.num_shards * n.cpus_per_shard for n in pools), default=0.0)
     pool_gpus = max((n.num_shards * n.gpus_per_shard for n in pools), default=0.0)
     asked, gpus_each = trials[0].cluster.use_gpu, trials[0].cluster.gpus_per_worker
-    use_gpu = asked is True or (asked == "auto" and gpus - pool_gpus >= workers * gpus_each)
+    use_gpu = asked is True or (asked == "auto" and gpus >= _counted(workers * gpus_each + pool_gpus))
     gpus_each *= use_gpu
-    least_cpus = workers * (given or 1.0) + pool_cpus
-    need_gpus = workers * gpus_each + pool_gpus
-    fits = int(cpus // least_cpus) if not need_gpus else int(min(cpus // least_cpus, gpus // need_gpus))
+    least_cpus = _counted(workers * (given or 1.0) + pool_cpus)
+    need_gpus = _counted(workers * gpus_each + pool_gpus)
+    fits = int(_counted(min(cpus / least_cpus, gpus / need_gpus if need_gpus else math.inf)))
     concurrent = max_concurrent or fits
     if max_concurrent is None and not use_gpu:
         concurrent = min(fits, max(1, min(4, int(cpus // (workers * (given or 2.0) + pool_cpus)))))
     for name, need, there in (("CPU", least_cpus, cpus), ("GPU", need_gpus, gpus)):
-        if need * max(1, concurrent) > there:
+        if _counted(need * max(1, concurrent)) > there:
             each = (given or 1.0) if name == "CPU" else gpus_each
             pool = pool_cpus if name == "CPU" else pool_gpus
             raise ClusterError(

@@ -29,6 +29,7 @@ def settings(*overrides: str) -> Settings:
         (["negatives.source=pool", "negatives.cpus_per_shard=1"], 6, 0, None, 2, 2),
         (["negatives.source=none", "negatives.cpus_per_shard=1"], 4, 0, None, 2, 2),  # there is no pool: it takes none
         (["cluster.use_gpu=false"], 8, 8, None, 4, 2),
+        (["cluster.gpus_per_worker=0.2"], 10, 1, None, 5, 2),  # 1 // 0.2 is 4 in floating point
     ],
 )
 def test_trials_side_by_side(
