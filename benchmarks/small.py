@@ -14,6 +14,7 @@ import yaml
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from hncse_ray.encoder import resolve_model
+from hncse_ray.training.checkpoint import Wish
 
 
 def make_model(folder: Path, *, layers: int = 2, width: int = 64) -> Path:
@@ -60,8 +61,8 @@ class NoStore:
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         pass
 
-    def wants_one_now(self) -> bool:
-        return False
+    def wish(self) -> Wish:
+        return Wish.NOTHING
 
     def export(self, write: Callable[[Path], None]) -> None:
         pass

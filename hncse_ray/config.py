@@ -291,6 +291,9 @@ class ClusterSettings(Section):
     """What Ray is asked for."""
 
     num_workers: int = Field(1, ge=1, le=4096)
+    min_workers: int | None = Field(
+        None, ge=1, description="elastic: train with as few while nodes are away; default: always num_workers"
+    )
     use_gpu: Literal["auto", True, False] = Field(
         "auto", description="auto = GPUs if the cluster has them for every worker"
     )
@@ -302,6 +305,14 @@ class ClusterSettings(Section):
     trainer_labels: dict[str, str] = Field({}, description="nodes that workers may be on, by Ray's labels")
     pool_labels: dict[str, str] = Field({}, description="nodes that the negative pool may be on")
     start_timeout_s: float = Field(600, gt=0, description="wait so long for nodes to be free, or to be started")
+
+    @model_validator(mode="after")
+    def _elastic_is_clear(self) -> ClusterSettings:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers {self.min_workers} is more than num_workers {self.num_workers}")
+        if self.min_workers is not None and self.use_gpu == "auto":
+            raise ValueError("with min_workers, GPUs come and go with the nodes: set use_gpu to true or false")
+        return self
 
     @model_validator(mode="after")
     def _no_two_workers_on_a_gpu(self) -> ClusterSettings:

@@ -22,6 +22,7 @@ from hncse_ray.reporting import Event, Notice, RunFinished
 from hncse_ray.reporting.events import StepsLogged
 from hncse_ray.storage import write_folder
 from hncse_ray.training import TrainJob, fit, load_evaluation_sets
+from hncse_ray.training.checkpoint import Wish
 from hncse_ray.training.negatives import BatchNegatives, GlobalNegatives
 from hncse_ray.training.shard import build_shard
 
@@ -58,8 +59,8 @@ class FolderStore:
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         write_folder(self.checkpoint(step), write)
 
-    def wants_one_now(self) -> bool:
-        return False
+    def wish(self) -> Wish:
+        return Wish.NOTHING
 
     def export(self, write: Callable[[Path], None]) -> None:
         write_folder(self.root / "model", write)

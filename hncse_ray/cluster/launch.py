@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from hncse_ray.cluster.channel import event_channel
+from hncse_ray.cluster.elastic import START_TIMEOUT_S, NoRoom, fit_elastic
 from hncse_ray.cluster.metrics import RayMetrics
 from hncse_ray.cluster.network import NodeTorchConfig
 from hncse_ray.cluster.node_corpus import NodeCorpus
-from hncse_ray.cluster.placement import place_pool, place_workers, survey
+from hncse_ray.cluster.placement import place_pool, place_workers, survey, without_orphaned_groups
 from hncse_ray.cluster.pool import PoolClient, negative_pool
 from hncse_ray.cluster.resources import PoolPlan, WorkerPlan, pool_advice
 from hncse_ray.cluster.run_store import run_store
@@ -45,6 +47,7 @@ from hncse_ray.reporting import (
     Reporter,
     Reporters,
     RunFinished,
+    RunStarted,
     StageProgress,
     TensorBoard,
 )
@@ -205,50 +208,36 @@ def _run(
     if package.level == logging.NOTSET:  # the command sets it; a program that uses the package may not
         package.setLevel(logging.INFO)
     try:
-        with event_channel(reporter) as events, ExitStack() as stack:
+        starts = _Starts()
+        with event_channel(Reporters([starts, reporter])) as events, ExitStack() as stack:
             mirror, handles = None, None
             if isinstance(folder, RemoteRunFolder):
                 mirror = MirrorPlan(folder.remote, folder.token, keep=_KEPT_CHECKPOINTS)
             if pool is not None and settings.negatives.source == "pool":
                 handles = stack.enter_context(negative_pool(settings, pool, corpus, folder.path / "index"))
-            trainer = TorchTrainer(
-                # Not `train_loop_config`: the controller would unpickle that too, and import what training needs.
-                partial(
-                    _train_worker,
-                    {
-                        "settings": settings.model_dump(mode="json"),
-                        "corpus": NodeCorpus.of(corpus, settings),
-                        "sets": ray.put(sets),
-                        "threads": plan.threads,
-                        "folder": str(folder.path.absolute()),
-                        "mirror": mirror,
-                        "events": events,
-                        "index": None if pool is None else pool.index,
-                        "pool": handles,
-                    },
+            config = {
+                "settings": settings.model_dump(mode="json"),
+                "corpus": NodeCorpus.of(corpus, settings),
+                "sets": ray.put(sets),
+                "threads": plan.threads,
+                "folder": str(folder.path.absolute()),
+                "mirror": mirror,
+                "events": events,
+                "index": None if pool is None else pool.index,
+                "pool": handles,
+            }
+            stack.enter_context(_address_for_helpers())
+            if settings.cluster.min_workers is not None:
+                stack.enter_context(without_orphaned_groups())
+            outcome = fit_elastic(
+                lambda workers, missing: _fit(
+                    _trainer(settings, replace(plan, num_workers=workers), folder, config | {"missing": missing})
                 ),
-                scaling_config=ScalingConfig(
-                    num_workers=plan.num_workers,
-                    use_gpu=plan.gpus > 0,
-                    resources_per_worker={"CPU": plan.cpus} | ({"GPU": plan.gpus} if plan.gpus else {}),
-                    label_selector=settings.cluster.trainer_labels or None,
-                ),
-                torch_config=NodeTorchConfig(),
-                run_config=RunConfig(
-                    name=folder.checkpoints.name,
-                    storage_path=str(folder.path.absolute()),
-                    failure_config=FailureConfig(
-                        max_failures=settings.cluster.max_failures, controller_failure_limit=_CONTROLLER_RETRIES
-                    ),
-                    checkpoint_config=CheckpointConfig(num_to_keep=_KEPT_CHECKPOINTS),
-                ),
+                plan,
+                settings.cluster,
+                starts=lambda: starts.count,
+                notify=lambda text: reporter.on(Notice(text)),
             )
-            # Ray Train gives up waiting for nodes after this, and tries again so often.
-            os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(
-                settings.cluster.start_timeout_s / (1 + _CONTROLLER_RETRIES)
-            )
-            with _address_for_helpers():
-                outcome = _fit(trainer)
         reporter.on(outcome)
         return outcome
     finally:
@@ -256,7 +245,42 @@ def _run(
         log.close()
 
 
-def _fit(trainer: TorchTrainer) -> RunFinished:
+class _Starts:
+    """Counts how often workers have begun or taken up a run; a Reporter."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on(self, event: Event) -> None:
+        self.count += isinstance(event, RunStarted)
+
+
+def _trainer(settings: Settings, plan: WorkerPlan, folder: RunFolder, config: dict[str, Any]) -> TorchTrainer:
+    cluster = settings.cluster
+    # Ray Train gives up waiting for nodes after a time, and tries again so often; an elastic run goes on with fewer.
+    retries = _CONTROLLER_RETRIES if cluster.min_workers is None else 0
+    patience_s = cluster.start_timeout_s / (1 + retries) if cluster.min_workers is None else START_TIMEOUT_S
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(patience_s)
+    return TorchTrainer(
+        partial(_train_worker, config),  # not `train_loop_config`: the controller would unpickle that too, with imports
+        scaling_config=ScalingConfig(
+            num_workers=plan.num_workers,
+            use_gpu=plan.gpus > 0,
+            resources_per_worker=plan.each(),
+            label_selector=cluster.trainer_labels or None,
+        ),
+        torch_config=NodeTorchConfig(),
+        run_config=RunConfig(
+            name=folder.checkpoints.name,
+            storage_path=str(folder.path.absolute()),
+            failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=retries),
+            checkpoint_config=CheckpointConfig(num_to_keep=_KEPT_CHECKPOINTS),
+        ),
+    )
+
+
+def _fit(trainer: TorchTrainer) -> RunFinished | None:
+    """Train until the run has finished, or pauses (None)."""
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         outcome = trainer.fit().return_value
@@ -270,7 +294,8 @@ def _fit(trainer: TorchTrainer) -> RunFinished:
                             hint="log.txt in the run's folder has the details; start the same command again to go on",
                             ) from error  # fmt: skip
     except ray.train.ControllerError as error:
-        raise ClusterError(f"Ray Train could not run the workers ({error.controller_failure})") from error
+        kind = NoRoom if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError) else ClusterError
+        raise kind(f"Ray Train could not run the workers ({error.controller_failure})") from error
     except RayActorError as error:
         advice = "Start the same command again: it goes on from the last checkpoint"
         raise ClusterError("the process that looks after the workers was lost", hint=advice) from error
@@ -281,7 +306,7 @@ def _fit(trainer: TorchTrainer) -> RunFinished:
             signal.signal(signal.SIGINT, on_interrupt)
     if isinstance(outcome, HncseError):
         raise outcome
-    assert isinstance(outcome, RunFinished)
+    assert outcome is None or isinstance(outcome, RunFinished)
     return outcome
 
 
@@ -304,8 +329,11 @@ def _address_for_helpers() -> Iterator[None]:
             os.environ["RAY_ADDRESS"] = before
 
 
-def _train_worker(config: dict[str, Any]) -> RunFinished | HncseError:
-    """Run one rank; an expected failure is returned, not raised, since trying again would not help."""
+def _train_worker(config: dict[str, Any]) -> RunFinished | HncseError | None:
+    """Run one rank, to the end or (None) to a pause.
+
+    An expected failure is returned, not raised, since trying again would not help.
+    """
     torch.set_num_threads(config["threads"])
     settings = Settings.model_validate(config["settings"])
     events, mirror = config["events"], config["mirror"]
@@ -323,7 +351,10 @@ def _train_worker(config: dict[str, Any]) -> RunFinished | HncseError:
             failure = error
         raise_together(failure)
         assert job is not None
-        with run_store(folder, mirror, notify) as store, _records(folder, settings.run.name) as files:
+        with (
+            run_store(folder, mirror, notify, config["missing"]) as store,
+            _records(folder, settings.run.name) as files,
+        ):
 
             def emit(event: Event) -> None:
                 files.on(event)

@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 from ray._private.state import state
@@ -114,8 +114,10 @@ def place_pool(settings: Settings, nodes: Nodes, *, rows: int, dimension: int) -
 def place_workers(settings: Settings, nodes: Nodes, pool: PoolPlan | None) -> WorkerPlan:
     """Plan the workers for the nodes that their labels allow, beside a pool that may share some of these.
 
+    Where there may be fewer workers, each gets what it would if there were as many as fit now.
+
     Raises:
-        ClusterError: they do not fit, and nothing can come that they would fit.
+        ClusterError: not even the least fit, and nothing can come that they would fit.
     """
     cluster = settings.cluster
     allowed = nodes.labelled(cluster.trainer_labels, "cluster.trainer_labels")
@@ -126,7 +128,16 @@ def place_workers(settings: Settings, nodes: Nodes, pool: PoolPlan | None) -> Wo
         for name, amount in (("CPU", pool.cpus), ("GPU", pool.gpus)):  # the pool takes these first
             there[name] += min(amount * pool.num_shards, elsewhere.get(name, 0.0))
     on_each = [node.resources for node in allowed]
-    return plan_workers(cluster, there, pool, nodes=on_each, growing=nodes.growing)
+    least = cluster.min_workers or cluster.num_workers
+    for n in range(cluster.num_workers, least - 1, -1):
+        try:
+            fewer = cluster.model_copy(update={"num_workers": n})
+            plan = plan_workers(fewer, there, pool, nodes=on_each, growing=nodes.growing)
+            return replace(plan, num_workers=cluster.num_workers)
+        except ClusterError:
+            if n == least:
+                raise
+    raise AssertionError(least)
 
 
 @contextmanager
@@ -134,7 +145,8 @@ def without_orphaned_groups() -> Iterator[None]:
     """Meanwhile, remove this job's placement groups whose creator, an actor, is dead.
 
     Ray keeps them until the job ends. Ray Train's controller (2.60) may be ended with a trial of a sweep just when it
-    has asked for one: the CPUs in it would be missing for the rest of the sweep.
+    has asked for one, and the first worker of an elastic run be lost while it asks for more: what is in them would be
+    missing for the rest of the sweep, or of the run.
     """
     job, over = ray.get_runtime_context().get_job_id(), threading.Event()
 
@@ -142,10 +154,10 @@ def without_orphaned_groups() -> Iterator[None]:
         while not over.wait(_LOOK_FOR_ORPHANS_S):
             try:
                 for group in orphaned_groups(job):
-                    logger.info("a trial that was stopped still held CPUs: they are given back")
+                    logger.info("places held for a process that is gone are given back")
                     remove_placement_group(group)
             except Exception as error:
-                logger.warning("cannot look for CPUs that are held for nobody (%s)", error)
+                logger.warning("cannot look for places that are held for nobody (%s)", error)
 
     thread = threading.Thread(target=look, name="orphaned-groups", daemon=True)
     thread.start()

@@ -28,6 +28,10 @@ class WorkerPlan:
     threads: int
     gpus: float
 
+    def each(self) -> dict[str, float]:
+        """Return what one worker reserves, by Ray's names."""
+        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+
 
 @dataclass(frozen=True)
 class PoolPlan:

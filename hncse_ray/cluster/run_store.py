@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
+from ray.util.placement_group import PlacementGroup
 
+from hncse_ray.cluster.elastic import Places, placed
 from hncse_ray.errors import StorageError
 from hncse_ray.storage import write_folder
-from hncse_ray.training.checkpoint import RunStore
-from hncse_ray.training.distributed import raise_together
+from hncse_ray.training.checkpoint import RunStore, Wish
+from hncse_ray.training.distributed import broadcast, raise_together, rank
 from hncse_ray.training.remote_run import MirrorPlan, RunMirror
 from hncse_ray.training.run_folder import RunFolder
 
@@ -22,43 +24,59 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def run_store(folder: Path, mirror: MirrorPlan | None, notify: Callable[[str], None]) -> Iterator[RunStore]:
+def run_store(
+    folder: Path, mirror: MirrorPlan | None, notify: Callable[[str], None], missing: Places
+) -> Iterator[RunStore]:
     """Open the store of a rank.
 
     Args:
         folder: of the run; with a mirror, that of this node.
         mirror: where copies go; None if all nodes see ``folder``.
-        notify: told when copies cannot be sent, and when a node is about to be taken away.
+        notify: told when copies cannot be sent, and when nodes are about to go or have come.
+        missing: places of further workers, asked for meanwhile; when there is one, the run is asked to pause.
 
     Raises:
         StorageError: on leaving, if the last copies could not be sent.
     """
-    if mirror is None:
-        yield RayRunStore(folder, notify)
-        return
-    store = RemoteRunStore(folder, mirror, notify)
-    try:
-        yield store
-    except BaseException:
-        store.give_up()
-        raise
-    store.finish()
+    with missing.asked_for() if missing.number and rank() == 0 else nullcontext() as groups:
+        surroundings = _Surroundings(notify, missing.number, groups)
+        if mirror is None:
+            yield RayRunStore(folder, surroundings)
+            return
+        store = RemoteRunStore(folder, mirror, surroundings)
+        try:
+            yield store
+        except BaseException:
+            store.give_up()
+            raise
+        store.finish()
 
 
-class _Departures:
-    """Nodes of the run's workers that are about to be taken away, such as spot instances; Ray Train hears of it."""
+class _Surroundings:
+    """Nodes of the run's workers that will be taken away, such as spot instances, and new places for more workers."""
 
-    def __init__(self, notify: Callable[[str], None]) -> None:
-        self._notify, self._known = notify, set[str]()
+    def __init__(self, notify: Callable[[str], None], missing: int, groups: Sequence[PlacementGroup] | None) -> None:
+        self.notify: Callable[[str], None] = notify if rank() == 0 else lambda text: None
+        self._missing, self._groups, self._more = missing, groups, 0
+        self._leaving = set[str]()
 
-    def is_news(self) -> bool:
-        """Say whether there is one that was not there when last asked; a barrier, and the same on every rank."""
-        info = ray.train.get_preemption_info()
-        leaving = set(info.preempted_node_ids) - self._known if info is not None else set()
-        self._known |= leaving
-        if leaving and ray.train.get_context().get_world_rank() == 0:
-            self._notify(f"{len(leaving)} node(s) of the workers will be taken away: a checkpoint is written now")
-        return bool(leaving)
+    def wish(self) -> Wish:
+        """Say what they ask for that they had not when last asked; a barrier, and the same on every rank."""
+        info = ray.train.get_preemption_info()  # Ray Train hears of it
+        news = set(info.preempted_node_ids) - self._leaving if info is not None else set()
+        self._leaving |= news
+        if news:
+            self.notify(f"{len(news)} node(s) of the workers will be taken away: a checkpoint is written now")
+        before, self._more = self._more, self._count()
+        if self._more and self._more == before:  # not while further ones are still coming
+            self.notify(f"there is room for {self._more} more worker(s): they take part from the checkpoint of now")
+            return Wish.PAUSE
+        return Wish.CHECKPOINT if news else Wish.NOTHING
+
+    def _count(self) -> int:
+        if not self._missing:
+            return 0
+        return broadcast(None if self._groups is None else placed(self._groups))
 
 
 class RayRunStore:
@@ -68,8 +86,8 @@ class RayRunStore:
     same, and removed once a newer one is there.
     """
 
-    def __init__(self, folder: Path, notify: Callable[[str], None]) -> None:
-        self._folder, self._departures = RunFolder(folder), _Departures(notify)
+    def __init__(self, folder: Path, surroundings: _Surroundings) -> None:
+        self._folder, self._surroundings = RunFolder(folder), surroundings
         reported = {Path(r.checkpoint.path).name for r in ray.train.get_all_reported_checkpoints()}
         self._unreported = [path for path in self.checkpoints() if path.name not in reported]
 
@@ -100,9 +118,9 @@ class RayRunStore:
                     shutil.rmtree(leftover, ignore_errors=True)
             self._unreported = []
 
-    def wants_one_now(self) -> bool:
-        """Say whether a node is about to be taken away."""
-        return self._departures.is_news()
+    def wish(self) -> Wish:
+        """Say what the nodes around ask for; a barrier."""
+        return self._surroundings.wish()
 
     def export(self, write: Callable[[Path], None]) -> None:
         """Put the model in place."""
@@ -116,10 +134,10 @@ class RemoteRunStore:
     machine could not read it.
     """
 
-    def __init__(self, folder: Path, plan: MirrorPlan, notify: Callable[[str], None]) -> None:
-        self._folder, self._keep, self._departures = RunFolder(folder), plan.keep, _Departures(notify)
+    def __init__(self, folder: Path, plan: MirrorPlan, surroundings: _Surroundings) -> None:
+        self._folder, self._keep, self._surroundings = RunFolder(folder), plan.keep, surroundings
         context = ray.train.get_context()
-        self._mirror = RunMirror(plan, folder, notify) if context.get_world_rank() == 0 else None
+        self._mirror = RunMirror(plan, folder, surroundings.notify) if context.get_world_rank() == 0 else None
         self._cleans = context.get_local_rank() == 0
 
     def checkpoints(self) -> list[Path]:
@@ -148,9 +166,9 @@ class RemoteRunStore:
                 if old not in past[: self._keep] and old.name != sending:
                     shutil.rmtree(old, ignore_errors=True)
 
-    def wants_one_now(self) -> bool:
-        """Say whether a node is about to be taken away."""
-        return self._departures.is_news()
+    def wish(self) -> Wish:
+        """Say what the nodes around ask for; a barrier."""
+        return self._surroundings.wish()
 
     def export(self, write: Callable[[Path], None]) -> None:
         """Put the model in place; it is sent at the end."""
@@ -163,7 +181,8 @@ class RemoteRunStore:
             StorageError: it could not be sent.
         """
         if self._mirror is not None:
-            self._mirror.finish(next(iter(self.checkpoints()), None), self._folder.model)
+            model = self._folder.model
+            self._mirror.finish(next(iter(self.checkpoints()), None), model if model.is_dir() else None)
 
     def give_up(self) -> None:
         """Wait a little for what is being sent."""

@@ -199,6 +199,7 @@ def _run_settings(sweep: Sweep, values: Values, plan: SweepPlan, place: Path, na
         "run.name": name,
         "run.storage_path": str(place.absolute()),
         "cluster.cpus_per_worker": plan.cpus_per_worker,
+        "cluster.min_workers": None,  # as many workers from its start to its end
         "evaluation.test": False,
     }
     if sweep.settings.negatives.threads_per_shard is None and plan.concurrent > 1:

@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,8 +84,16 @@ class Resumed:
     passed_over: list[str]
 
 
+class Wish(IntEnum):
+    """What the surroundings of a run may ask of it; the greater includes the less."""
+
+    NOTHING = 0
+    CHECKPOINT = 1  # out of turn
+    PAUSE = 2  # a checkpoint, and an end from which the run is started again
+
+
 class RunStore(Protocol):
-    """Where checkpoints and the exported model go. All ranks call ``save`` and ``wants_one_now`` equally often."""
+    """Where checkpoints and the exported model go. All ranks call ``save`` and ``wish`` equally often."""
 
     def checkpoints(self) -> Iterable[Path]:
         """Yield the folders of complete checkpoints, newest first."""
@@ -98,8 +107,8 @@ class RunStore(Protocol):
         """
         ...
 
-    def wants_one_now(self) -> bool:
-        """Say whether a checkpoint is wanted out of turn; the same on every rank, and once for each reason."""
+    def wish(self) -> Wish:
+        """Say what is asked of the run now; the same on every rank, and once for each reason."""
         ...
 
     def export(self, write: Callable[[Path], None]) -> None:

@@ -19,7 +19,7 @@ from hncse_ray.errors import HncseError, StorageError
 from hncse_ray.evaluation import uniformity
 from hncse_ray.negatives import NegativeSource
 from hncse_ray.reporting.events import CheckpointSaved, Evaluated, Event, Notice, RunFinished, RunStarted, StepsLogged
-from hncse_ray.training.checkpoint import RunStore, copy_weights, read_newest, write_checkpoint
+from hncse_ray.training.checkpoint import RunStore, Wish, copy_weights, read_newest, write_checkpoint
 from hncse_ray.training.distributed import ShardedEncode, raise_together, rank, world_size
 from hncse_ray.training.evaluator import EvaluationSets, Scores, Split
 from hncse_ray.training.export import write_model
@@ -45,7 +45,7 @@ class TrainJob:
     source: NegativeSource | None = None
 
 
-def fit(job: TrainJob, store: RunStore, emit: Emit) -> RunFinished:
+def fit(job: TrainJob, store: RunStore, emit: Emit) -> RunFinished | None:
     """Train to the end, from the newest checkpoint if there is one, and export the best weights.
 
     Args:
@@ -54,7 +54,8 @@ def fit(job: TrainJob, store: RunStore, emit: Emit) -> RunFinished:
         emit: receives the run's events; called on rank 0 only.
 
     Returns:
-        The facts of the finished run, the same on every rank.
+        The facts of the finished run, the same on every rank; None if the store wished for a pause and there is a
+        checkpoint to go on from.
 
     Raises:
         TrainingError: not a number, or collapse.
@@ -76,7 +77,7 @@ class _Trainer:
             batch_size=train.batch_size,
             seed=self.settings.run.seed,
             bucket_by_length=train.bucket_by_length,
-            min_batch=max(2, world_size()),
+            min_batch=max(2, self.settings.cluster.num_workers),
         )
         epoch_steps = self.plan.batches_per_epoch * train.epochs / train.accumulation_steps
         self.total_steps = train.max_steps or max(1, math.ceil(round(epoch_steps, 6)))  # 25 * 0.28 is a little over 7
@@ -121,9 +122,9 @@ class _Trainer:
         if world_size() > 1:
             self.model = DistributedDataParallel(self.encoder, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    def run(self) -> RunFinished:
+    def run(self) -> RunFinished | None:
         state, train = self.state, self.settings.train
-        saved_step, out_of_turn = state.step, False
+        saved_step, wish = state.step, Wish.NOTHING
         if not state.before:
             state.before = {split: self._score(split) for split in _SPLITS}
             self._consider_best(state.before["dev"])
@@ -136,15 +137,18 @@ class _Trainer:
             due = map(self._due, (train.log_every_steps, train.evaluate_every_steps, train.checkpoint_every_steps))
             if (last or any(due)) and self.log.steps:
                 self._write_log()
-                out_of_turn |= self.store.wants_one_now()
+                wish = max(wish, self.store.wish())
             if state.evaluated_step != state.step and (last or self._due(train.evaluate_every_steps)):
                 self._consider_best(self._score("dev"))
                 continue  # the score may end the run here
-            if saved_step != state.step and (last or out_of_turn or self._due(train.checkpoint_every_steps)):
+            if saved_step != state.step and (last or wish or self._due(train.checkpoint_every_steps)):
                 self._checkpoint()
-                saved_step, out_of_turn = state.step, False
+                saved_step = state.step
             if last:
                 return self._finish(stopped_early)
+            if wish is Wish.PAUSE:
+                return None
+            wish = Wish.NOTHING
             # ---------------------------------------------------------------- one optimiser step
             started = time.perf_counter()
             context = StepContext(

@@ -259,8 +259,8 @@ class RunMirror:
         """
         self._uploader.submit(path.name, lambda: self._send(path))
 
-    def finish(self, newest: Path | None, model: Path) -> None:
-        """Send all that the run leaves, and wait for it.
+    def finish(self, newest: Path | None, model: Path | None) -> None:
+        """Send all that the run leaves, its model if it has one yet, and wait for it.
 
         Raises:
             StorageError: it could not be sent; it is whole locally.

@@ -64,6 +64,8 @@ def test_another_objective_keeps_what_it_knows() -> None:
         ("run.name=a/b", "run.name"),
         ("cluster.use_gpu=2", "'auto', True or False"),
         ("cluster={num_workers: 2, gpus_per_worker: 0.5}", "would put two workers on one GPU"),
+        ("cluster={num_workers: 2, min_workers: 3, use_gpu: false}", "min_workers 3 is more than num_workers 2"),
+        ("cluster={num_workers: 2, min_workers: 1}", "set use_gpu to true or false"),
         ("corpus.source=text", "needs a path"),
         ("corpus.path=x", "takes no path"),
         ("evaluation.metric=stsb/recall@1", "choose from stsb/spearman"),

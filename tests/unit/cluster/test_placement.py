@@ -106,3 +106,14 @@ def test_a_worker_is_on_one_node() -> None:
 def test_totals_add_up() -> None:
     assert total(FLEET.alive) == {"CPU": 20, "GPU": 3}
     assert total(()) == {}
+
+
+def test_an_elastic_run_is_planned_with_as_many_workers_as_fit_and_may_come_to_more() -> None:
+    nodes = Nodes((node(4), node(4)))
+    elastic = {"num_workers": 4, "min_workers": 2, "cpus_per_worker": 4, "use_gpu": False}
+    plan = place_workers(settings(cluster=elastic), nodes, None)
+    assert (plan.num_workers, plan.cpus) == (4, 4)
+    with pytest.raises(ClusterError, match="3 workers x 4 CPUs = 12"):
+        place_workers(settings(cluster=elastic | {"min_workers": 3}), nodes, None)
+    shared_out = place_workers(settings(cluster=elastic | {"cpus_per_worker": None}), nodes, None)
+    assert shared_out.cpus == 2  # all four fit

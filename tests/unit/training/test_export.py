@@ -15,6 +15,7 @@ from hncse_ray.corpus import prepare_corpus
 from hncse_ray.encoder import load_encoder, tokenizer_digest
 from hncse_ray.storage import write_folder
 from hncse_ray.training import TrainJob, fit, load_evaluation_sets
+from hncse_ray.training.checkpoint import Wish
 
 
 class OnlyTheModel:
@@ -29,8 +30,8 @@ class OnlyTheModel:
     def save(self, step: int, write: object) -> None:
         pass
 
-    def wants_one_now(self) -> bool:
-        return False
+    def wish(self) -> Wish:
+        return Wish.NOTHING
 
     def export(self, write: Any) -> None:
         write_folder(self.model, write)

@@ -22,6 +22,7 @@ from hncse_ray.reporting.events import CheckpointSaved, Evaluated, StepsLogged
 from hncse_ray.storage import write_folder
 from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets
 from hncse_ray.training import loop as loop_module
+from hncse_ray.training.checkpoint import Wish
 from hncse_ray.training.guards import Guards
 
 Tree = dict[str, Any]
@@ -38,7 +39,7 @@ class FolderStore:
     def __init__(self, root: Path, *, stop_at_save: int | None = None, full_at: int | None = None) -> None:
         self.root, self.stop_at_save, self.full_at = root, stop_at_save, full_at
         self.export_error: Exception | None = None
-        self.asked, self.wanted = 0, set[int]()  # at which times of asking a checkpoint is wanted out of turn
+        self.asked, self.wishes = 0, dict[int, Wish]()  # what is wished for, by the times of asking
 
     @property
     def model(self) -> Path:
@@ -61,9 +62,9 @@ class FolderStore:
 
         write_folder(self.checkpoint(step), write_until_full)
 
-    def wants_one_now(self) -> bool:
+    def wish(self) -> Wish:
         self.asked += 1
-        return self.asked in self.wanted
+        return self.wishes.get(self.asked, Wish.NOTHING)
 
     def export(self, write: Callable[[Path], None]) -> None:
         if self.export_error is not None:
@@ -463,12 +464,28 @@ def test_a_checkpoint_out_of_turn_is_written_once_and_changes_nothing_else(tree:
         tree, ["train.log_every_steps=2", "train.evaluate_every_steps=4", "train.checkpoint_every_steps=100"]
     )
     in_turn, asked = FolderStore(tmp_path / "in turn"), FolderStore(tmp_path / "asked")
-    asked.wanted = {2, 3}  # at steps 4, which is scored first, and 6
+    asked.wishes = {2: Wish.CHECKPOINT, 3: Wish.CHECKPOINT}  # at steps 4, which is scored first, and 6
     courses = [of(run(settings, store)[0], StepsLogged) for store in (in_turn, asked)]
     assert [path.name[-2:] for path in in_turn.checkpoints()] == ["12"]
     assert [path.name[-2:] for path in asked.checkpoints()] == ["12", "06", "04"]
     assert asked.asked == in_turn.asked == 6  # once a line of the log: it is a barrier
     assert [event.metrics for event in courses[0]] == [event.metrics for event in courses[1]]
+
+
+def test_a_run_that_pauses_goes_on_from_there_as_if_it_had_not(tree: Tree, tmp_path: Path) -> None:
+    settings = load_settings(
+        tree, ["train.log_every_steps=2", "train.evaluate_every_steps=4", "train.checkpoint_every_steps=100"]
+    )
+    expected_events, _, expected_store = never_stopped(settings, tmp_path / "whole")
+    store = FolderStore(tmp_path / "paused")
+    store.wishes = {2: Wish.PAUSE, 6: Wish.PAUSE}  # at step 4, which is scored first, and at the last one, too late
+    before, paused = run(settings, store)
+    assert paused is None and not store.model.exists()
+    assert [path.name[-2:] for path in store.checkpoints()] == ["04"]
+    after, finished = run(settings, store)
+    assert finished is not None and of(after, RunStarted)[0].step == 4
+    assert facts(before) | facts(after) == facts(expected_events)
+    assert_same_weights(weights(store), weights(expected_store))
 
 
 def test_a_run_without_a_whole_checkpoint_starts_over(tree: Tree, tmp_path: Path) -> None:

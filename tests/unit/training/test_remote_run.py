@@ -185,6 +185,15 @@ class TestTravelling:
         assert (there / "tensorboard/events").read_text() == "scalars"
         assert remote.read("model/model.safetensors") == b"best"
 
+    def test_a_run_that_pauses_has_its_checkpoint_there_and_no_model_yet(self, remote: Remote, tmp_path: Path) -> None:
+        mirror = self.mirror(remote, tmp_path / "here")
+        newest = checkpoint(tmp_path / "here", 4)
+        mirror.send_checkpoint(newest)
+        mirror.finish(newest, None)
+        assert whole_folders(remote, "checkpoints") == ["step_000000004"]
+        assert remote.read("metrics.jsonl") == (tmp_path / "here/metrics.jsonl").read_bytes()
+        assert not [name for name in remote.names() if name.startswith("model")]
+
     def test_a_new_run_brings_nothing(self, remote: Remote, tmp_path: Path) -> None:
         bring_run(remote, tmp_path / "there", pytest.fail)
         assert list((tmp_path / "there/checkpoints").iterdir()) == []

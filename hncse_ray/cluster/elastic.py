@@ -1,0 +1,126 @@
+"""Workers that come and go: a run goes on with fewer of them while nodes are away, and takes more in as there is room.
+
+Places for the missing ones are asked for by placement groups, one each: so Ray keeps them free once they are, and an
+autoscaler starts nodes for them. Ray Train's own elastic policy (2.60) adds up what the nodes have, the negative pool's
+share included, and would start more workers than fit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+
+from hncse_ray.cluster.resources import WorkerPlan
+from hncse_ray.config import ClusterSettings
+from hncse_ray.errors import ClusterError
+from hncse_ray.reporting import RunFinished
+
+START_TIMEOUT_S = 30.0  # Ray Train may need so long to place workers for which there was room
+_GRACE_S = 10.0  # to wait for the last ones when there is room for enough already
+_POLL_S = 0.2
+_MOST_IN_VAIN = 3
+
+
+@dataclass(frozen=True)
+class Places:
+    """Places of workers.
+
+    Attributes:
+        number: how many.
+        each: what a worker reserves, by Ray's names.
+        labels: of the nodes that they may be on.
+    """
+
+    number: int
+    each: dict[str, float]
+    labels: dict[str, str]
+
+    @contextmanager
+    def asked_for(self) -> Iterator[list[PlacementGroup]]:
+        """Ask for them, each by itself; on leaving they are given back."""
+        selector = [self.labels] if self.labels else None
+        groups = [placement_group([self.each], bundle_label_selector=selector) for _ in range(self.number)]
+        try:
+            yield groups
+        finally:
+            if ray.is_initialized():  # what a lost Ray held is gone
+                for group in groups:
+                    remove_placement_group(group)
+
+
+class NoRoom(ClusterError):
+    """The workers could not be placed in time."""
+
+
+Attempt = Callable[[int, Places], RunFinished | None]
+
+
+def fit_elastic(
+    attempt: Attempt,
+    plan: WorkerPlan,
+    cluster: ClusterSettings,
+    *,
+    starts: Callable[[], int],
+    notify: Callable[[str], None],
+) -> RunFinished:
+    """Train with as many of the planned workers as there is room for, and anew whenever that changes.
+
+    Args:
+        attempt: trains with so many workers until they have finished, or, which returns None, have paused because
+            there is one of the missing places. Raises NoRoom when a lost worker has no place any more. It asks for the
+            missing ones when its own workers have their places, which Ray would else give away.
+        plan: the most workers, and what each gets.
+        cluster: the least, the labels of their nodes, and how long to wait for these.
+        starts: says how often workers have begun or taken up the run so far.
+        notify: told of each change.
+
+    Raises:
+        ClusterError: there is no room for the least, or there is said to be and it is refused again and again.
+    """
+    in_vain = 0
+    while True:
+        n = plan.num_workers if cluster.min_workers is None else _room(plan, cluster, cluster.min_workers)
+        if n < plan.num_workers:
+            notify(f"{n} of {plan.num_workers} workers have room; the others join as soon as there is more")
+        before = starts()
+        try:
+            finished = attempt(n, Places(plan.num_workers - n, plan.each(), cluster.trainer_labels))
+        except NoRoom:
+            in_vain = 0 if starts() > before else in_vain + 1
+            if cluster.min_workers is None or in_vain == _MOST_IN_VAIN:
+                raise
+            notify("workers have lost their place: the run goes on with those that have one")
+            continue
+        if finished is not None:
+            return finished
+
+
+def placed(groups: Sequence[PlacementGroup]) -> int:
+    """Return how many of these groups have their place now."""
+    return sum(placement_group_table(group).get("state") == "CREATED" for group in groups)
+
+
+def _room(plan: WorkerPlan, cluster: ClusterSettings, least: int) -> int:
+    """Return for how many workers there is room; wait for the least, and a little for all.
+
+    Raises:
+        ClusterError: there is no room for the least within ``start_timeout_s``.
+    """
+    begun = time.monotonic()
+    with Places(plan.num_workers, plan.each(), cluster.trainer_labels).asked_for() as groups:
+        while (n := placed(groups)) < plan.num_workers:
+            waited = time.monotonic() - begun
+            if n >= least and waited > _GRACE_S:
+                break
+            if waited > cluster.start_timeout_s:
+                raise ClusterError(
+                    f"there was room for {n} workers after {waited:.0f} s, fewer than the least of {least}",
+                    "cluster.min_workers", "Start the same command again when nodes are back, or lower it",
+                )  # fmt: skip
+            time.sleep(_POLL_S)
+    return n

@@ -1,0 +1,78 @@
+"""A run whose nodes come and go: it goes on with fewer workers, and takes more in as there is room."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pool_faults import Training, nodes, nothing_is_left, soon
+from ray.cluster_utils import Cluster
+
+from hncse_ray.config import Settings
+from hncse_ray.errors import ClusterError
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+STEPS, EVERY = 400, 10
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head without room for a trainer, and two nodes for one each."""
+    with nodes(1, 2, 2) as cluster:
+        yield cluster
+
+
+def settings(small_run: dict[str, Any], **asked: Any) -> Settings:
+    tree = {name: dict(section) for name, section in small_run.items()}
+    tree["cluster"] = {"num_workers": 2, "min_workers": 1, "cpus_per_worker": 2, "use_gpu": False, **asked}
+    tree["train"] |= {"max_steps": STEPS, "log_every_steps": 5, "evaluate_every_steps": 5000}
+    tree["train"]["checkpoint_every_steps"] = EVERY
+    return Settings.model_validate(tree)
+
+
+def starts(training: Training) -> list[tuple[int, int]]:
+    """The step and the number of workers of each start so far."""
+    found = re.findall(r"(?:starts|resumes at step (\d+)).*?(\d+) worker\(s\)", training.log())
+    return [(int(step or 0), int(workers)) for step, workers in found]
+
+
+def test_a_run_goes_on_with_the_workers_it_has_and_takes_more_in(cluster: Cluster, small_run: dict[str, Any]) -> None:
+    training = Training(settings(small_run))
+    with training.slowly():
+        lost_at = training.line(lambda row: row["step"] >= 20, within_s=180, what="steps")["step"]
+        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+        soon(lambda: len(starts(training)) == 2, within_s=150, what="the run with one worker")
+        training.line(lambda row: row["step"] > lost_at + EVERY, within_s=60, what="its steps")
+        cluster.add_node(num_cpus=2)
+        soon(lambda: len(starts(training)) == 3, within_s=90, what="the run with two workers")
+    assert training.finish(within_s=200).steps == STEPS
+    (first, workers), (fewer_at, fewer), (more_at, more) = starts(training)
+    assert (first, workers, fewer, more) == (0, 2, 1, 2)
+    assert lost_at - EVERY <= fewer_at <= lost_at + 2 * EVERY
+    log = training.log()
+    assert log.count("1 of 2 workers have room") == 1 and log.count("there is room for 1 more worker(s)") == 1
+    assert f" step {more_at}/" in log and f" step {more_at + 5}/" in log
+    # It paused right at a line of the log: nothing was done twice, and no line is missing.
+    assert log[: log.index(f"resumes at step {more_at}")].count(f" step {more_at + 5}/") == 0
+    assert [line["step"] for line in training.lines()] == list(range(5, STEPS + 1, 5))
+    assert nothing_is_left()
+
+
+def test_a_run_begins_with_those_that_fit_and_too_few_are_refused(cluster: Cluster, small_run: dict[str, Any]) -> None:
+    with pytest.raises(ClusterError, match=r"3 workers x 2 CPUs"):
+        Training(settings(small_run, num_workers=4, min_workers=3)).finish(within_s=60)
+    small_run["run"]["name"] = "begins"
+    training = Training(settings(small_run, num_workers=4, min_workers=2))
+    with training.slowly():
+        training.line(lambda row: row["step"] >= 10, within_s=180, what="steps")
+        assert starts(training) == [(0, 2)]
+        for node in list(cluster.worker_nodes):
+            cluster.remove_node(node, allow_graceful=False)
+        soon(lambda: "have lost their place" in training.log(), within_s=120, what="the news")
+        for _ in range(2):
+            cluster.add_node(num_cpus=2)
+    assert training.finish(within_s=250).steps == STEPS
+    assert [workers for _, workers in starts(training)] == [2, 2]
+    assert nothing_is_left()
