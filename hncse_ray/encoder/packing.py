@@ -25,6 +25,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from hncse_ray.encoder.dropout import kept_by_dropout
 
 _ATTENTION = "sdpa_of_packed_rows"
+# A run with so many attention weights or fewer is computed in fp32: for a bf16 product of a new shape oneDNN makes a
+# kernel, 0.6 ms each, and runs of a few rows come in new shapes all the time (benchmarks/LOG.md).
+_FP32_WEIGHTS = 300_000
 # Full attention and learned absolute positions: nothing in them knows where a row lies but the position ids.
 _FAMILIES = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
 
@@ -123,7 +126,9 @@ class _DroppedAttention(torch.autograd.Function):
         with torch.autocast(device_type="cpu", enabled=False):
             for (rows, length), mask, *packed in _by_run(runs, mask_M, q_THW, k_THW, v_THW, z_THW):
                 *qkv, z = (_heads_first(x, rows, length) for x in packed)
-                q, k, v = (x.reshape(-1, *x.shape[2:]) for x in qkv)
+                is_small = mask.numel() <= _FP32_WEIGHTS
+                dtype = torch.promote_types(q_THW.dtype, torch.float32) if is_small else q_THW.dtype
+                q, k, v = (_contiguous(x, dtype) for x in qkv)
                 p = torch.bmm(q, k.transpose(1, 2)).softmax(-1)
                 z.copy_(torch.bmm(p * mask.view_as(p), v).view_as(z))
                 kept += (q, k, v, p)
@@ -139,7 +144,7 @@ class _DroppedAttention(torch.autograd.Function):
         for i, ((rows, length), mask, *packed) in enumerate(_by_run(ctx.runs, mask_M, dz_THW, *grads)):
             q, k, v, p = kept[4 * i : 4 * i + 4]
             dz, dq, dk, dv = (_heads_first(x, rows, length) for x in packed)
-            dz, mask = dz.reshape(v.shape), mask.view_as(p)
+            dz, mask = _contiguous(dz, v.dtype), mask.view_as(p)
             dp = torch.bmm(dz, v.transpose(1, 2)).mul_(mask)
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
             dv.copy_(torch.bmm((p * mask).transpose(1, 2), dz).view_as(dv))
@@ -154,6 +159,11 @@ def _by_run(runs: Sequence[tuple[int, int]], mask_M: Tensor, *packed: Tensor) ->
     masks = torch.split(mask_M, [heads * rows * length**2 for rows, length in runs])
     parts = (torch.split(x, [rows * length for rows, length in runs]) for x in packed)
     return zip(runs, masks, *parts, strict=True)
+
+
+def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Copy ``[rows, heads, length, width]`` to ``[rows * heads, length, width]`` in one operation."""
+    return x.to(dtype, memory_format=torch.contiguous_format).reshape(-1, *x.shape[2:])
 
 
 def _heads_first(x: Tensor, rows: int, length: int) -> Tensor:

@@ -12,7 +12,7 @@ from tiny import make_sentences
 from transformers import AutoConfig, AutoModel
 
 from hncse_ray.config import EncoderSettings
-from hncse_ray.encoder import SentenceEncoder, load_encoder
+from hncse_ray.encoder import SentenceEncoder, load_encoder, packing
 from hncse_ray.encoder.packing import _DroppedAttention
 
 SENTENCES = [*make_sentences(12, seed=3), "one", "word " * 40]
@@ -105,9 +105,27 @@ def test_attention_with_dropout_is_its_formula_and_its_gradient() -> None:
 
     torch.testing.assert_close(attend(q, k, v), dropped_attention(q, k, v, mask))
     assert torch.autograd.gradcheck(attend, (q, k, v))
-    half = _DroppedAttention.apply(*(x.detach().bfloat16() for x in (q, k, v, mask)), RUNS)
-    assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.double(), attend(q, k, v).detach(), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("fp32_weights", [0, 30, 10**9], ids=["none in fp32", "some", "all"])
+def test_attention_with_dropout_in_bf16_is_near_that_in_fp64(
+    fp32_weights: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    qkv = [torch.randn(DROPPED, generator=generator).bfloat16() for _ in range(3)]
+    sizes = [2 * rows * length**2 for rows, length in RUNS]
+    assert min(sizes) <= 30 < max(sizes)
+    mask = (torch.rand(sum(sizes), generator=generator) > 0.3).bfloat16()
+    dz = torch.randn(DROPPED, generator=generator).bfloat16()
+    monkeypatch.setattr(packing, "_FP32_WEIGHTS", fp32_weights)
+    found = []
+    for dtype in (torch.float64, torch.bfloat16):
+        inputs = [x.to(dtype).requires_grad_() for x in qkv]
+        z = _DroppedAttention.apply(*inputs, mask.to(dtype), RUNS)
+        found.append([z, *torch.autograd.grad(z, inputs, dz.to(dtype))])
+    for exact, rounded in zip(*found, strict=True):
+        assert rounded.dtype == torch.bfloat16
+        torch.testing.assert_close(rounded.double(), exact, atol=0.05, rtol=0.05)
 
 
 def test_the_mean_over_dropout_is_what_comes_without(tiny_model: Path) -> None:
