@@ -125,8 +125,7 @@ class Remote:
         filesystem, folder = self._opened
         place = f"{folder}/{below}".rstrip("/")
         try:
-            filesystem.invalidate_cache()
-            found = filesystem.find(place)
+            found = _find(filesystem, place)
         except (FileNotFoundError, NotADirectoryError):
             return []
         except Exception as error:
@@ -157,6 +156,22 @@ class Remote:
     def _failure(self, verb: str, name: str, error: Exception) -> StorageError:
         return StorageError(f"cannot be {verb} ({_reason(error)})", f"{self.url}/{name}".rstrip("/"),
                             "Is the storage reachable, and may this machine use it?")  # fmt: skip
+
+
+def _find(filesystem: Any, place: str) -> list[str]:
+    """Return the paths of all files below a folder.
+
+    pyarrow is asked for all at once: of Google's storage it lists a single level without the folders that nobody made.
+    """
+    from fsspec.implementations.arrow import ArrowFSWrapper
+    from pyarrow.fs import FileSelector, FileType
+
+    if isinstance(filesystem, ArrowFSWrapper):
+        found = filesystem.fs.get_file_info(FileSelector(place, allow_not_found=True, recursive=True))
+        return [info.path for info in found if info.type == FileType.File]
+    filesystem.invalidate_cache()
+    paths: list[str] = filesystem.find(place)
+    return paths
 
 
 def _closed(url: str) -> Remote:

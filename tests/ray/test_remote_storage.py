@@ -1,6 +1,6 @@
 """Runs that are kept at a URL, on a real Ray: killed and taken up on a fresh machine, through an outage, on two nodes.
 
-The URL is on a real S3 server where one can be had, see tests/s3.py.
+The URL is on a server of S3 or of Google's storage where one can be had, see tests/object_stores.py.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import psutil
 import pytest
 import ray
 import yaml
+from object_stores import BUCKET, Gate, gcs_server, s3_server
 from ray.cluster_utils import Cluster
-from s3 import BUCKET, Gate, s3_server
 
 from hncse_ray.cluster import train
 from hncse_ray.cluster.visible import check_visible
@@ -76,16 +76,27 @@ class Machine:
         self.process.communicate(timeout=60)
 
 
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def scheme(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
-    with s3_server(tmp_path_factory.mktemp("s3")) as gate:
+def gate(scheme: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
+    server = {"s3": s3_server, "gs": gcs_server}[scheme]
+    with server(tmp_path_factory.mktemp(scheme)) as gate:
         yield gate
 
 
 @pytest.fixture(scope="module")
-def recipe(gate: Gate, tiny_model: Path, corpus_file: Path, pairs_file: Path, tmp_path_factory: Any) -> Path:
+def runs(scheme: str, gate: Gate) -> str:
+    return f"{scheme}://{BUCKET}/some/runs"
+
+
+@pytest.fixture(scope="module")
+def recipe(runs: str, tiny_model: Path, corpus_file: Path, pairs_file: Path, tmp_path_factory: Any) -> Path:
     tree = {
-        "run": {"storage_path": f"s3://{BUCKET}/some/runs", "seed": 3},
+        "run": {"storage_path": runs, "seed": 3},
         "corpus": {"source": "text", "path": str(corpus_file)},
         "encoder": {"model": str(tiny_model), "pooling": "mean", "max_length": 24, "precision": "fp32"},
         "objective": {"name": "instance_smoothing", "buffer_size": 64, "group_size": 4},
@@ -115,9 +126,9 @@ def lines_of(remote: Remote) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def reference(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Remote:
+def reference(runs: str, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Remote:
     result, _ = Machine(recipe, "reference", tmp_path_factory.mktemp("cache")).finish()
-    remote = Remote(f"s3://{BUCKET}/some/runs/reference")
+    remote = Remote(f"{runs}/reference")
     assert result["model"] == f"{remote.url}/model" and result["steps"] == STEPS
     return remote
 
@@ -141,9 +152,9 @@ def test_a_finished_run_is_not_run_again_on_another_machine(recipe: Path, refere
 
 
 def test_a_machine_dies_and_another_goes_on_with_the_same_losses(
-    recipe: Path, reference: Remote, tmp_path: Path
+    runs: str, recipe: Path, reference: Remote, tmp_path: Path
 ) -> None:
-    remote = Remote(f"s3://{BUCKET}/some/runs/killed")
+    remote = Remote(f"{runs}/killed")
     first = Machine(recipe, "killed", tmp_path / "one")
     assert wait_for(lambda: len(whole_folders(remote, "checkpoints")) >= 1)
     first.kill()
@@ -155,8 +166,10 @@ def test_a_machine_dies_and_another_goes_on_with_the_same_losses(
     assert remote.read("model/model.safetensors") == reference.read("model/model.safetensors")
 
 
-def test_the_storage_is_away_for_a_while(recipe: Path, reference: Remote, gate: Gate, tmp_path: Path) -> None:
-    remote = Remote(f"s3://{BUCKET}/some/runs/outage")
+def test_the_storage_is_away_for_a_while(
+    runs: str, recipe: Path, reference: Remote, gate: Gate, tmp_path: Path
+) -> None:
+    remote = Remote(f"{runs}/outage")
     machine = Machine(recipe, "outage", tmp_path)
     work = working_folder(machine.settings)
     assert wait_for(lambda: whole_folders(remote, "checkpoints"))

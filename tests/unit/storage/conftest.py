@@ -1,4 +1,4 @@
-"""Each test of this room runs on a folder by its URL and, where a server can be had, on S3."""
+"""Each test of this room runs on a folder by its URL and, where a server can be had, on S3 and Google's storage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from s3 import BUCKET, s3_server
+from object_stores import BUCKET, gcs_server, s3_server
 
 from hncse_ray.storage import Remote
 
@@ -20,9 +20,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["file", "s3"])
+@pytest.fixture(scope="session")
+def google(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with gcs_server(tmp_path_factory.mktemp("gcs")):
+        yield
+
+
+@pytest.fixture(params=["file", "s3", "gs"])
 def remote(request: pytest.FixtureRequest, tmp_path: Path) -> Remote:
     if request.param == "file":
         return Remote(f"file://{tmp_path}/store/run")
-    request.getfixturevalue("server")
-    return Remote(f"s3://{BUCKET}/store-{next(_numbers)}/run")
+    request.getfixturevalue({"s3": "server", "gs": "google"}[request.param])
+    return Remote(f"{request.param}://{BUCKET}/store-{next(_numbers)}/run")

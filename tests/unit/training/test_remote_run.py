@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from s3 import BUCKET, Gate, s3_server
+from object_stores import BUCKET, Gate, s3_server
 
 from hncse_ray.config import Settings, load_settings
 from hncse_ray.errors import StorageError

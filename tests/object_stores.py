@@ -1,11 +1,13 @@
-"""A real S3 server for tests, and a way to cut it off.
+"""Servers of S3 and of Google's storage for tests, and a way to cut one off.
 
-The server is moto's ``moto_server``, from where HNCSE_MOTO_SERVER says. It needs an environment of
-its own, as it does not go together with the pinned python-dateutil. Without it the tests that need it are skipped.
+They are moto's ``moto_server``, from where HNCSE_MOTO_SERVER says, and ``gcp-storage-emulator``, from where
+HNCSE_GCS_EMULATOR says. They need environments of their own, as moto does not go together with the pinned
+python-dateutil. Without them the tests that need them are skipped.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -73,19 +75,8 @@ def s3_server(folder: Path) -> Iterator[Gate]:
     if not program:
         pytest.skip("no S3 server: install moto[server] in an environment of its own and set HNCSE_MOTO_SERVER")
     port = free_port()
-    with (folder / "moto.log").open("w") as log:
-        server = subprocess.Popen([program, "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log)
-    try:
-        end = time.monotonic() + 90
-        while True:
-            try:
-                make = urllib.request.Request(f"http://127.0.0.1:{port}/{BUCKET}", method="PUT")
-                urllib.request.urlopen(make, timeout=10).read()
-                break
-            except OSError:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.2)
+    make = urllib.request.Request(f"http://127.0.0.1:{port}/{BUCKET}", method="PUT")
+    with _serving([program, "-H", "127.0.0.1", "-p", str(port)], folder / "moto.log", make):
         gate = Gate(port)
         gate.open()
         with pytest.MonkeyPatch.context() as patch:
@@ -99,6 +90,50 @@ def s3_server(folder: Path) -> Iterator[Gate]:
                 patch.setenv(name, value)
             yield gate
         gate.close()
+
+
+@contextmanager
+def gcs_server(folder: Path) -> Iterator[Gate]:
+    """Run a server with one empty bucket, and point this process and its children to a gate before it.
+
+    Google's client must have an account to sign with, so there is one of nobody.
+    """
+    program = os.environ.get("HNCSE_GCS_EMULATOR")
+    if not program:
+        pytest.skip("no server of Google's storage: install gcp-storage-emulator and set HNCSE_GCS_EMULATOR")
+    port = free_port()
+    key = subprocess.run(["openssl", "genrsa", "2048"], capture_output=True, text=True, check=True).stdout
+    account = {"type": "service_account", "project_id": "tests", "private_key_id": "1", "private_key": key}
+    account |= {"client_email": "nobody@tests.invalid", "client_id": "1", "token_uri": "http://127.0.0.1:1/token"}
+    (folder / "account.json").write_text(json.dumps(account))
+    arguments = ["start", "--host", "127.0.0.1", "--port", str(port), "--in-memory", "--default-bucket", BUCKET]
+    ready = urllib.request.Request(f"http://127.0.0.1:{port}/storage/v1/b/{BUCKET}")
+    with _serving([program, *arguments], folder / "gcs.log", ready):
+        gate = Gate(port)
+        gate.open()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://127.0.0.1:{gate.port}")
+            patch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(folder / "account.json"))
+            yield gate
+        gate.close()
+
+
+@contextmanager
+def _serving(command: list[str], log: Path, first: urllib.request.Request) -> Iterator[None]:
+    """Run a server, from when it has answered the first request."""
+    with log.open("w") as file:
+        server = subprocess.Popen(command, stdout=file, stderr=file)
+    try:
+        end = time.monotonic() + 90
+        while True:
+            try:
+                urllib.request.urlopen(first, timeout=10).read()
+                break
+            except OSError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.2)
+        yield
     finally:
         server.terminate()
         server.wait(timeout=30)
