@@ -3,7 +3,8 @@
 A real pool serves the quickstart's corpus; this process trains. On every batch follow each other, in random order, a
 step without negatives, one with prefetched `stored` ones and one with `fresh` ones (m = 1), no build under way. The
 reference for `fresh` encodes 3B rows instead of 2B: a third view of the anchors, as `three_view` has it. Batches are of
-one length each and neighbours of any, so only sums over batches can be compared.
+one length each and neighbours of any, so only sums over batches can be compared, and what a token costs. All batches
+are gone through several times, and of a batch's times the least counts, as other work on the machine only adds to them.
 
     python benchmarks/pool_steps.py --out result.json
     python benchmarks/pool_steps.py --device cuda --batch 512 --set encoder.model=bert-base-uncased --out result.json
@@ -13,12 +14,14 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import ray
 import torch
 from hardware import provenance, synchronise
+from numpy.typing import NDArray
 
 from hncse_ray import load_settings
 from hncse_ray.cluster import prepare, ray_session
@@ -32,7 +35,7 @@ from hncse_ray.training.checkpoint import TrainState, copy_weights
 from hncse_ray.training.negatives import GlobalNegatives, to_step
 from hncse_ray.training.objective import Objective
 from hncse_ray.training.schedule import build_optimizer
-from hncse_ray.training.step import LocalBatch, StepContext, train_step
+from hncse_ray.training.step import LocalBatch, StepContext, StepNegatives, train_step
 
 MODES = ("none", "stored", "fresh", "3B rows")
 
@@ -42,6 +45,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--batches", type=int, default=40, help="each trained on in every mode")
+    parser.add_argument("--rounds", type=int, default=3, help="how often; with many batches kernels are made anew")
     parser.add_argument("--device", default="cpu", help="of the trainer and of the one shard, which share it")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of the run")
     parser.add_argument("--out", type=Path)
@@ -54,14 +58,19 @@ def main() -> None:
         negatives = settings["stored"].negatives
         plan = plan_pool(negatives, ray.cluster_resources(), rows=len(corpus), dimension=encoder.dimension)
         with negative_pool(settings["stored"], plan, corpus, Path(folder)) as handles:
-            seconds = measure(args, settings, encoder, corpus, PoolClient(handles, timeout_s=60))
-    of = {mode: float(np.median(times)) for mode, times in seconds.items()}
+            times, tokens = measure(args, settings, encoder, corpus, PoolClient(handles, timeout_s=60))
+    least = {mode: of_rounds.min(0) for mode, of_rounds in times.items()}
     pairs = (("stored", "none"), ("fresh", "3B rows"), ("fresh", "none"))
-    ratio = {f"{one} over {other}": ratio_of_sums(seconds, one, other) for one, other in pairs}
-    print(json.dumps({"median_step_s": of, "ratio": ratio}, indent=2))
+    found = {
+        "median_step_s": {mode: float(np.median(of_batches)) for mode, of_batches in least.items()},
+        "ratio": {f"{one} over {other}": ratio_of_sums(least, one, other) for one, other in pairs},
+        "tokens": {mode: int(tokens[mode].sum()) for mode in MODES},
+        "fresh over 3B rows, tokens": float(tokens["fresh"].sum() / tokens["3B rows"].sum()),
+    }
+    print(json.dumps(found, indent=2))
     if args.out:
-        result = provenance(device, "faiss", "ray") | vars(args)
-        result |= {"median_step_s": of, "ratio": ratio, "step_s": seconds}
+        result = provenance(device, "faiss", "ray") | vars(args) | found
+        result |= {"step_s": {mode: of_rounds.tolist() for mode, of_rounds in times.items()}}
         args.out.write_text(json.dumps(result, indent=2, default=str) + "\n")
 
 
@@ -89,7 +98,8 @@ def measure(
     encoder: SentenceEncoder,
     corpus: Corpus,
     client: PoolClient,
-) -> dict[str, list[float]]:
+) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.int64]]]:
+    """Return the seconds of each step ``[rounds, batches]`` and its tokens ``[batches]``, by mode."""
     plan = BatchPlan(corpus.lengths, batch_size=args.batch, seed=0, bucket_by_length=True, min_batch=2)
     train = settings["stored"].train
     optimizer = build_optimizer(encoder, train)
@@ -111,9 +121,12 @@ def measure(
     for use, source in sources.items():
         source.refresh(states[use], lambda: copy_weights(encoder))
     client.wait(3600)
-    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
-    for number in range(args.batches + 2):
-        for mode in np.random.default_rng(number).permutation(MODES):
+    seconds = {mode: np.zeros((args.rounds, args.batches)) for mode in MODES}
+    tokens = {mode: np.zeros(args.batches, dtype=np.int64) for mode in MODES}
+    steps = [(0, number) for number in (args.batches, args.batches + 1)]  # these warm up
+    steps += [(of_round, number) for of_round in range(args.rounds) for number in range(args.batches)]
+    for of_round, number in steps:
+        for mode in np.random.default_rng((of_round, number)).permutation(MODES):
             started = time.perf_counter()
             taken = None
             if mode in sources:
@@ -128,15 +141,24 @@ def measure(
             )
             train_step(encoder, optimizer, [batch], context, max_grad_norm=train.max_grad_norm)
             synchronise(encoder.device)
-            if number >= 2:  # the first warm up
-                seconds[str(mode)].append(time.perf_counter() - started)
-        print(number, {mode: round(times[-1], 3) for mode, times in seconds.items() if times}, flush=True)
+            if number < args.batches:
+                seconds[mode][of_round, number] = time.perf_counter() - started
+                tokens[mode][number] = count_tokens(mode, rows, taken)
+        if number < args.batches:
+            print(of_round, number, {mode: round(of[of_round, number], 3) for mode, of in seconds.items()}, flush=True)
     for source in sources.values():
         source.close()
-    return seconds
+    return seconds, tokens
 
 
-def ratio_of_sums(seconds: dict[str, list[float]], one: str, other: str) -> dict[str, float]:
+def count_tokens(mode: str, rows: Sequence[NDArray[np.integer]], taken: StepNegatives | None) -> int:
+    anchors = sum(map(len, rows))
+    if taken is None or taken.fresh_bm is None:
+        return anchors * (3 if mode == "3B rows" else 2)
+    return 2 * anchors + sum(len(text) for of_row in taken.fresh_bm for text in of_row if text is not None)
+
+
+def ratio_of_sums(seconds: dict[str, NDArray[np.float64]], one: str, other: str) -> dict[str, float]:
     """Time of all batches in one mode over that in another, and 95 % of what other samples of batches would give."""
     pairs = np.array([seconds[one], seconds[other]])
     drawn = pairs[:, np.random.default_rng(0).integers(0, pairs.shape[1], (2000, pairs.shape[1]))].sum(-1)
