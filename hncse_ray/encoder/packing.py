@@ -2,7 +2,8 @@
 
 All layers but attention treat every token apart, so the rows of a step can be one long row ``[1, T]`` as long as each
 token attends to its own row only. Sorted by length, rows of equal length lie together: their attention is a slice of
-the long row seen as ``[heads, rows, length, width]``, without a mask and without padding.
+the long row seen as ``[heads, rows, length, width]``, without a mask and without padding. Only in training, where a few
+rows of every length would mean many small operations, rows of like length are padded to the longest of them for that.
 
 On accelerators a kernel's start costs more than some padding, so it is used on CPUs.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,8 +30,49 @@ _ATTENTION = "sdpa_of_packed_rows"
 # A run with so many attention weights or fewer is computed in fp32: for a bf16 product of a new shape oneDNN makes a
 # kernel, 0.6 ms each, and runs of a few rows come in new shapes all the time (benchmarks/LOG.md).
 _FP32_WEIGHTS = 300_000
+# So many rows of one length are a block of their own; fewer are joined with longer ones up to this ratio.
+_MANY_ROWS = 16
+_STRETCH = 1.3
 # Full attention and learned absolute positions: nothing in them knows where a row lies but the position ids.
 _FAMILIES = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive rows that attend together in training, N of them, padded to L tokens each.
+
+    Attributes:
+        rows: N.
+        length: L.
+        tokens: t, how many there are without padding.
+        token_P: for each of the N * L places the token of the block in it, the first where there is none; None where
+            all rows are of the same length and the places are the tokens.
+        place_t: for each token its place; None likewise.
+        is_token_NL: whether there is a token; None likewise.
+    """
+
+    rows: int
+    length: int
+    tokens: int
+    token_P: Tensor | None = None
+    place_t: Tensor | None = None
+    is_token_NL: Tensor | None = None
+
+    def heads_first(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Copy ``[t, heads, width]`` to ``[N * heads, L, width]``."""
+        if self.token_P is not None:
+            x = x.index_select(0, self.token_P)
+        x = x.view(self.rows, self.length, *x.shape[1:]).transpose(1, 2)
+        return x.to(dtype, memory_format=torch.contiguous_format).reshape(-1, *x.shape[2:])
+
+    def tokens_first(self, x: Tensor, out: Tensor) -> None:
+        """Write ``[N * heads, L, width]`` to ``[t, heads, width]``, padding left out."""
+        x = x.view(self.rows, -1, *x.shape[1:]).transpose(1, 2)
+        if self.place_t is None:
+            out.view(x.shape).copy_(x)
+        else:
+            places = x.to(out.dtype, memory_format=torch.contiguous_format).reshape(-1, *out.shape[1:])
+            torch.index_select(places, 0, self.place_t, out=out)
 
 
 @dataclass(frozen=True)
@@ -46,10 +89,35 @@ class Packing:
     runs: tuple[tuple[int, int], ...]
     place_N: Tensor
 
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The runs, those of few rows joined with others of like length."""
+        joined: list[list[tuple[int, int]]] = []
+        for rows, length in self.runs:
+            last = joined[-1] if joined else [(_MANY_ROWS, 0)]
+            if max(rows, last[-1][0]) < _MANY_ROWS and length <= _STRETCH * last[0][1] + 1:
+                last.append((rows, length))
+            else:
+                joined.append([(rows, length)])
+        return tuple(_block(runs) for runs in joined)
+
     def split(self, states: Tensor) -> list[Tensor]:
         """Cut packed token states ``[1, T, D]`` into ``[rows, length, D]`` a run."""
         parts = torch.split(states[0], [rows * length for rows, length in self.runs])
         return [part.view(rows, length, -1) for part, (rows, length) in zip(parts, self.runs, strict=True)]
+
+
+def _block(runs: Sequence[tuple[int, int]]) -> Block:
+    if len(runs) == 1:
+        ((rows, length),) = runs
+        return Block(rows, length, rows * length)
+    lengths_N = np.repeat([length for _, length in runs], [rows for rows, _ in runs])
+    is_token_NL = np.arange(lengths_N.max()) < lengths_N[:, None]
+    (place_t,) = np.nonzero(is_token_NL.reshape(-1))
+    token_P = np.zeros(is_token_NL.size, dtype=np.int64)
+    token_P[place_t] = np.arange(len(place_t))
+    padding = (torch.from_numpy(array) for array in (token_P, place_t, is_token_NL))
+    return Block(len(lengths_N), int(lengths_N.max()), len(place_t), *padding)
 
 
 def allow_packing(backbone: PreTrainedModel) -> bool:
@@ -98,9 +166,9 @@ def _attend(
     scale = width**-0.5 if scaling is None else scaling
     q_THW, k_THW, v_THW = (x[0].transpose(0, 1) for x in (query * scale, key, value))
     if dropout:  # scaled_dot_product_attention would hold the weights in memory too, and draw a mask for every length
-        kept_M, inverse = kept_by_dropout(sum(heads * rows * length**2 for rows, length in packing.runs), dropout)
+        mask_M, inverse = _draw_mask(packing.blocks, heads, dropout, q_THW.dtype)
         apply: Any = _DroppedAttention.apply
-        return apply(q_THW, k_THW, v_THW * inverse, kept_M.to(q_THW.dtype), packing.runs)[None], None
+        return apply(q_THW, k_THW, v_THW * inverse, mask_M, packing.blocks)[None], None
     # One split and one concatenation: slices would each have a gradient of the whole tensor's size.
     parts = (torch.split(x, [rows * length for rows, length in packing.runs]) for x in (q_THW, k_THW, v_THW))
     attended = []
@@ -114,26 +182,29 @@ def _attend(
 class _DroppedAttention(torch.autograd.Function):
     """``(softmax(q k^T) * mask) v`` within each row, for packed ``[T, heads, width]``.
 
-    With some 25 lengths in a batch the number of operations counts. Written out, the gradient of slices goes where it
-    belongs, and weights keep the dtype of their products: under autocast that is 345 casts where autograd makes 915
-    (benchmarks/LOG.md).
+    The number of operations counts, and written out the gradient of slices goes where it belongs, and weights keep the
+    dtype of their products (benchmarks/LOG.md). Padding is neither attended to, by a weight of 0, nor asked for, by the
+    mask.
     """
 
     @staticmethod
-    def forward(ctx: Any, q_THW: Tensor, k_THW: Tensor, v_THW: Tensor, mask_M: Tensor, runs: Any) -> Tensor:
+    def forward(ctx: Any, q_THW: Tensor, k_THW: Tensor, v_THW: Tensor, mask_M: Tensor, blocks: Any) -> Tensor:
         z_THW = torch.empty_like(q_THW, memory_format=torch.contiguous_format)
         kept: list[Tensor] = []
         with torch.autocast(device_type="cpu", enabled=False):
-            for (rows, length), mask, *packed in _by_run(runs, mask_M, q_THW, k_THW, v_THW, z_THW):
-                *qkv, z = (_heads_first(x, rows, length) for x in packed)
+            for block, mask, q, k, v, z in _by_block(blocks, mask_M, q_THW, k_THW, v_THW, z_THW):
                 is_small = mask.numel() <= _FP32_WEIGHTS
-                dtype = torch.promote_types(q_THW.dtype, torch.float32) if is_small else q_THW.dtype
-                q, k, v = (_contiguous(x, dtype) for x in qkv)
-                p = torch.bmm(q, k.transpose(1, 2)).softmax(-1)
-                z.copy_(torch.bmm(p * mask.view_as(p), v).view_as(z))
+                dtype = torch.promote_types(q.dtype, torch.float32) if is_small else q.dtype
+                q, k, v = (block.heads_first(x, dtype) for x in (q, k, v))
+                s = torch.bmm(q, k.transpose(1, 2))
+                if block.is_token_NL is not None:
+                    is_token = block.is_token_NL[:, None, None]
+                    s.view(block.rows, -1, *s.shape[1:]).masked_fill_(~is_token, -torch.inf)
+                p = s.softmax(-1)
+                block.tokens_first(torch.bmm(p * mask.view_as(p), v), out=z)
                 kept += (q, k, v, p)
         ctx.save_for_backward(mask_M, *kept)
-        ctx.runs = runs
+        ctx.blocks = blocks
         return z_THW
 
     @staticmethod
@@ -141,34 +212,34 @@ class _DroppedAttention(torch.autograd.Function):
     def backward(ctx: Any, dz_THW: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         mask_M, *kept = ctx.saved_tensors
         grads = [torch.empty(dz_THW.shape, dtype=dz_THW.dtype) for _ in range(3)]
-        for i, ((rows, length), mask, *packed) in enumerate(_by_run(ctx.runs, mask_M, dz_THW, *grads)):
+        for i, (block, mask, dz, dq, dk, dv) in enumerate(_by_block(ctx.blocks, mask_M, dz_THW, *grads)):
             q, k, v, p = kept[4 * i : 4 * i + 4]
-            dz, dq, dk, dv = (_heads_first(x, rows, length) for x in packed)
-            dz, mask = _contiguous(dz, v.dtype), mask.view_as(p)
+            dz, mask = block.heads_first(dz, v.dtype), mask.view_as(p)
             dp = torch.bmm(dz, v.transpose(1, 2)).mul_(mask)
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-            dv.copy_(torch.bmm((p * mask).transpose(1, 2), dz).view_as(dv))
-            dq.copy_(torch.bmm(ds, k).view_as(dq))
-            dk.copy_(torch.bmm(ds.transpose(1, 2), q).view_as(dk))
+            block.tokens_first(torch.bmm((p * mask).transpose(1, 2), dz), out=dv)
+            block.tokens_first(torch.bmm(ds, k), out=dq)
+            block.tokens_first(torch.bmm(ds.transpose(1, 2), q), out=dk)
         return grads[0], grads[1], grads[2], None, None
 
 
-def _by_run(runs: Sequence[tuple[int, int]], mask_M: Tensor, *packed: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Yield (rows, length), the mask and the tokens of each run."""
+def _draw_mask(blocks: Sequence[Block], heads: int, p: float, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Draw which attention weights survive, 0 or 1 ``[M]``, none that padding asks for; and the inverse share."""
+    sizes = [heads * block.rows * block.length**2 for block in blocks]
+    kept_M, inverse = kept_by_dropout(sum(sizes), p)
+    mask_M = kept_M.to(dtype)
+    for block, mask in zip(blocks, torch.split(mask_M, sizes), strict=True):
+        if block.is_token_NL is not None:
+            mask.view(block.rows, heads, block.length, block.length).mul_(block.is_token_NL[:, None, :, None])
+    return mask_M, inverse
+
+
+def _by_block(blocks: Sequence[Block], mask_M: Tensor, *packed: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Yield each block, its part of the mask and its tokens."""
     heads = packed[0].shape[1]
-    masks = torch.split(mask_M, [heads * rows * length**2 for rows, length in runs])
-    parts = (torch.split(x, [rows * length for rows, length in runs]) for x in packed)
-    return zip(runs, masks, *parts, strict=True)
-
-
-def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Copy ``[rows, heads, length, width]`` to ``[rows * heads, length, width]`` in one operation."""
-    return x.to(dtype, memory_format=torch.contiguous_format).reshape(-1, *x.shape[2:])
-
-
-def _heads_first(x: Tensor, rows: int, length: int) -> Tensor:
-    """View ``[rows * length, heads, width]`` as ``[rows, heads, length, width]``."""
-    return x.view(rows, length, *x.shape[1:]).transpose(1, 2)
+    masks = torch.split(mask_M, [heads * block.rows * block.length**2 for block in blocks])
+    parts = (torch.split(x, [block.tokens for block in blocks]) for x in packed)
+    return zip(blocks, masks, *parts, strict=True)
 
 
 AttentionInterface.register(_ATTENTION, _attend)

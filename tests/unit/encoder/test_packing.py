@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel
 
 from hncse_ray.config import EncoderSettings
 from hncse_ray.encoder import SentenceEncoder, load_encoder, packing
-from hncse_ray.encoder.packing import _DroppedAttention
+from hncse_ray.encoder.packing import Block, Packing, _block, _draw_mask, _DroppedAttention
 
 SENTENCES = [*make_sentences(12, seed=3), "one", "word " * 40]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -74,58 +74,81 @@ def test_no_row_sees_another(tiny_model: Path) -> None:
     torch.testing.assert_close(after[1:], before[1:], atol=1e-6, rtol=0)
 
 
-RUNS = ((2, 3), (1, 4), (3, 2))
-DROPPED = (16, 2, 3)  # tokens of the runs, heads, width
+HEADS, WIDTH = 2, 3
+EVEN = tuple(Block(rows, length, rows * length) for rows, length in ((2, 3), (1, 4), (3, 2)))
+JOINED = (_block([(1, 2), (2, 3), (1, 4)]), Block(2, 2, 4))
 
 
-def dropped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask_M: torch.Tensor) -> torch.Tensor:
+def drawn(blocks: tuple[Block, ...], dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Queries, keys, values and a gradient of the result; and a mask as it is drawn."""
+    generator = torch.Generator().manual_seed(0)
+    shape = sum(block.tokens for block in blocks), HEADS, WIDTH
+    torch.manual_seed(0)
+    mask_M, _ = _draw_mask(blocks, HEADS, 0.3, dtype)
+    return [torch.randn(shape, generator=generator).bfloat16().to(dtype) for _ in range(4)], mask_M
+
+
+def dropped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask_M: torch.Tensor, blocks: Any) -> Any:
     """What `_DroppedAttention` computes, a row and a head at a time."""
     parts, at, taken = [], 0, 0
-    for rows, length in RUNS:
-        for _ in range(rows):
-            row, heads = slice(at, at + length), []
-            for head in range(2):
-                p = torch.softmax(q[row, head] @ k[row, head].T, -1)
-                size = length**2
-                heads.append((p * mask_M[taken : taken + size].view_as(p)) @ v[row, head])
-                taken += size
+    for block in blocks:
+        size = block.rows * HEADS * block.length**2
+        mask = mask_M[taken : taken + size].view(block.rows, HEADS, block.length, block.length)
+        taken += size
+        for row in range(block.rows):
+            length = block.length if block.is_token_NL is None else int(block.is_token_NL[row].sum())
+            own, heads = slice(at, at + length), []
+            for head in range(HEADS):
+                p = torch.softmax(q[own, head] @ k[own, head].T, -1)
+                heads.append((p * mask[row, head, :length, :length]) @ v[own, head])
             parts.append(torch.stack(heads, 1))
             at += length
     return torch.cat(parts)
 
 
-def test_attention_with_dropout_is_its_formula_and_its_gradient() -> None:
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(DROPPED, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3))
-    weights = sum(2 * rows * length**2 for rows, length in RUNS)
-    mask = (torch.rand(weights, generator=generator) > 0.3).double()
+@pytest.mark.parametrize("blocks", [EVEN, JOINED], ids=["even", "joined"])
+def test_attention_with_dropout_is_its_formula_and_its_gradient(blocks: tuple[Block, ...]) -> None:
+    (*qkv, _), mask = drawn(blocks, torch.float64)
+    qkv = [x.requires_grad_() for x in qkv]
 
     def attend(*qkv: torch.Tensor) -> torch.Tensor:
-        return _DroppedAttention.apply(*qkv, mask, RUNS)
+        return _DroppedAttention.apply(*qkv, mask, blocks)
 
-    torch.testing.assert_close(attend(q, k, v), dropped_attention(q, k, v, mask))
-    assert torch.autograd.gradcheck(attend, (q, k, v))
+    assert 0 < mask.mean() < 1
+    torch.testing.assert_close(attend(*qkv), dropped_attention(*qkv, mask, blocks))
+    assert torch.autograd.gradcheck(attend, qkv)
 
 
 @pytest.mark.parametrize("fp32_weights", [0, 30, 10**9], ids=["none in fp32", "some", "all"])
+@pytest.mark.parametrize("blocks", [EVEN, JOINED], ids=["even", "joined"])
 def test_attention_with_dropout_in_bf16_is_near_that_in_fp64(
-    fp32_weights: int, monkeypatch: pytest.MonkeyPatch
+    blocks: tuple[Block, ...], fp32_weights: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generator = torch.Generator().manual_seed(0)
-    qkv = [torch.randn(DROPPED, generator=generator).bfloat16() for _ in range(3)]
-    sizes = [2 * rows * length**2 for rows, length in RUNS]
+    sizes = [HEADS * block.rows * block.length**2 for block in blocks]
     assert min(sizes) <= 30 < max(sizes)
-    mask = (torch.rand(sum(sizes), generator=generator) > 0.3).bfloat16()
-    dz = torch.randn(DROPPED, generator=generator).bfloat16()
     monkeypatch.setattr(packing, "_FP32_WEIGHTS", fp32_weights)
     found = []
     for dtype in (torch.float64, torch.bfloat16):
-        inputs = [x.to(dtype).requires_grad_() for x in qkv]
-        z = _DroppedAttention.apply(*inputs, mask.to(dtype), RUNS)
-        found.append([z, *torch.autograd.grad(z, inputs, dz.to(dtype))])
+        (*qkv, dz), mask = drawn(blocks, dtype)
+        qkv = [x.requires_grad_() for x in qkv]
+        z = _DroppedAttention.apply(*qkv, mask, blocks)
+        found.append([z, *torch.autograd.grad(z, qkv, dz)])
     for exact, rounded in zip(*found, strict=True):
         assert rounded.dtype == torch.bfloat16
         torch.testing.assert_close(rounded.double(), exact, atol=0.05, rtol=0.05)
+
+
+def test_few_rows_of_like_length_are_joined_and_many_are_left_alone() -> None:
+    runs = ((1, 4), (15, 5), (1, 6), (1, 7), (16, 8), (2, 9), (1, 12), (1, 13))
+    positions = torch.arange(sum(rows * length for rows, length in runs))[None]
+    blocks = Packing(positions, runs, torch.arange(38)).blocks
+    assert [(block.rows, block.length) for block in blocks] == [(17, 6), (1, 7), (16, 8), (3, 12), (1, 13)]
+    assert [block.is_token_NL is not None for block in blocks] == [True, False, False, True, False]
+    assert sum(block.tokens for block in blocks) == positions.numel()
+    x = torch.randn(blocks[0].tokens, HEADS, WIDTH)
+    back = torch.empty_like(x)
+    blocks[0].tokens_first(blocks[0].heads_first(x, torch.float64), out=back)
+    assert torch.equal(back, x)
 
 
 def test_the_mean_over_dropout_is_what_comes_without(tiny_model: Path) -> None:
