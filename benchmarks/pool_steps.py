@@ -1,11 +1,11 @@
 """What do global negatives cost a training step? Steps with and without them, taken in turn.
 
 A real pool serves the quickstart's corpus; this process trains. On every batch follow each other, in random order, a
-step without negatives, one with prefetched `stored` ones and one with `fresh` ones (m = 1), no build under way. There are
-two references for `fresh`, which both encode 3B rows instead of 2B: the very same ones, known beforehand, so that what is
-left is the pool's doing; and a third view of the anchors (`three_view`), all of one length, which shows what texts of
-any length cost besides. All batches are gone through several times, and of a batch's times the least counts, as other
-work on the machine only adds to them.
+step without negatives, one with prefetched `stored` ones and one with `fresh` ones (m = 1), no build under way. There
+are two references for `fresh`, which both encode 3B rows instead of 2B: the very same ones, known beforehand, so that
+what is left is the pool's doing; and a third view of the anchors (`three_view`), all of one length, which shows what
+texts of any length cost besides. All batches are gone through several times, and of a batch's times the least counts,
+as other work on the machine only adds to them.
 
     python benchmarks/pool_steps.py --out result.json
     python benchmarks/pool_steps.py --device cuda --batch 512 --set encoder.model=bert-base-uncased --out result.json
