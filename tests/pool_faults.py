@@ -19,6 +19,7 @@ import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.util import placement_group_table
 
 from hncse_ray.cluster import train
@@ -50,6 +51,14 @@ def nodes(*cpus: int) -> Iterator[Cluster]:
             logging.getLogger("hncse_ray").setLevel(logging.NOTSET)
             ray.shutdown()
             cluster.shutdown()
+
+
+def announce(cluster: Cluster, node_id: str, seconds: float) -> None:
+    """Say what an autoscaler says of a spot instance that its cloud takes back."""
+    accepted, why = ray._raylet.GcsClient(address=cluster.address).drain_node(
+        node_id, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "spot", int((time.time() + seconds) * 1000)
+    )
+    assert accepted, why
 
 
 def soon(condition: Callable[[], Value], *, within_s: float, what: str, every_s: float = 0.1) -> Value:

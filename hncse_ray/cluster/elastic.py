@@ -72,8 +72,9 @@ def fit_elastic(
 
     Args:
         attempt: trains with so many workers until they have finished, or, which returns None, have paused because
-            there is one of the missing places. Raises NoRoom when a lost worker has no place any more. It asks for the
-            missing ones when its own workers have their places, which Ray would else give away.
+            there is one of the missing places, or one of theirs will be taken away. Raises NoRoom when a lost worker
+            has no place any more. It asks for the missing ones when its own workers have their places, which Ray would
+            else give away.
         plan: the most workers, and what each gets.
         cluster: the least, the labels of their nodes, and how long to wait for these.
         starts: says how often workers have begun or taken up the run so far.

@@ -352,7 +352,7 @@ def _train_worker(config: dict[str, Any]) -> RunFinished | HncseError | None:
         raise_together(failure)
         assert job is not None
         with (
-            run_store(folder, mirror, notify, config["missing"]) as store,
+            run_store(folder, mirror, notify, config["missing"], settings.cluster.min_workers) as store,
             _records(folder, settings.run.name) as files,
         ):
 

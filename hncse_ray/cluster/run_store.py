@@ -16,7 +16,7 @@ from hncse_ray.cluster.elastic import Places, placed
 from hncse_ray.errors import StorageError
 from hncse_ray.storage import write_folder
 from hncse_ray.training.checkpoint import RunStore, Wish
-from hncse_ray.training.distributed import broadcast, raise_together, rank
+from hncse_ray.training.distributed import broadcast, raise_together, rank, world_size
 from hncse_ray.training.remote_run import MirrorPlan, RunMirror
 from hncse_ray.training.run_folder import RunFolder
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def run_store(
-    folder: Path, mirror: MirrorPlan | None, notify: Callable[[str], None], missing: Places
+    folder: Path, mirror: MirrorPlan | None, notify: Callable[[str], None], missing: Places, least: int | None
 ) -> Iterator[RunStore]:
     """Open the store of a rank.
 
@@ -34,12 +34,13 @@ def run_store(
         mirror: where copies go; None if all nodes see ``folder``.
         notify: told when copies cannot be sent, and when nodes are about to go or have come.
         missing: places of further workers, asked for meanwhile; when there is one, the run is asked to pause.
+        least: how many workers are enough to go on with before others are taken away; None = wait until they are.
 
     Raises:
         StorageError: on leaving, if the last copies could not be sent.
     """
     with missing.asked_for() if missing.number and rank() == 0 else nullcontext() as groups:
-        surroundings = _Surroundings(notify, missing.number, groups)
+        surroundings = _Surroundings(notify, missing.number, groups, least)
         if mirror is None:
             yield RayRunStore(folder, surroundings)
             return
@@ -55,9 +56,15 @@ def run_store(
 class _Surroundings:
     """Nodes of the run's workers that will be taken away, such as spot instances, and new places for more workers."""
 
-    def __init__(self, notify: Callable[[str], None], missing: int, groups: Sequence[PlacementGroup] | None) -> None:
+    def __init__(
+        self,
+        notify: Callable[[str], None],
+        missing: int,
+        groups: Sequence[PlacementGroup] | None,
+        least: int | None,
+    ) -> None:
         self.notify: Callable[[str], None] = notify if rank() == 0 else lambda text: None
-        self._missing, self._groups, self._more = missing, groups, 0
+        self._missing, self._groups, self._more, self._least = missing, groups, 0, least
         self._leaving = set[str]()
 
     def wish(self) -> Wish:
@@ -67,6 +74,8 @@ class _Surroundings:
         self._leaving |= news
         if news:
             self.notify(f"{len(news)} node(s) of the workers will be taken away: a checkpoint is written now")
+            if self._least is not None and world_size() - len(info.preempted_ranks) >= self._least:
+                return Wish.PAUSE  # Ray places nothing more there
         before, self._more = self._more, self._count()
         if self._more and self._more == before:  # not while further ones are still coming
             self.notify(f"there is room for {self._more} more worker(s): they take part from the checkpoint of now")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from pool_faults import Training, nodes, nothing_is_left, soon
+from pool_faults import Training, announce, nodes, nothing_is_left, soon
 from ray.cluster_utils import Cluster
 
 from hncse_ray.config import Settings
@@ -56,6 +56,25 @@ def test_a_run_goes_on_with_the_workers_it_has_and_takes_more_in(cluster: Cluste
     assert f" step {more_at}/" in log and f" step {more_at + 5}/" in log
     # It paused right at a line of the log: nothing was done twice, and no line is missing.
     assert log[: log.index(f"resumes at step {more_at}")].count(f" step {more_at + 5}/") == 0
+    assert [line["step"] for line in training.lines()] == list(range(5, STEPS + 1, 5))
+    assert nothing_is_left()
+
+
+def test_an_announced_loss_costs_nothing_where_enough_are_left(cluster: Cluster, small_run: dict[str, Any]) -> None:
+    training = Training(settings(small_run))
+    with training.slowly():
+        training.line(lambda row: row["step"] >= 10, within_s=180, what="steps")
+        leaving = next(iter(cluster.worker_nodes))
+        announce(cluster, leaving.node_id, seconds=120)
+        soon(lambda: len(starts(training)) == 2, within_s=100, what="the run with one worker")
+        cluster.remove_node(leaving, allow_graceful=False)
+        training.line(lambda row: True, within_s=60, what="steps after the node is gone")
+    assert training.finish(within_s=200).steps == STEPS
+    (_, workers), (paused_at, fewer) = starts(training)
+    assert (workers, fewer) == (2, 1)
+    log = training.log()
+    assert log.count("will be taken away") == 1 and "lost their place" not in log
+    assert log[: log.index(f"resumes at step {paused_at}")].count(f" step {paused_at + 5}/") == 0
     assert [line["step"] for line in training.lines()] == list(range(5, STEPS + 1, 5))
     assert nothing_is_left()
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import ray
-from pool_faults import Training, nodes, nothing_is_left, soon
+from pool_faults import Training, announce, nodes, nothing_is_left, soon
 from ray.cluster_utils import Cluster
-from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from hncse_ray.config import Settings
 
@@ -23,14 +20,6 @@ def cluster() -> Iterator[Cluster]:
     """A head without room for a trainer, and one node for it."""
     with nodes(1, 2) as cluster:
         yield cluster
-
-
-def announce(cluster: Cluster, node_id: str, seconds: float) -> None:
-    """Say what an autoscaler says of a spot instance that its cloud takes back."""
-    accepted, why = ray._raylet.GcsClient(address=cluster.address).drain_node(
-        node_id, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "spot", int((time.time() + seconds) * 1000)
-    )
-    assert accepted, why
 
 
 def test_a_node_that_is_announced_to_go_costs_next_to_nothing(cluster: Cluster, small_run: dict[str, Any]) -> None:
