@@ -347,7 +347,7 @@ def _reachable(client: PoolClient) -> bool:
 def test_a_build_that_hangs_is_given_up_and_an_error_in_the_body_leaves_nothing(world: World) -> None:
     """The hanging shard is stopped by a signal; the pool has CPUs of its own, so a placement group holds them."""
     with pytest.raises(ZeroDivisionError):
-        with start_pool(world, "hanging", num_shards=2, cpus_per_shard=1, build_timeout_s=30) as pool:
+        with start_pool(world, "hanging", num_shards=2, cpus_per_shard=1, build_timeout_s=15) as pool:
             assert len(placement_groups()) == 1 and ray.available_resources()["CPU"] == 6
             client = PoolClient(pool, timeout_s=3)
             assert client.publish(world.weights, step=0)
@@ -359,10 +359,10 @@ def test_a_build_that_hangs_is_given_up_and_an_error_in_the_body_leaves_nothing(
             assert client.publish(world.changed(1), step=1)
             started = time.monotonic()
             client.wait(BACK_S)
-            assert 25 < time.monotonic() - started < 75
+            assert 12 < time.monotonic() - started < 45
             status = client.status()
             assert status.version == version and status.failed_builds == 1 and not status.building
-            assert "shard 1 was not ready after 30 s" in status.last_failure
+            assert "shard 1 was not ready after 15 s" in status.last_failure
             hits = client.search(np.arange(12), k=3)
             assert hits.version == version and not hits.complete and (hits.ids_Bk[::2] % 2 == 0).all()
             soon(lambda: client.status().shards_alive == 2, within_s=BACK_S, what="its restart and build")
