@@ -124,7 +124,7 @@ class PoolCoordinator:
             failures = [outcome for outcome in outcomes.values() if isinstance(outcome, BaseException)]
             failures.sort(key=lambda failure: isinstance(failure, ShardLost))
             if failures and (not reports or not isinstance(failures[0], ShardLost)):
-                raise failures[0]
+                raise BaseExceptionGroup("shards failed", failures)
             await asyncio.to_thread(self._commit, version, file)
         except Exception as error:  # whatever it was, the version before stays, and the run's log says why
             logger.warning("the index of step %d was given up", version.step, exc_info=error)
@@ -151,7 +151,8 @@ class PoolCoordinator:
             await self._retire()
 
     async def _build_all(self, version: IndexVersion, deadline: float) -> dict[int, BuildReport | BaseException]:
-        await self._look()
+        if self._holding is None:
+            await self._look()  # otherwise as last seen: a shard that hangs would have the others wait for its answer
         present, builds = self._holding or {}, []
         for i in range(len(self._shards)):
             lost = bool(present) and i not in present
@@ -267,5 +268,7 @@ def _save_weights(file: Path, weights: Weights) -> None:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, BaseExceptionGroup):
+        return "; ".join(dict.fromkeys(map(_reason, error.exceptions)))
     cause = getattr(error, "cause", None) or error
     return f"{type(cause).__name__}: {cause}".splitlines()[0]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
@@ -155,11 +156,15 @@ def write_checkpoint(
         save_file(best, folder / "best.safetensors")
     if index is not None:
         save_file(index, folder / "index.safetensors")
-    moments = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-    torch.save(moments | {"objective": objective.state_dict()}, folder / "training.pt")
+    moments = optimizer.state_dict()
+    remembered = {f"objective.{name}": value for name, value in objective.state_dict().items()}
+    for number, of_parameter in moments["state"].items():
+        remembered |= {f"optimizer.{number}.{name}": value for name, value in of_parameter.items()}
+    save_file({name: value.cpu().contiguous() for name, value in remembered.items()}, folder / "training.safetensors")
     (folder / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
     files = {path.name: [path.stat().st_size, _digest(path)] for path in sorted(folder.iterdir())}
-    content = {"state": asdict(state), "files": files}
+    progress = {"groups": moments["param_groups"], "schedule": schedule.state_dict()}
+    content = {"state": asdict(state), "files": files, "progress": progress}
     text = json.dumps(content | {"digest": _text_digest(content)}, indent=1)
     (folder / "state.json").write_text(text, encoding="utf-8")
 
@@ -186,9 +191,9 @@ def read_newest(
     """
     passed_over: list[str] = []
     for folder in _on_all_ranks(candidates):
-        state, failure = TrainState(), None
+        state, progress, failure = TrainState(), dict[str, Any](), None
         try:
-            state = _check(folder)
+            state, progress = _check(folder)
         except StorageError as error:
             failure = error
         damaged = next((error for error in gather_values(failure) if error is not None), None)
@@ -198,10 +203,18 @@ def read_newest(
             continue
         weights = load_file(folder / "encoder.safetensors")
         encoder.load_state_dict(weights)
-        moments = torch.load(folder / "training.pt", weights_only=True, map_location="cpu")
-        optimizer.load_state_dict(moments["optimizer"])
-        schedule.load_state_dict(moments["schedule"])
-        objective.load_state_dict(moments["objective"])
+        moments: dict[int, Weights] = defaultdict(dict)
+        remembered: Weights = {}
+        for name, value in load_file(folder / "training.safetensors").items():
+            owner, _, rest = name.partition(".")
+            if owner == "optimizer":
+                number, _, rest = rest.partition(".")
+                moments[int(number)][rest] = value
+            else:
+                remembered[rest] = value
+        optimizer.load_state_dict({"state": dict(moments), "param_groups": progress["groups"]})
+        schedule.load_state_dict(progress["schedule"])
+        objective.load_state_dict(remembered)
         kept, index = folder / "best.safetensors", folder / "index.safetensors"
         return Resumed(
             state=state,
@@ -218,7 +231,8 @@ def _on_all_ranks(candidates: Iterable[Path]) -> list[Path]:
     return [folder for folder in here if folder.name in everywhere]
 
 
-def _check(folder: Path) -> TrainState:
+def _check(folder: Path) -> tuple[TrainState, dict[str, Any]]:
+    """Return what state.json holds, if it and the files beside it are as they were written."""
     try:
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if content.pop("digest") != _text_digest(content):
@@ -229,7 +243,7 @@ def _check(folder: Path) -> TrainState:
                 raise StorageError(f"the checkpoint is damaged ({name} differs from what was written)", str(folder))
         if odd := {path.name for path in folder.iterdir()} - content["files"].keys() - {"state.json"}:
             raise StorageError(f"the checkpoint holds what was not written by it ({min(odd)})", str(folder))
-        return TrainState(**content["state"])
+        return TrainState(**content["state"]), content["progress"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(f"the checkpoint is incomplete ({type(error).__name__}: {error})", str(folder)) from error
 

@@ -412,7 +412,7 @@ def change_state(old: str, new: str) -> Callable[[Path], None]:
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "truncated weights": truncate,
     "a flipped bit in the weights": flip("encoder.safetensors"),
-    "a flipped bit in the moments": flip("training.pt"),
+    "a flipped bit in the moments": flip("training.safetensors"),
     "a flipped bit in the best weights": flip("best.safetensors"),
     "no weights": lambda folder: (folder / "encoder.safetensors").unlink(),
     "no state": lambda folder: (folder / "state.json").unlink(),

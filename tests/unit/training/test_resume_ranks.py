@@ -63,7 +63,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         node(place / "0", *STEPS)
         node(place / "1", *has)
         for step in damaged:
-            path = place / "1" / f"step_{step:09d}" / "training.pt"
+            path = place / "1" / f"step_{step:09d}" / "training.safetensors"
             content = bytearray(path.read_bytes())
             content[len(content) // 2] ^= 1
             path.write_bytes(content)
