@@ -32,36 +32,33 @@ def main() -> None:
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     speeds: dict[int, list[float]] = {workers: [] for workers in args.workers}
-    saves: list[float] = []
-    step_s: list[float] = []
+    saves: dict[int, list[float]] = {workers: [] for workers in args.workers}
+    step_s: dict[int, list[float]] = {workers: [] for workers in args.workers}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(args.rounds):
             for workers in args.workers:
                 steps, seconds = train(Path(folder), f"w{workers}r{number}", workers, args.steps)
                 speeds[workers].append(statistics.median(steps))
-                saves += seconds if workers == 1 else []
-                step_s += [64 / speed for speed in steps] if workers == 1 else []
+                saves[workers] += seconds
+                step_s[workers] += [64 / speed for speed in steps]
                 print(
                     f"{workers} worker(s): {speeds[workers][-1]:.1f} sentences/s, checkpoints {seconds} s", flush=True
                 )
     one = statistics.median(speeds[args.workers[0]])
-    table = {
-        workers: {
-            "sentences_per_s": statistics.median(of_rounds),
-            "speedup": statistics.median(of_rounds) / one,
-            "efficiency": statistics.median(of_rounds) / one / min(workers, cores),
+    table = {}
+    for workers, of_rounds in speeds.items():
+        speed = statistics.median(of_rounds)
+        table[workers] = {
+            "sentences_per_s": speed,
+            "speedup": speed / one,
+            "efficiency": speed / one / min(workers, cores),
         }
-        for workers, of_rounds in speeds.items()
-    }
-    checkpoint = {
-        "median_s": statistics.median(saves),
-        "interval_s": INTERVAL * statistics.median(step_s),
-        "cost": statistics.median(saves) / (INTERVAL * statistics.median(step_s)),
-    }
-    print(json.dumps({"scaling": table, "checkpoint": checkpoint}, indent=2))
+        save_s, interval_s = statistics.median(saves[workers]), INTERVAL * statistics.median(step_s[workers])
+        table[workers] |= {"checkpoint_s": save_s, "interval_s": interval_s, "checkpoint_cost": save_s / interval_s}
+    print(json.dumps({"scaling": table}, indent=2))
     if args.out:
         result = provenance(torch.device("cpu"), "ray") | {"cores": cores} | vars(args)
-        result |= {"scaling": table, "by_round": speeds, "checkpoint": checkpoint, "saves_s": saves}
+        result |= {"scaling": table, "by_round": speeds, "saves_s": saves}
         args.out.write_text(json.dumps(result, indent=2, default=str) + "\n")
 
 

@@ -178,7 +178,7 @@ def describe(event: Event, total_steps: int = 0) -> str:
             scores = "  ".join(f"{name} {value:.4f}" for name, value in event.scores.items())
             return f"step {event.step}  {event.split}  {scores}{'  (best)' if event.is_best else ''}"
         case CheckpointSaved():
-            return f"step {event.step}  checkpoint saved in {event.seconds:.1f} s"
+            return f"step {event.step}  checkpoint saved in {event.seconds:.2f} s"
         case Notice():
             return event.text
         case RunFinished():

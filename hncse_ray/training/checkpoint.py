@@ -13,6 +13,7 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -151,18 +152,27 @@ def write_checkpoint(
         best: weights of the best dev score; None if they are the present ones.
         index: weights that the global negatives in use were made from; None if going on does not need them.
     """
-    save_file(copy_weights(encoder), folder / "encoder.safetensors")
-    if best is not None:
-        save_file(best, folder / "best.safetensors")
-    if index is not None:
-        save_file(index, folder / "index.safetensors")
     moments = optimizer.state_dict()
     remembered = {f"objective.{name}": value for name, value in objective.state_dict().items()}
     for number, of_parameter in moments["state"].items():
         remembered |= {f"optimizer.{number}.{name}": value for name, value in of_parameter.items()}
-    save_file({name: value.cpu().contiguous() for name, value in remembered.items()}, folder / "training.safetensors")
+    parts = {
+        "training": {name: value.cpu().contiguous() for name, value in remembered.items()},
+        "encoder": copy_weights(encoder),
+        "best": best,
+        "index": index,
+    }
     (folder / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
-    files = {path.name: [path.stat().st_size, _digest(path)] for path in sorted(folder.iterdir())}
+
+    def write(part: tuple[str, Weights | None]) -> None:
+        if part[1] is not None:
+            save_file(part[1], folder / f"{part[0]}.safetensors")
+
+    with ThreadPoolExecutor(len(parts)) as threads:  # the system fills its file cache with one core a file
+        list(threads.map(write, parts.items()))
+        paths = sorted(folder.iterdir())
+        digests = threads.map(_digest, paths)
+        files = {path.name: [path.stat().st_size, digest] for path, digest in zip(paths, digests, strict=True)}
     progress = {"groups": moments["param_groups"], "schedule": schedule.state_dict()}
     content = {"state": asdict(state), "files": files, "progress": progress}
     text = json.dumps(content | {"digest": _text_digest(content)}, indent=1)

@@ -96,7 +96,7 @@ def test_several_reporters_hear_the_same_and_are_all_closed() -> None:
         (logged(4), "step 4/12  loss 0.5000  1,234.6 sentences/s"),
         (scored(4), "step 4  dev  pairs/recall@1 0.2500  pairs/mrr 0.5000"),
         (scored(4, best=True), "step 4  dev  pairs/recall@1 0.2500  pairs/mrr 0.5000  (best)"),
-        (CheckpointSaved(4, 0.26), "step 4  checkpoint saved in 0.3 s"),
+        (CheckpointSaved(4, 0.26), "step 4  checkpoint saved in 0.26 s"),
         (Notice("look out"), "look out"),
         (RunFinished(12, 8, 1.0, False), "finished after 12 steps; best on dev at step 8"),
         (RunFinished(10, 8, 1.0, True), "finished after 10 steps, stopped early; best on dev at step 8"),
@@ -137,7 +137,7 @@ class TestLineReporter:
         assert lines[3].startswith("step 4/12  loss 0.7500") and lines[3].endswith("  0:00 left")
         assert lines[4].endswith("(best)")
         assert lines[5:] == [
-            "step 4  checkpoint saved in 0.2 s",
+            "step 4  checkpoint saved in 0.20 s",
             "passed over: a checkpoint",
             "finished after 12 steps; best on dev at step 4",
         ]
