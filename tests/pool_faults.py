@@ -26,6 +26,8 @@ from hncse_ray.cluster import train
 from hncse_ray.cluster.pool import PoolClient
 from hncse_ray.config import Settings
 from hncse_ray.negatives import Hits, SourceUnavailable
+from hncse_ray.storage import is_url
+from hncse_ray.training.remote_run import working_folder
 
 Value = TypeVar("Value")
 POOL = ("ShardActor", "PoolCoordinator")
@@ -158,7 +160,8 @@ class Training:
     """A run in a thread of this process, whose metrics can be watched, and whose workers can be slowed down."""
 
     def __init__(self, settings: Settings) -> None:
-        self.folder = Path(settings.run_dir)
+        at_url = is_url(settings.run.storage_path)
+        self.folder = working_folder(settings) if at_url else Path(settings.run_dir)
         self._result: list[Any] = []
         self._settings = settings
         self._thread = threading.Thread(target=self._run, daemon=True)

@@ -152,29 +152,15 @@ def write_checkpoint(
         best: weights of the best dev score; None if they are the present ones.
         index: weights that the global negatives in use were made from; None if going on does not need them.
     """
-    moments = optimizer.state_dict()
-    remembered = {f"objective.{name}": value for name, value in objective.state_dict().items()}
-    for number, of_parameter in moments["state"].items():
-        remembered |= {f"optimizer.{number}.{name}": value for name, value in of_parameter.items()}
-    parts = {
-        "training": {name: value.cpu().contiguous() for name, value in remembered.items()},
-        "encoder": copy_weights(encoder),
-        "best": best,
-        "index": index,
-    }
+    parts = {"encoder": copy_weights(encoder), "best": best, "index": index, "training": _moments(optimizer, objective)}
+    files = {f"{name}.safetensors": part for name, part in parts.items() if part is not None}
     (folder / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
-
-    def write(part: tuple[str, Weights | None]) -> None:
-        if part[1] is not None:
-            save_file(part[1], folder / f"{part[0]}.safetensors")
-
-    with ThreadPoolExecutor(len(parts)) as threads:  # the system fills its file cache with one core a file
-        list(threads.map(write, parts.items()))
+    with ThreadPoolExecutor(len(files)) as threads:  # the system fills its file cache with one core a file
+        list(threads.map(lambda name: save_file(files[name], folder / name), files))
         paths = sorted(folder.iterdir())
-        digests = threads.map(_digest, paths)
-        files = {path.name: [path.stat().st_size, digest] for path, digest in zip(paths, digests, strict=True)}
-    progress = {"groups": moments["param_groups"], "schedule": schedule.state_dict()}
-    content = {"state": asdict(state), "files": files, "progress": progress}
+        listed = {path.name: facts for path, facts in zip(paths, threads.map(_facts, paths), strict=True)}
+    progress = {"groups": optimizer.state_dict()["param_groups"], "schedule": schedule.state_dict()}
+    content = {"state": asdict(state), "files": listed, "progress": progress}
     text = json.dumps(content | {"digest": _text_digest(content)}, indent=1)
     (folder / "state.json").write_text(text, encoding="utf-8")
 
@@ -213,18 +199,8 @@ def read_newest(
             continue
         weights = load_file(folder / "encoder.safetensors")
         encoder.load_state_dict(weights)
-        moments: dict[int, Weights] = defaultdict(dict)
-        remembered: Weights = {}
-        for name, value in load_file(folder / "training.safetensors").items():
-            owner, _, rest = name.partition(".")
-            if owner == "optimizer":
-                number, _, rest = rest.partition(".")
-                moments[int(number)][rest] = value
-            else:
-                remembered[rest] = value
-        optimizer.load_state_dict({"state": dict(moments), "param_groups": progress["groups"]})
+        _take_moments(load_file(folder / "training.safetensors"), progress["groups"], optimizer, objective)
         schedule.load_state_dict(progress["schedule"])
-        objective.load_state_dict(remembered)
         kept, index = folder / "best.safetensors", folder / "index.safetensors"
         return Resumed(
             state=state,
@@ -233,6 +209,30 @@ def read_newest(
             passed_over=passed_over,
         )
     return Resumed(TrainState(), None, None, passed_over)
+
+
+def _moments(optimizer: torch.optim.Optimizer, objective: Objective) -> Weights:
+    """Return the tensors that the optimiser and the objective remember, on the CPU."""
+    found = {f"objective.{name}": value for name, value in objective.state_dict().items()}
+    for parameter, moments in optimizer.state_dict()["state"].items():
+        found |= {f"optimizer.{parameter}.{name}": value for name, value in moments.items()}
+    return {name: value.cpu().contiguous() for name, value in found.items()}
+
+
+def _take_moments(
+    found: Weights, groups: list[dict[str, Any]], optimizer: torch.optim.Optimizer, objective: Objective
+) -> None:
+    """Load what :func:`_moments` returned."""
+    moments: dict[int, Weights] = defaultdict(dict)
+    remembered: Weights = {}
+    for name, value in found.items():
+        match name.split("."):
+            case "optimizer", parameter, moment:
+                moments[int(parameter)][moment] = value
+            case _, key:
+                remembered[key] = value
+    optimizer.load_state_dict({"state": dict(moments), "param_groups": groups})
+    objective.load_state_dict(remembered)
 
 
 def _on_all_ranks(candidates: Iterable[Path]) -> list[Path]:
@@ -247,9 +247,8 @@ def _check(folder: Path) -> tuple[TrainState, dict[str, Any]]:
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if content.pop("digest") != _text_digest(content):
             raise StorageError("the checkpoint is damaged (state.json differs from what was written)", str(folder))
-        for name, (size, digest) in content["files"].items():
-            path = folder / name
-            if path.stat().st_size != size or _digest(path) != digest:
+        for name, facts in content["files"].items():
+            if _facts(folder / name) != facts:
                 raise StorageError(f"the checkpoint is damaged ({name} differs from what was written)", str(folder))
         if odd := {path.name for path in folder.iterdir()} - content["files"].keys() - {"state.json"}:
             raise StorageError(f"the checkpoint holds what was not written by it ({min(odd)})", str(folder))
@@ -262,6 +261,7 @@ def _text_digest(content: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
-def _digest(path: Path) -> str:
+def _facts(path: Path) -> list[Any]:
+    """Return the size and the digest of a file."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+        return [path.stat().st_size, hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from pool_faults import Training, announce, nodes, nothing_is_left, soon
 from ray.cluster_utils import Cluster
 
 from hncse_ray.config import Settings
 from hncse_ray.errors import ClusterError
+from hncse_ray.storage import Remote, whole_folders
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 STEPS, EVERY = 400, 10
@@ -58,6 +62,47 @@ def test_a_run_goes_on_with_the_workers_it_has_and_takes_more_in(cluster: Cluste
     assert log[: log.index(f"resumes at step {more_at}")].count(f" step {more_at + 5}/") == 0
     assert [line["step"] for line in training.lines()] == list(range(5, STEPS + 1, 5))
     assert nothing_is_left()
+
+
+def test_one_at_a_url_with_a_pool_too(cluster: Cluster, small_run: dict[str, Any], tmp_path: Path) -> None:
+    """The shards reserve nothing, so one of them lives on the lost node."""
+    small_run["run"]["storage_path"] = f"file://{tmp_path}/store"
+    small_run["negatives"] = {
+        "source": "pool",
+        "num_shards": 2,
+        "cpus_per_shard": 0,
+        "refresh": "sync",
+        "refresh_every_steps": 50,
+    }
+    asked = settings(small_run)
+    training, store = Training(asked), Remote(asked.run_dir)
+    with training.slowly():
+        both = training.line(lambda row: row.get("negatives/shards_alive") == 2, within_s=180, what="both shards")
+        soon(lambda: whole_folders(store, "checkpoints"), within_s=60, what="a checkpoint at the URL")
+        # The shards were spread over the nodes, at most one to each.
+        lost = next(node for node in cluster.worker_nodes if node.node_id in shard_nodes())
+        cluster.remove_node(lost, allow_graceful=False)
+        soon(lambda: len(starts(training)) == 2, within_s=150, what="the run with one worker")
+        training.line(lambda row: row["step"] > both["step"] + EVERY, within_s=60, what="its steps")
+        cluster.add_node(num_cpus=2)
+        soon(lambda: len(starts(training)) == 3, within_s=90, what="the run with two workers")
+        training.line(lambda row: row["negatives/shards_alive"] == 2, within_s=120, what="both shards again")
+    assert training.finish(within_s=200).steps == STEPS
+    assert [workers for _, workers in starts(training)] == [2, 1, 2]
+    lines = training.lines()
+    assert [line["step"] for line in lines] == list(range(5, STEPS + 1, 5))
+    assert lines[-1]["negatives/index_step"] == STEPS - 50
+    assert whole_folders(store, "checkpoints")[0] == f"step_{STEPS:09d}" and store.read("result.json")
+    assert [
+        json.loads(line)["step"] for line in (store.read("metrics.jsonl") or b"").splitlines() if b'"loss"' in line
+    ] == [line["step"] for line in lines]
+    assert nothing_is_left()
+
+
+def shard_nodes() -> set[str]:
+    """The nodes on which shards of a pool live."""
+    found = ray._private.state.actors().values()
+    return {a["Address"]["NodeID"] for a in found if a["ActorClassName"] == "ShardActor" and a["State"] == "ALIVE"}
 
 
 def test_an_announced_loss_costs_nothing_where_enough_are_left(cluster: Cluster, small_run: dict[str, Any]) -> None:

@@ -137,7 +137,7 @@ class TestLineReporter:
         assert lines[3].startswith("step 4/12  loss 0.7500") and lines[3].endswith("  0:00 left")
         assert lines[4].endswith("(best)")
         assert lines[5:] == [
-            "step 4  checkpoint saved in 0.20 s",
+            "step 4  checkpoint saved in 0.25 s",
             "passed over: a checkpoint",
             "finished after 12 steps; best on dev at step 4",
         ]
