@@ -24,13 +24,13 @@ STEPS, EVERY = 400, 10
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """A head without room for a trainer, and two nodes for one each."""
-    with nodes(1, 2, 2) as cluster:
+    with nodes(0, 1, 1) as cluster:
         yield cluster
 
 
 def settings(small_run: dict[str, Any], **asked: Any) -> Settings:
     tree = {name: dict(section) for name, section in small_run.items()}
-    tree["cluster"] = {"num_workers": 2, "min_workers": 1, "cpus_per_worker": 2, "use_gpu": False, **asked}
+    tree["cluster"] = {"num_workers": 2, "min_workers": 1, "cpus_per_worker": 1, "use_gpu": False, **asked}
     tree["train"] |= {"max_steps": STEPS, "log_every_steps": 5, "evaluate_every_steps": 5000}
     tree["train"]["checkpoint_every_steps"] = EVERY
     return Settings.model_validate(tree)
@@ -49,7 +49,7 @@ def test_a_run_goes_on_with_the_workers_it_has_and_takes_more_in(cluster: Cluste
         cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
         soon(lambda: len(starts(training)) == 2, within_s=150, what="the run with one worker")
         training.line(lambda row: row["step"] > lost_at + EVERY, within_s=60, what="its steps")
-        cluster.add_node(num_cpus=2)
+        cluster.add_node(num_cpus=1)
         soon(lambda: len(starts(training)) == 3, within_s=90, what="the run with two workers")
     assert training.finish(within_s=200).steps == STEPS
     (first, workers), (fewer_at, fewer), (more_at, more) = starts(training)
@@ -84,7 +84,7 @@ def test_one_at_a_url_with_a_pool_too(cluster: Cluster, small_run: dict[str, Any
         cluster.remove_node(lost, allow_graceful=False)
         soon(lambda: len(starts(training)) == 2, within_s=150, what="the run with one worker")
         training.line(lambda row: row["step"] > both["step"] + EVERY, within_s=60, what="its steps")
-        cluster.add_node(num_cpus=2)
+        cluster.add_node(num_cpus=1)
         soon(lambda: len(starts(training)) == 3, within_s=90, what="the run with two workers")
         training.line(lambda row: row["negatives/shards_alive"] == 2, within_s=120, what="both shards again")
     assert training.finish(within_s=200).steps == STEPS
@@ -125,7 +125,7 @@ def test_an_announced_loss_costs_nothing_where_enough_are_left(cluster: Cluster,
 
 
 def test_a_run_begins_with_those_that_fit_and_too_few_are_refused(cluster: Cluster, small_run: dict[str, Any]) -> None:
-    with pytest.raises(ClusterError, match=r"3 workers x 2 CPUs"):
+    with pytest.raises(ClusterError, match=r"3 workers x 1 CPU"):
         Training(settings(small_run, num_workers=4, min_workers=3)).finish(within_s=60)
     small_run["run"]["name"] = "begins"
     training = Training(settings(small_run, num_workers=4, min_workers=2))
@@ -136,7 +136,7 @@ def test_a_run_begins_with_those_that_fit_and_too_few_are_refused(cluster: Clust
             cluster.remove_node(node, allow_graceful=False)
         soon(lambda: "have lost their place" in training.log(), within_s=120, what="the news")
         for _ in range(2):
-            cluster.add_node(num_cpus=2)
+            cluster.add_node(num_cpus=1)
     assert training.finish(within_s=250).steps == STEPS
     assert [workers for _, workers in starts(training)] == [2, 2]
     assert nothing_is_left()
