@@ -1,4 +1,4 @@
-"""Every setting of a run: frozen pydantic models, read from YAML, changed by ``a.b=c`` overrides.
+"""Every setting of a run: frozen pydantic models.
 
 The defaults of ``encoder``, ``objective`` and ``train`` are those of unsupervised SimCSE on BERT-base
 (Gao et al. 2021, arXiv 2104.08821, section 3 and appendix A) unless a comment names another source.
@@ -6,18 +6,11 @@ The defaults of ``encoder``, ``objective`` and ``train`` are those of unsupervis
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
-
-from hncse_ray.errors import SettingsError
-from hncse_ray.recipe import find_recipe, read_yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Pooling = Literal["auto", "cls", "cls_before_head", "mean", "first_last_mean", "last_two_mean"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -325,7 +318,7 @@ class ClusterSettings(Section):
 
 
 class Settings(Section):
-    """The whole tree. Build it with :func:`load_settings`."""
+    """The whole tree. Build it with :func:`~hncse_ray.config.load_settings`."""
 
     run: RunSettings = RunSettings()
     corpus: CorpusSettings
@@ -377,106 +370,5 @@ class Settings(Section):
         return os.path.join(self.run.storage_path, self.run.name)
 
     def to_yaml(self) -> str:
-        """Return the resolved settings as YAML that :func:`load_settings` reads back to the same tree."""
+        """Return the resolved settings as YAML; ``load_settings`` reads it back to the same tree."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def load_settings(
-    recipe: str | Path | Mapping[str, Any], overrides: Iterable[str] | Mapping[str, Any] = ()
-) -> Settings:
-    """Read a recipe, apply overrides and check the result.
-
-    Args:
-        recipe: a YAML file, the bare name of a recipe that comes with the package, or a mapping.
-        overrides: ``section.key=value`` strings, whose values are read as YAML; or values by ``section.key``.
-
-    Raises:
-        SettingsError: the recipe cannot be read, a key is unknown or a value is out of range.
-    """
-    if isinstance(recipe, Mapping):
-        where, tree = "settings", {k: dict(v) if isinstance(v, Mapping) else v for k, v in recipe.items()}
-    else:
-        where, tree = str(recipe), read_yaml(find_recipe(recipe))
-    for key, value in overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides):
-        _set(tree, key, value)
-    if isinstance(objective := tree.get("objective"), dict):
-        objective.setdefault("name", InfoNCE.model_fields["name"].default)
-    try:
-        return Settings.model_validate(tree)
-    except ValidationError as error:
-        raise SettingsError("; ".join(_explain(e) for e in error.errors()), where) from None
-
-
-def _parse_override(override: str) -> tuple[str, Any]:
-    key, equals, text = override.partition("=")
-    if not equals or not all(key.strip().split(".")):
-        raise SettingsError("is not an override", override, "Write section.key=value, such as train.batch_size=128")
-    try:
-        return key.strip(), yaml.safe_load(text) if text.strip() else None
-    except yaml.YAMLError:
-        raise SettingsError("has a value that is not valid YAML", override, "Quote it") from None
-
-
-def _set(tree: dict[str, Any], key: str, value: Any) -> None:
-    *sections, name = key.split(".")
-    node = tree
-    for section in sections:
-        child = node.setdefault(section, {})
-        if not isinstance(child, dict):
-            raise SettingsError(f"{section!r} is a value, not a section", key)
-        node = child
-    if key == "objective.name" and isinstance(value, str) and value in OBJECTIVES:
-        # Another objective keeps of the recipe's section only what it knows itself.
-        for unknown in set(node) - set(OBJECTIVES[value].model_fields):
-            del node[unknown]
-    node[name] = value
-
-
-def _explain(error: ErrorDetails) -> str:
-    # A discriminated union puts the chosen name into the location; the user never wrote it there.
-    loc = [str(part) for part in error["loc"]]
-    if len(loc) > 1 and loc[0] == "objective" and loc[1] in OBJECTIVES:
-        del loc[1]
-    path = ".".join(loc)
-    match error["type"]:
-        case "extra_forbidden":
-            return f"unknown setting {path!r}{_nearest(path, error)}"
-        case "missing":
-            return f"setting {path!r} is missing"
-        case "value_error":
-            return f"{path}: {error['ctx']['error']}" if path else str(error["ctx"]["error"])
-        case "union_tag_invalid":
-            near = difflib.get_close_matches(str(error["ctx"]["tag"]), OBJECTIVES, n=1, cutoff=0.4)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            return f"unknown objective.name {error['ctx']['tag']!r}{hint}; choose from {', '.join(OBJECTIVES)}"
-        case "union_tag_not_found":
-            return f"objective.name is missing; choose from {', '.join(OBJECTIVES)}"
-        case _:
-            message = error["msg"][0].lower() + error["msg"][1:]
-            return f"{path} = {error['input']!r}: {message}"
-
-
-def _nearest(path: str, error: ErrorDetails) -> str:
-    """Name the valid setting nearest to an unknown one: in its own section first, then anywhere."""
-    section, _, key = path.rpartition(".")
-    if section == "objective":
-        name = str(error["loc"][1])
-        own, owner = list(OBJECTIVES[name].model_fields), f"objective {name!r}"
-    else:
-        own = [p.rpartition(".")[2] for p in _setting_paths() if p.rpartition(".")[0] == section]
-        owner = section or "the top level"
-    if near := difflib.get_close_matches(key, own, n=1, cutoff=0.7):
-        return f" (did you mean {f'{section}.{near[0]}'.lstrip('.')!r}?)"
-    elsewhere = [p for p in _setting_paths() if p.rpartition(".")[2] == key and p != path]
-    if elsewhere and section != "objective":
-        return f" (did you mean {elsewhere[0]!r}?)"
-    return f"; {owner} knows {', '.join(own)}"
-
-
-def _setting_paths() -> Iterable[str]:
-    for section, field in Settings.model_fields.items():
-        yield section
-        classes = OBJECTIVES.values() if section == "objective" else [field.annotation]
-        for cls in classes:
-            assert isinstance(cls, type) and issubclass(cls, Section)
-            yield from (f"{section}.{name}" for name in cls.model_fields)
