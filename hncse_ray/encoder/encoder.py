@@ -1,180 +1,321 @@
-"""The sentence encoder: backbone, pooling, head; and bulk encoding of text."""
+"""The sentence encoder: a SentenceTransformer whose token rows are packed where that gives the same vectors."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hncse_ray.config import Pooling
 from hncse_ray.corpus.batches import pad_rows
-from hncse_ray.encoder.packing import Packing, allow_packing, pack_rows
+from hncse_ray.encoder.attention import use_packed_attention
+from hncse_ray.encoder.head import TrainingHead
+from hncse_ray.errors import DataError, ModelError
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 TokenRows = Sequence[NDArray[np.integer]]
+Side = Literal["query", "document"]
+
+_PROBES = ("One.", "A second text of a few more words.", "The third is longer than both of the others: it goes on and on.")
+_TOLERANCE = 1e-4  # of coordinates of unit-norm vectors in fp32
+_CHUNK = 10_000  # texts tokenised at a time
 
 
 class SentenceEncoder(nn.Module):
-    """A transformers backbone with pooling and an optional head; its output is unit-norm.
+    """A SentenceTransformer, fed with token rows.
+
+    The model's folder says what its stages, prompts and pooling are, and sentence-transformers computes them. Rows go
+    through it packed, ``[1, T]``, if three probes get the same vectors that way as padded; else padded.
 
     Args:
-        backbone: any bidirectional transformers encoder.
-        tokenizer: its fast tokenizer.
-        pooling: how the token states ``[B, L, D]`` become one vector; not ``auto``.
-        head: a dense layer followed by tanh after pooling (SimCSE, arXiv 2104.08821, section 6.3), or None.
-        head_in_training_only: leave the head out when not training, as SimCSE does at test time.
-        max_length: tokens kept of a text when encoding, special tokens included.
+        model: a transformer, its pooling and what follows.
+        name: what the user calls it, for errors.
         autocast: the dtype of the autocast used in training; None = fp32.
 
     Attributes:
         inference_autocast: the same when not training; fp32 unless a caller sets it.
+        packs: whether rows are packed.
+
+    Raises:
+        ModelError: the model gives other vectors for token rows than for texts, or none that are numbers.
     """
 
-    def __init__(
-        self,
-        backbone: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerFast,
-        *,
-        pooling: Pooling,
-        head: nn.Linear | None = None,
-        head_in_training_only: bool = True,
-        max_length: int = 512,
-        autocast: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, model: SentenceTransformer, *, name: str, autocast: torch.dtype | None = None) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.head = head
-        self.tokenizer = tokenizer
-        self.pooling = pooling
-        self.head_in_training_only = head_in_training_only
-        self.max_length = max_length
+        self.model = model
+        self.name = name
         self.autocast = autocast
         self.inference_autocast: torch.dtype | None = None
-        self._can_pack = allow_packing(backbone)
-        # The backbone's own pooler (BERT has one) is not part of any pooling here. It stays, so that what is saved
-        # is a complete model, but it gets no gradient, and DDP must not wait for one.
-        if (pooler := getattr(backbone, "pooler", None)) is not None:
-            pooler.requires_grad_(False)
+        self.packs = False
+        self._first_position = first_position(self.backbone)
+        self._reach = _attention_reach(self.backbone)
+        self._probe()
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The transformer."""
+        backbone: PreTrainedModel = self.model.transformers_model
+        return backbone
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The transformer's tokenizer."""
+        tokenizer: PreTrainedTokenizerFast = self.model.tokenizer
+        return tokenizer
 
     @property
     def dimension(self) -> int:
         """Width D of the embeddings."""
-        return int(self.backbone.config.hidden_size)
+        width = self.model.get_embedding_dimension()
+        assert width is not None
+        return width
+
+    @property
+    def max_length(self) -> int:
+        """Tokens kept of a text when encoding, special tokens included."""
+        length = self.model.max_seq_length
+        assert length is not None
+        return length
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.backbone.device
+        return self.model.device
 
-    @property
-    def packs(self) -> bool:
-        """Whether :meth:`packed_tensors` may be used: the architecture allows it, and the device gains by it."""
-        return self._can_pack and self.device.type == "cpu"
+    def forward(self, features: dict[str, Any]) -> Tensor:
+        """Embed what :meth:`features` returned; ``[B, D]`` fp32, unit norm, in the order of its rows."""
+        return F.normalize(self.embed(features), dim=-1)
 
-    @property
-    def uses_head(self) -> bool:
-        """Whether the head takes part in the present mode."""
-        return self.head is not None and (self.training or not self.head_in_training_only)
+    def embed(self, features: dict[str, Any]) -> Tensor:
+        """Embed in the same way, without making the vectors unit norm where the model's own stages do not."""
+        features = dict(features)
+        order_B = features.pop("order", None)
+        dtype = self.autocast if self.training else self.inference_autocast
+        transformer, *stages = self.model
+        with torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None):
+            features = transformer(features)
+        if "token_embeddings" in features:
+            features["token_embeddings"] = features["token_embeddings"].float()
+        for stage in stages:  # in fp32: they cost next to nothing, and similarities need the digits
+            features = stage(features)
+        vectors_BD: Tensor = features["sentence_embedding"][..., : self.model.truncate_dim].float()
+        return vectors_BD if order_B is None else vectors_BD[order_B]
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, packing: Packing | None = None
-    ) -> Tensor:
-        """Embed token rows, padded (:meth:`batch_tensors`) or packed (:meth:`packed_tensors`).
+    def features(self, rows: TokenRows, *, side: Side | None = None, pack: bool | None = None) -> dict[str, Any]:
+        """Lay token rows out for the model, on its device.
 
         Args:
-            input_ids: ``[B, L]`` int64; packed ``[1, T]``.
-            attention_mask: ``[B, L]``, 1 = token, 0 = padding; None = no row is padded.
-            packing: how B rows lie in ``[1, T]``; None = they are not packed.
+            rows: B token rows of :meth:`tokenize`, none empty.
+            side: which the rows are, where the model leaves prompts out of its pooling.
+            pack: whether to pack them; default: where the model can.
 
         Returns:
-            ``[B, D]`` fp32, rows of unit norm.
+            Packed: ``input_ids`` and ``position_ids`` ``[1, T]``, shortest row first, where rows begin
+            (``cu_seq_lens_q/k``), the longest (``max_length_q/k``), and ``order`` ``[B]``, the place of each row among
+            the packed. Padded: ``input_ids`` and ``attention_mask`` ``[B, L]``.
         """
-        needs_layers = self.pooling in ("first_last_mean", "last_two_mean")
-        dtype = self.autocast if self.training else self.inference_autocast
-        packed = {} if packing is None else {"position_ids": packing.position_ids, "packing": packing}
-        with torch.autocast(device_type=input_ids.device.type, dtype=dtype, enabled=dtype is not None):
-            output = self.backbone(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                output_hidden_states=needs_layers,
-                return_dict=True,
-                **packed,
-            )
-            layers = output.hidden_states if needs_layers else (output.last_hidden_state,)
-            if packing is None:
-                pooled_BD = _pool(layers, attention_mask, self.pooling)
-            else:
-                runs = zip(*(packing.split(layer) for layer in layers), strict=True)
-                pooled_BD = torch.cat([_pool(run, None, self.pooling) for run in runs])[packing.place_N]
-            if self.uses_head:
-                assert self.head is not None
-                pooled_BD = torch.tanh(self.head(pooled_BD))
-        return F.normalize(pooled_BD.float(), dim=-1)
+        lengths_B = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+        features: dict[str, Any] = {"modality": self._modality}
+        if not self._pools_prompt() and (length := self._prompt_length(self.prompt(side))):
+            features["prompt_length"] = length
+        if (self.packs if pack is None else pack) and lengths_B.max() <= self._reach:
+            order_B = np.argsort(lengths_B, kind="stable")
+            bounds = np.concatenate([[0], np.cumsum(lengths_B[order_B])])
+            begins_T = np.repeat(bounds[:-1], lengths_B[order_B])
+            arrays = {
+                "input_ids": np.concatenate([rows[i] for i in order_B])[None].astype(np.int64),
+                "position_ids": (np.arange(bounds[-1]) - begins_T + self._first_position)[None],
+                "cu_seq_lens_q": bounds.astype(np.int32),
+                "order": np.argsort(order_B, kind="stable"),
+            }
+            features |= {"max_length_q": int(lengths_B.max()), "max_length_k": int(lengths_B.max())}
+        else:
+            ids_BL, mask_BL = pad_rows(rows, pad_id=int(self.tokenizer.pad_token_id), side=self.tokenizer.padding_side)
+            arrays = {"input_ids": ids_BL, "attention_mask": mask_BL}
+        features |= {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in arrays.items()}
+        if "cu_seq_lens_q" in features:
+            features["cu_seq_lens_k"] = features["cu_seq_lens_q"]
+        return features
 
-    def tokenize(self, texts: Sequence[str], max_length: int | None = None) -> list[NDArray[np.int32]]:
-        """Turn texts into token rows, special tokens included, cut at ``max_length`` (default: the encoder's)."""
-        rows: list[NDArray[np.int32]] = []
-        for start in range(0, len(texts), 10_000):
-            encoded = self.tokenizer(
-                list(texts[start : start + 10_000]),
-                truncation=True,
-                max_length=max_length or self.max_length,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-            )
-            rows.extend(np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"])
-        return rows
+    def prompt(self, side: Side | None) -> str:
+        """Return what is put before a text: of a side as ``encode_query`` and ``encode_document`` choose it."""
+        prompts: dict[str, str] = self.model.prompts
+        names = {"query": ("query",), "document": ("document", "passage", "corpus"), None: ()}[side]
+        for name in (*names, self.model.default_prompt_name):
+            if name in prompts:
+                return prompts[name]
+        return ""
 
-    def encode(
-        self, texts: Sequence[str], *, batch_size: int = 128, progress: Progress | None = None
-    ) -> NDArray[np.float32]:
-        """Embed texts in fp32, without dropout, sorted by length so that little is padded, or nothing (packed).
+    def tokenize(
+        self, texts: Sequence[str], max_length: int | None = None, *, side: Side | None = None
+    ) -> list[NDArray[np.int32]]:
+        """Turn texts into token rows as the model's own folder says, prompt and special tokens included.
 
         Args:
             texts: N strings.
+            max_length: tokens kept of each; default: the model's limit.
+            side: whose prompt they get; None: the model's default, if it has one.
+
+        Raises:
+            DataError: a text has no token.
+        """
+        rows: list[NDArray[np.int32]] = []
+        for start in range(0, len(texts), _CHUNK):
+            chunk = list(texts[start : start + _CHUNK])
+            rows += self._tokenize(chunk, min(max_length or self.max_length, self.max_length), side)
+        if empty := [i for i, row in enumerate(rows) if not len(row)]:
+            raise DataError(f"text {empty[0] + 1} of {len(rows)} has no token ({texts[empty[0]]!r})", self.name,
+                            "Leave out empty texts, and those of characters that cannot be seen")  # fmt: skip
+        return rows
+
+    def _tokenize(self, texts: list[str], max_length: int, side: Side | None) -> list[NDArray[np.int32]]:
+        encoded = self.model.preprocess(
+            texts,
+            prompt=self.prompt(side) or None,
+            processing_kwargs={
+                "common": {"return_tensors": None},
+                "text": {
+                    "padding": False,
+                    "max_length": max_length,
+                    "return_attention_mask": False,
+                    "return_token_type_ids": False,
+                },
+            },
+            **({} if side is None else {"task": side}),
+        )
+        return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+
+    def tokenizer_digest(self) -> str:
+        """Return the SHA-256 of everything that decides which token ids a text gets, but for the length."""
+        state = type(self.tokenizer.backend_tokenizer).from_str(self.tokenizer.backend_tokenizer.to_str())
+        state.no_truncation()
+        state.no_padding()
+        prompts = [self.prompt(side) for side in (None, "query", "document")]
+        template = self.tokenizer.chat_template if self._modality == "message" else None
+        return hashlib.sha256(json.dumps([state.to_str(), prompts, template]).encode()).hexdigest()
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        side: Side | None = None,
+        batch_size: int = 128,
+        progress: Progress | None = None,
+    ) -> NDArray[np.float32]:
+        """Embed texts in fp32, without dropout: the vectors that ``SentenceTransformer.encode`` gives.
+
+        Args:
+            texts: N strings, or one.
+            side: whose prompt they get; see :meth:`prompt`.
             batch_size: texts in one forward pass.
             progress: called with (texts done, N) after each batch.
 
         Returns:
-            ``[N, D]`` float32, unit-norm rows, in the order of ``texts``.
+            ``[N, D]`` float32 in the order of ``texts``, ``[D]`` of a single string; unit norm only where the model
+            has a Normalize stage.
+
+        Raises:
+            TypeError: ``texts`` is no text and no list of texts.
+            DataError: a text has no token.
+            ModelError: the vectors are not numbers.
         """
-        rows = self.tokenize(texts)
+        if isinstance(texts, str):
+            return self.encode([texts], side=side)[0]
+        texts = list(texts)
+        if odd := [text for text in texts if not isinstance(text, str)]:
+            raise TypeError(f"encode takes a text or a list of texts, not one of {type(odd[0]).__name__}")
+        rows = self.tokenize(texts, side=side)
         out_ND = np.zeros((len(rows), self.dimension), dtype=np.float32)
         done = 0
         for index in length_batches(rows, batch_size):
-            out_ND[index] = self.encode_rows([rows[i] for i in index])
+            out_ND[index] = self.encode_rows([rows[i] for i in index], side=side)
             done += len(index)
             if progress is not None:
                 progress(done, len(rows))
         return out_ND
 
     @torch.no_grad()
-    def encode_rows(self, rows: TokenRows) -> NDArray[np.float32]:
-        """Embed one batch of token rows as :meth:`encode` does; ``[B, D]`` float32 on the CPU."""
+    def encode_rows(
+        self, rows: TokenRows, *, side: Side | None = None, unit_norm: bool = False
+    ) -> NDArray[np.float32]:
+        """Embed one batch of token rows as :meth:`encode` does; ``[B, D]`` float32 on the CPU.
+
+        Raises:
+            ModelError: the vectors are not numbers.
+        """
         was_training = self.training
         self.eval()
         try:
-            vectors_BD: Tensor = self(*(self.packed_tensors(rows) if self.packs else self.batch_tensors(rows)))
-            return vectors_BD.cpu().numpy()
+            features = self.features(rows, side=side)
+            vectors_BD = (self(features) if unit_norm else self.embed(features)).cpu().numpy()
         finally:
             self.train(was_training)
+        if not np.isfinite(vectors_BD).all():
+            raise ModelError("its vectors are not numbers (NaN or infinite)", self.name, "Its weights are damaged")
+        return np.asarray(vectors_BD)
 
-    def batch_tensors(self, rows: TokenRows) -> tuple[Tensor, Tensor | None]:
-        """Pad token rows to ``[B, L]`` on the encoder's device; the mask is None where nothing is padded."""
-        ids, mask = pad_rows(rows, pad_id=int(self.tokenizer.pad_token_id))
-        ids_BL = torch.from_numpy(ids).to(self.device, non_blocking=True)
-        return ids_BL, None if mask.all() else torch.from_numpy(mask).to(self.device, non_blocking=True)
+    def save(self, folder: Path, *, readme: str) -> None:
+        """Write the model as sentence-transformers does, without what is there for training only.
 
-    def packed_tensors(self, rows: TokenRows) -> tuple[Tensor, None, Packing]:
-        """Lay token rows behind each other, ``[1, T]``; only where :attr:`packs`."""
-        ids_1T, packing = pack_rows(self.backbone, rows)
-        return ids_1T, None, packing
+        Args:
+            folder: an existing, empty folder; the caller makes the write atomic.
+            readme: the text of README.md.
+        """
+        stages = self.model._modules
+        self.model._modules = {name: stage for name, stage in stages.items() if not isinstance(stage, TrainingHead)}
+        try:
+            self.model.save_pretrained(str(folder), create_model_card=False)
+        finally:
+            self.model._modules = stages
+        (folder / "README.md").write_text(readme, encoding="utf-8")
+
+    @property
+    def _modality(self) -> str:
+        """How the first stage is fed: chat models get texts as messages."""
+        return "message" if "message" in getattr(self.model[0], "modality_config", {}) else "text"
+
+    def _pools_prompt(self) -> bool:
+        return all(stage.include_prompt for stage in self.model if isinstance(stage, Pooling))
+
+    def _prompt_length(self, prompt: str) -> int:
+        return int(self.model.preprocess(["text"], prompt=prompt).get("prompt_length", 0)) if prompt else 0
+
+    def _probe(self) -> None:
+        """See whether token rows give the vectors of the texts, padded and packed."""
+        self.eval()
+        with torch.no_grad():
+            batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in self._texts().items()}
+            wanted = F.normalize(self.embed(batch), dim=-1)
+            if not wanted.isfinite().all():
+                raise ModelError("its vectors are not numbers (NaN or infinite)", self.name, "Its weights are damaged")
+            rows = self.tokenize(_PROBES)
+            if not _close(wanted, self(self.features(rows, pack=False))):
+                raise ModelError("it needs more than token ids to give its vectors, which is not supported", self.name)
+            if not use_packed_attention(self.backbone):
+                logger.debug("%s has an attention of its own: rows are padded", self.name)
+                return
+            try:
+                self.packs = _close(wanted, self(self.features(rows, pack=True)))
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                logger.debug("%s does not take packed rows: %s", self.name, error)
+            logger.debug("rows of %s are %s", self.name, "packed" if self.packs else "padded")
+
+    def _texts(self) -> dict[str, Any]:
+        features: dict[str, Any] = self.model.preprocess(list(_PROBES), prompt=self.prompt(None) or None)
+        return features
 
 
 def length_batches(rows: TokenRows, batch_size: int) -> Iterator[NDArray[np.int64]]:
@@ -188,27 +329,20 @@ def length_batches(rows: TokenRows, batch_size: int) -> Iterator[NDArray[np.int6
         yield order[start : start + batch_size]
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return the SHA-256 of everything that decides which token ids a text gets, but for the length."""
-    state = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-    state.no_truncation()
-    state.no_padding()
-    return hashlib.sha256(state.to_str().encode()).hexdigest()
+def first_position(backbone: nn.Module) -> int:
+    """Return the position of a row's first token: RoBERTa and its kin count from behind the padding's id."""
+    for module in backbone.modules():
+        padding = getattr(module, "padding_idx", None)
+        if isinstance(padding, int) and isinstance(getattr(module, "position_embeddings", None), nn.Embedding):
+            return padding + 1
+    return 0
 
 
-def _pool(layers: Sequence[Tensor], mask_BL: Tensor | None, pooling: Pooling) -> Tensor:
-    """Reduce hidden states (each ``[B, L, D]``) to ``[B, D]``."""
-    if pooling in ("cls", "cls_before_head"):
-        return layers[-1][:, 0]
-    if pooling == "mean":
-        states_BLD = layers[-1]
-    elif pooling == "first_last_mean":  # the embedding layer's output and the last layer's, as SimCSE's avg_first_last
-        states_BLD = (layers[0] + layers[-1]) / 2
-    elif pooling == "last_two_mean":
-        states_BLD = (layers[-1] + layers[-2]) / 2
-    else:
-        raise ValueError(f"pooling {pooling!r} must be resolved before the encoder is built")
-    if mask_BL is None:
-        return states_BLD.float().mean(dim=1)
-    weights_BL1 = mask_BL.unsqueeze(-1).float()
-    return (states_BLD.float() * weights_BL1).sum(dim=1) / weights_BL1.sum(dim=1)
+def _attention_reach(backbone: nn.Module) -> float:
+    """Return how long a row may be for every token to reach every other, or all before it."""
+    windows = [getattr(module, "sliding_window", None) for module in backbone.modules()]
+    return min((window for window in windows if isinstance(window, int)), default=float("inf"))
+
+
+def _close(wanted: Tensor, found: Tensor) -> bool:
+    return bool((wanted - found).abs().max() <= _TOLERANCE)

@@ -1,27 +1,31 @@
-"""Rows of unlike length in one forward, behind each other instead of padded.
+"""Attention over rows of unlike length that lie behind each other, ``[1, T]``, instead of being padded.
 
-All layers but attention treat every token apart, so the rows of a step can be one long row ``[1, T]`` as long as each
-token attends to its own row only. Sorted by length, rows of equal length lie together: their attention is a slice of
-the long row seen as ``[heads, rows, length, width]``, without a mask and without padding. Only in training, where a few
-rows of every length would mean many small operations, rows of like length are padded to the longest of them for that.
+All layers but attention treat every token apart, so the rows of a step can be one long row as long as each token attends
+to its own row only. Where the rows begin is told as flash attention is told it: by ``cu_seq_lens_q``. Models of
+transformers hand that on to the attention function that they are set to, and :func:`use_packed_attention` sets them to
+the one here. It chooses the kernel:
 
-On accelerators a kernel's start costs more than some padding, so it is used on CPUs.
+- On a CPU rows of equal length lie together (sorted by length): their attention is a slice of the long row seen as
+  ``[heads, rows, length, width]``, without a mask and without padding. Only in training, where a few rows of every
+  length would mean many small operations, rows of like length are padded to the longest of them for that.
+- On a GPU it is PyTorch's attention over jagged nested tensors: variable-length flash attention with dropout in 16 bits,
+  its memory-efficient kernel in fp32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from hncse_ray.encoder.dropout import kept_by_dropout
@@ -33,8 +37,6 @@ _FP32_WEIGHTS = 300_000
 # So many rows of one length are a block of their own; fewer are joined with longer ones up to this ratio.
 _MANY_ROWS = 16
 _STRETCH = 1.3
-# Full attention and learned absolute positions: nothing in them knows where a row lies but the position ids.
-_FAMILIES = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
 
 
 @dataclass(frozen=True)
@@ -76,35 +78,33 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Packing:
-    """How rows lie in a packed ``[1, T]``.
+class Layout:
+    """How rows lie in a packed ``[1, T]`` on a CPU.
 
     Attributes:
-        position_ids: ``[1, T]`` int64, as the backbone numbers them.
         runs: (rows, length) of each run of rows of equal length.
-        place_N: for each row as it was given, its place among the packed rows.
+        blocks: the runs, those of few rows joined with others of like length.
     """
 
-    position_ids: Tensor
     runs: tuple[tuple[int, int], ...]
-    place_N: Tensor
+    blocks: tuple[Block, ...]
 
-    @cached_property
-    def blocks(self) -> tuple[Block, ...]:
-        """The runs, those of few rows joined with others of like length."""
-        joined: list[list[tuple[int, int]]] = []
-        for rows, length in self.runs:
-            last = joined[-1] if joined else [(_MANY_ROWS, 0)]
-            if max(rows, last[-1][0]) < _MANY_ROWS and length <= _STRETCH * last[0][1] + 1:
-                last.append((rows, length))
-            else:
-                joined.append([(rows, length)])
-        return tuple(_block(runs) for runs in joined)
 
-    def split(self, states: Tensor) -> list[Tensor]:
-        """Cut packed token states ``[1, T, D]`` into ``[rows, length, D]`` a run."""
-        parts = torch.split(states[0], [rows * length for rows, length in self.runs])
-        return [part.view(rows, length, -1) for part, (rows, length) in zip(parts, self.runs, strict=True)]
+@lru_cache(maxsize=8)  # every layer of a forward asks for the same one
+def _layout(bounds: tuple[int, ...]) -> Layout:
+    """Find the runs in rows between these tokens, 0 and T among them."""
+    lengths_N = np.diff(bounds)
+    starts = np.flatnonzero(np.diff(lengths_N, prepend=-1))
+    counts = np.diff(starts, append=len(lengths_N))
+    runs = tuple(zip(counts.tolist(), lengths_N[starts].tolist(), strict=True))
+    joined: list[list[tuple[int, int]]] = []
+    for rows, length in runs:
+        last = joined[-1] if joined else [(_MANY_ROWS, 0)]
+        if max(rows, last[-1][0]) < _MANY_ROWS and last[0][1] <= length <= _STRETCH * last[0][1] + 1:
+            last.append((rows, length))
+        else:
+            joined.append([(rows, length)])
+    return Layout(runs, tuple(_block(block) for block in joined))
 
 
 def _block(runs: Sequence[tuple[int, int]]) -> Block:
@@ -120,30 +120,16 @@ def _block(runs: Sequence[tuple[int, int]]) -> Block:
     return Block(len(lengths_N), int(lengths_N.max()), len(place_t), *padding)
 
 
-def allow_packing(backbone: PreTrainedModel) -> bool:
-    """Make a backbone ready for packed rows; False where its architecture does not allow them."""
-    if backbone.config.model_type not in _FAMILIES or backbone.config._attn_implementation not in ("sdpa", _ATTENTION):
+def use_packed_attention(backbone: PreTrainedModel) -> bool:
+    """Set a model to the attention for packed rows, which also serves padded ones; False where it takes no other.
+
+    Whether the model then gives the right vectors for packed rows must be tried: see
+    :class:`hncse_ray.encoder.SentenceEncoder`.
+    """
+    if not backbone.is_backend_compatible() or not getattr(backbone, "_supports_sdpa", False):
         return False
     backbone.set_attn_implementation(_ATTENTION)
-    return True
-
-
-def pack_rows(backbone: PreTrainedModel, rows_N: Sequence[NDArray[np.integer]]) -> tuple[Tensor, Packing]:
-    """Lay token rows behind each other, shortest first: ids ``[1, T]`` and how they lie."""
-    lengths_N = np.array([len(row) for row in rows_N])
-    order_N = np.argsort(lengths_N, kind="stable")
-    lengths, counts = np.unique(lengths_N, return_counts=True)
-    # RoBERTa and its kin number positions from behind the padding's id.
-    embeddings: Any = backbone.embeddings
-    first = embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
-    ids_T = np.concatenate([rows_N[i] for i in order_N]).astype(np.int64)
-    positions_T = np.concatenate([np.arange(first, first + lengths_N[i]) for i in order_N])
-    packing = Packing(
-        torch.from_numpy(positions_T)[None],
-        tuple(zip(counts.tolist(), lengths.tolist(), strict=True)),
-        torch.from_numpy(np.argsort(order_N, kind="stable")),
-    )
-    return torch.from_numpy(ids_T)[None], packing
+    return bool(backbone.config._attn_implementation == _ATTENTION)
 
 
 def _attend(
@@ -154,29 +140,60 @@ def _attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    packing: Packing | None = None,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each row; ``[1, heads, T, width]`` each, and ``[1, T, heads, width]`` back."""
-    if packing is None:
+    if cu_seq_lens_q is None:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
-        )
-    heads, width = query.shape[1], query.shape[3]
-    scale = width**-0.5 if scaling is None else scaling
-    q_THW, k_THW, v_THW = (x[0].transpose(0, 1) for x in (query * scale, key, value))
+            module, query, key, value, attention_mask,
+            dropout=dropout, scaling=scaling, is_causal=is_causal, **others,
+        )  # fmt: skip
+    window = others.get("sliding_window")
+    if others.get("softcap") is not None or others.get("s_aux") is not None or others.get("position_bias") is not None:
+        raise ValueError("attention with a soft cap, sinks or a bias of positions takes no packed rows")
+    if window is not None and max_length_q is not None and max_length_q > window:
+        raise ValueError(f"rows of {max_length_q} tokens are longer than the {window} that attention reaches")
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)  # as in transformers
+    packed = [x[0].transpose(0, 1) for x in (query, key, value)]
+    attend = _attend_grouped if query.device.type == "cpu" else _attend_nested
+    return attend(*packed, cu_seq_lens_q, dropout=dropout, scale=scale, causal=causal)[None], None
+
+
+def _attend_nested(
+    q_THW: Tensor, k_THW: Tensor, v_THW: Tensor, bounds: Tensor, *, dropout: float, scale: float, causal: bool
+) -> Tensor:
+    """Attend by PyTorch's kernels for ragged rows, which drop attention weights themselves."""
+    offsets = bounds.long()
+    q, k, v = (torch.nested.nested_tensor_from_jagged(x, offsets).transpose(1, 2) for x in (q_THW, k_THW, v_THW))
+    z = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, scale=scale)
+    values: Tensor = z.transpose(1, 2).values()  # type: ignore[no-untyped-call]
+    return values
+
+
+def _attend_grouped(
+    q_THW: Tensor, k_THW: Tensor, v_THW: Tensor, bounds: Tensor, *, dropout: float, scale: float, causal: bool
+) -> Tensor:
+    """Attend by products over rows of equal length, or of like length where weights are dropped."""
+    layout, q_THW = _layout(tuple(bounds.tolist())), q_THW * scale
+    heads, width = q_THW.shape[1:]
     if dropout:  # scaled_dot_product_attention would hold the weights in memory too, and draw a mask for every length
-        mask_M, inverse = _draw_mask(packing.blocks, heads, dropout, q_THW.dtype)
+        mask_M, inverse = _draw_mask(layout.blocks, heads, dropout, q_THW.dtype)
         apply: Any = _DroppedAttention.apply
-        return apply(q_THW, k_THW, v_THW * inverse, mask_M, packing.blocks)[None], None
+        return apply(q_THW, k_THW, v_THW * inverse, mask_M, layout.blocks, causal)
     # One split and one concatenation: slices would each have a gradient of the whole tensor's size.
-    parts = (torch.split(x, [rows * length for rows, length in packing.runs]) for x in (q_THW, k_THW, v_THW))
+    parts = (torch.split(x, [rows * length for rows, length in layout.runs]) for x in (q_THW, k_THW, v_THW))
     attended = []
-    for (rows, length), q, k, v in zip(packing.runs, *parts, strict=True):
-        q, k, v = (x.view(rows, length, heads, width).transpose(1, 2) for x in (q, k, v))
-        z = nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0)
-        attended.append(z.transpose(1, 2).reshape(rows * length, heads, width))
-    return torch.cat(attended)[None], None
+    for (rows, length), q, k, v in zip(layout.runs, *parts, strict=True):
+        q, k, v = (x.reshape(rows, length, heads, -1).transpose(1, 2) for x in (q, k, v))
+        z = F.scaled_dot_product_attention(q, k, v, scale=1.0, is_causal=causal)
+        attended.append(z.transpose(1, 2).reshape(rows * length, heads, -1))
+    return torch.cat(attended)
 
 
 class _DroppedAttention(torch.autograd.Function):
@@ -188,8 +205,8 @@ class _DroppedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q_THW: Tensor, k_THW: Tensor, v_THW: Tensor, mask_M: Tensor, blocks: Any) -> Tensor:
-        z_THW = torch.empty_like(q_THW, memory_format=torch.contiguous_format)
+    def forward(ctx: Any, q_THW: Tensor, k_THW: Tensor, v_THW: Tensor, mask_M: Tensor, blocks: Any, causal: bool) -> Tensor:
+        z_THW = q_THW.new_empty(*q_THW.shape[:2], v_THW.shape[2])
         kept: list[Tensor] = []
         with torch.autocast(device_type="cpu", enabled=False):
             for block, mask, q, k, v, z in _by_block(blocks, mask_M, q_THW, k_THW, v_THW, z_THW):
@@ -200,18 +217,20 @@ class _DroppedAttention(torch.autograd.Function):
                 if block.is_token_NL is not None:
                     is_token = block.is_token_NL[:, None, None]
                     s.view(block.rows, -1, *s.shape[1:]).masked_fill_(~is_token, -torch.inf)
+                if causal:
+                    s.masked_fill_(torch.ones(s.shape[1:], dtype=torch.bool).triu(1), -torch.inf)
                 p = s.softmax(-1)
                 block.tokens_first(torch.bmm(p * mask.view_as(p), v), out=z)
                 kept += (q, k, v, p)
         ctx.save_for_backward(mask_M, *kept)
-        ctx.blocks = blocks
+        ctx.blocks, ctx.shapes = blocks, [x.shape for x in (q_THW, k_THW, v_THW)]
         return z_THW
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dz_THW: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, dz_THW: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         mask_M, *kept = ctx.saved_tensors
-        grads = [torch.empty(dz_THW.shape, dtype=dz_THW.dtype) for _ in range(3)]
+        grads = [torch.empty(shape, dtype=dz_THW.dtype) for shape in ctx.shapes]
         for i, (block, mask, dz, dq, dk, dv) in enumerate(_by_block(ctx.blocks, mask_M, dz_THW, *grads)):
             q, k, v, p = kept[4 * i : 4 * i + 4]
             dz, mask = block.heads_first(dz, v.dtype), mask.view_as(p)
@@ -220,7 +239,7 @@ class _DroppedAttention(torch.autograd.Function):
             block.tokens_first(torch.bmm((p * mask).transpose(1, 2), dz), out=dv)
             block.tokens_first(torch.bmm(ds, k), out=dq)
             block.tokens_first(torch.bmm(ds.transpose(1, 2), q), out=dk)
-        return grads[0], grads[1], grads[2], None, None
+        return grads[0], grads[1], grads[2], None, None, None
 
 
 def _draw_mask(blocks: Sequence[Block], heads: int, p: float, dtype: torch.dtype) -> tuple[Tensor, float]:
@@ -242,5 +261,10 @@ def _by_block(blocks: Sequence[Block], mask_M: Tensor, *packed: Tensor) -> Itera
     return zip(blocks, masks, *parts, strict=True)
 
 
+def _mask(*arguments: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
+    """Make the mask of padded rows; packed ones come without."""
+    return None if attention_mask is None else sdpa_mask(*arguments, attention_mask=attention_mask, **options)
+
+
 AttentionInterface.register(_ATTENTION, _attend)
-AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(_ATTENTION, _mask)

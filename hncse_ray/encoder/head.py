@@ -1,0 +1,56 @@
+"""The head of SimCSE: a dense layer with tanh after pooling, as a stage of a SentenceTransformer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Normalize
+from torch import nn
+
+_INIT_STD = 0.02  # BERT's initializer_range, which the published SimCSE code applies to its head
+
+
+class TrainingHead(nn.Module):
+    """A dense layer with tanh that works in training only and is left out of what is saved.
+
+    Source: SimCSE (arXiv 2104.08821, section 6.3), where [CLS] vectors pass it in training and not at test time.
+
+    Args:
+        dense: the layer.
+
+    Attributes:
+        always: work outside of training too, as for an index that must see what the objective sees.
+    """
+
+    def __init__(self, dense: Dense) -> None:
+        super().__init__()
+        self.dense = dense
+        self.always = False
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        """Replace ``sentence_embedding`` ``[B, D]``."""
+        if self.training or self.always:
+            features = self.dense(features)
+        return features
+
+
+def add_head(model: SentenceTransformer, *, training_only: bool, seed: int) -> None:
+    """Put a new head behind the pooling, before a closing Normalize.
+
+    Args:
+        model: gets the stage.
+        training_only: leave it out at inference and export (SimCSE without supervision); else it is a Dense stage.
+        seed: of its weights.
+    """
+    stages = list(model._modules.items())
+    place = len(stages) - isinstance(stages[-1][1], Normalize)
+    with model.truncate_embeddings(None):
+        width = model.get_embedding_dimension()
+    dense = Dense(width, width, activation_function=nn.Tanh())
+    generator = torch.Generator().manual_seed(seed)
+    nn.init.normal_(dense.linear.weight, std=_INIT_STD, generator=generator)
+    nn.init.zeros_(dense.linear.bias)
+    stage = (TrainingHead(dense) if training_only else dense).to(model.device)
+    model._modules = dict([*stages[:place], ("head", stage), *stages[place:]])

@@ -1,0 +1,259 @@
+"""Loading an encoder by sentence-transformers, changed as the settings ask."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, WeightedLayerPooling
+from torch import nn
+from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
+
+from hncse_ray.config import EncoderSettings
+from hncse_ray.encoder.dropout import replace_dropout
+from hncse_ray.encoder.encoder import SentenceEncoder, first_position
+from hncse_ray.encoder.head import add_head
+from hncse_ray.encoder.precision import autocast_dtype
+from hncse_ray.encoder.resolve import resolve_model
+from hncse_ray.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+_LAYER_MEANS = {"first_last_mean": (0, -1), "last_two_mean": (-2, -1)}
+_CAUSAL_POOLING = ("lasttoken", "weightedmean")
+
+
+def load_encoder(
+    model: str | Path, settings: EncoderSettings | None = None, *, device: str | torch.device = "cpu", seed: int = 0
+) -> SentenceEncoder:
+    """Load an encoder, ready to encode.
+
+    Args:
+        model: see :func:`hncse_ray.encoder.resolve.resolve_model`.
+        settings: pooling, prompts, head, dropout and precision; None = all as the model's folder says.
+        device: where to put the weights.
+        seed: of a new head's initial weights.
+
+    Raises:
+        ModelError: the model is missing, incomplete, or not an encoder of text, or the settings do not fit it.
+    """
+    settings = settings or EncoderSettings(model=str(model))
+    device, name = torch.device(device), str(model)
+    loaded = _load(resolve_model(model, revision=settings.revision), settings, name)
+    _check_stages(loaded, name)
+    limit = _length_limit(loaded)
+    if settings.inference_max_length is not None and settings.inference_max_length > limit:
+        raise ModelError(f"it takes {limit} tokens at most", name, "Lower encoder.inference_max_length")
+    loaded.max_seq_length = settings.inference_max_length or limit
+    replace_dropout(loaded[0])
+    if settings.head == "tanh":
+        add_head(loaded, training_only=settings.head_in_training_only, seed=seed)
+    causal = _is_causal(loaded)
+    _set_pooling(loaded, settings.pooling, causal=causal, name=name)
+    loaded.to(device)
+    encoder = SentenceEncoder(loaded, name=name, autocast=autocast_dtype(settings.precision, device)[0])
+    _freeze_unused(encoder)
+    return encoder
+
+
+def has_dropout(encoder: SentenceEncoder) -> bool:
+    """Return whether two passes of a sentence in training mode can differ at all."""
+    features = encoder.features(encoder.tokenize(["Does this sentence get the same vector twice?"]))
+    was_training = encoder.training
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        encoder.train()
+        first, second = encoder(features), encoder(features)
+        encoder.train(was_training)
+    return not torch.equal(first, second)
+
+
+def _load(folder: Path, settings: EncoderSettings, name: str) -> SentenceTransformer:
+    _check_weights(folder, name)
+    _check_prompts(folder, settings.prompts, name)
+    config = {} if settings.dropout is None else _dropout_config(folder, settings, name)
+    try:
+        with _no_bars():
+            return SentenceTransformer(
+                str(folder),
+                device="cpu",
+                prompts=dict(settings.prompts) or None,
+                default_prompt_name=settings.default_prompt,
+                trust_remote_code=settings.trust_remote_code,
+                local_files_only=True,
+                model_kwargs={"use_safetensors": True, "dtype": torch.float32},
+                config_kwargs=config,
+            )
+    except Exception as error:  # the two libraries raise a dozen types for a broken folder; each means the same to a user
+        hint = "" if settings.trust_remote_code or "trust_remote_code" not in str(error) else (
+            "It comes with code of its own: read it, then set encoder.trust_remote_code=true"
+        )  # fmt: skip
+        raise ModelError(f"cannot be loaded ({_first_line(error)})", name, hint) from error
+
+
+def _check_weights(folder: Path, name: str) -> None:
+    """Refuse what has no safetensors: the libraries would unpickle weights."""
+    if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
+        raise ModelError("the folder has no config.json and no modules.json, so it is not a model", name)
+    for pickled in sorted(folder.rglob("pytorch_model*.bin")):
+        if not list(pickled.parent.glob("*.safetensors")):
+            raise ModelError("has weights as a pickle only", str(pickled), "Convert them to safetensors first")
+
+
+def _check_prompts(folder: Path, prompts: Mapping[str, str], name: str) -> None:
+    path = folder / "config_sentence_transformers.json"
+    known = {"query", "document", "passage", "corpus"}
+    if path.is_file():
+        known |= set(_read_json(path).get("prompts") or {})
+    if unknown := sorted(set(prompts) - known):
+        raise ModelError(f"encoder.prompts names {unknown[0]!r}, which nothing asks for", name,
+                         f"Known are {', '.join(sorted(known))}")  # fmt: skip
+
+
+def _dropout_config(folder: Path, settings: EncoderSettings, name: str) -> dict[str, float]:
+    """Return the dropout rates of a model's configuration, all set to ``encoder.dropout``."""
+    stages = _read_json(folder / "modules.json") if (folder / "modules.json").is_file() else [{"path": ""}]
+    try:
+        config = AutoConfig.from_pretrained(
+            folder / stages[0]["path"], trust_remote_code=settings.trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"its config.json cannot be used ({_first_line(error)})", name) from error
+    rates = {
+        key: settings.dropout
+        for key, value in config.to_dict().items()
+        if ("drop" in key and "layer" not in key) and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    if not rates:
+        raise ModelError(f"{config.model_type!r} has no dropout that could be set", name, "Unset encoder.dropout")
+    return rates
+
+
+def _check_stages(model: SentenceTransformer, name: str) -> None:
+    if not isinstance(model[0], Transformer) or isinstance(model[0], Router):
+        raise ModelError(f"its first stage is a {type(model[0]).__name__}, not a transformer", name)
+    config = model[0].config
+    if getattr(config, "is_encoder_decoder", False) and model.transformers_model.get_decoder() is not None:
+        raise ModelError(f"{config.model_type!r} has a decoder beside its encoder, which is not supported", name)
+    tokenizer = model.tokenizer
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError("its tokenizer has no fast version (tokenizer.json)", name)
+    if tokenizer.pad_token_id is None:
+        raise ModelError("its tokenizer has no padding token", name, "Set one in its tokenizer_config.json, such as the"
+                         " end token")  # fmt: skip
+    embedded = model.transformers_model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embedded:
+        raise ModelError(
+            f"its tokenizer has {len(tokenizer)} entries but the model embeds {embedded}: they do not belong together",
+            name,
+        )
+    for stage in model:
+        if isinstance(stage, WeightedLayerPooling):
+            stage.requires_grad_(False)  # a mean over certain layers, not something to learn
+
+
+def _length_limit(model: SentenceTransformer) -> int:
+    """Return how many tokens a text may have for the model's positions, its tokenizer and its folder."""
+    positions = getattr(model[0].config, "max_position_embeddings", None)
+    limits = [int(model.max_seq_length), int(model.tokenizer.model_max_length)]
+    if isinstance(positions, int) and positions > 0:
+        limits.append(positions - first_position(model.transformers_model))
+    return min(limits)
+
+
+def _set_pooling(model: SentenceTransformer, pooling: str, *, causal: bool, name: str) -> None:
+    """Pool as asked for, or as the folder says; where it says nothing, as the kind of attention asks for."""
+    (place, stage), *others = [(n, s) for n, s in model._modules.items() if isinstance(s, Pooling)] or [("", None)]
+    if stage is None or others:
+        if pooling != "auto":
+            raise ModelError("encoder.pooling is set, but the model does not have just one Pooling stage", name)
+        return
+    if pooling == "auto":
+        modes = (stage.pooling_mode,) if isinstance(stage.pooling_mode, str) else stage.pooling_mode
+        if causal and "cls" in modes:
+            raise _causal_error(name, "cls")
+        return
+    if causal and pooling not in _CAUSAL_POOLING:
+        raise _causal_error(name, pooling)
+    width = model.transformers_model.config.hidden_size
+    stages = list(model._modules.items())
+    index = [n for n, _ in stages].index(place)
+    mode = "mean" if pooling in _LAYER_MEANS else pooling
+    new: list[tuple[str, nn.Module]] = [(place, Pooling(width, mode, include_prompt=stage.include_prompt))]
+    if pooling in _LAYER_MEANS:
+        config = model.transformers_model.config
+        config.output_hidden_states = True
+        layers = int(config.num_hidden_layers) + 1
+        weights = torch.zeros(layers)
+        weights[list(_LAYER_MEANS[pooling])] = 1
+        layered = WeightedLayerPooling(width, num_hidden_layers=layers - 1, layer_start=0,
+                                       layer_weights=nn.Parameter(weights, requires_grad=False))  # fmt: skip
+        new.insert(0, ("layers", layered))
+    model._modules = dict([*stages[:index], *new, *stages[index + 1 :]])
+
+
+def _causal_error(name: str, pooling: str) -> ModelError:
+    return ModelError(
+        f"its attention is causal: a token sees only those before it, so pooling {pooling!r} would miss the text",
+        name,
+        "Set encoder.pooling=lasttoken",
+    )
+
+
+@torch.no_grad()
+def _is_causal(model: SentenceTransformer) -> bool:
+    """Return whether the first token's state ignores what follows it."""
+    model.eval()
+    token = int(model.tokenizer.pad_token_id)
+    ids = torch.tensor([[token, token, token], [token, token, (token + 1) % len(model.tokenizer)]])
+    states = model[0]({"input_ids": ids, "attention_mask": torch.ones_like(ids)})["token_embeddings"]
+    return bool(torch.equal(states[0, 0], states[1, 0]))
+
+
+def _freeze_unused(encoder: SentenceEncoder) -> None:
+    """Freeze weights that no embedding depends on, such as BERT's pooler: several ranks would wait for their gradient.
+
+    They stay in the model, so that what is saved is complete.
+    """
+    rows = encoder.tokenize(["Which weights does this sentence pass?", "And this one?"])
+    stages = [stage for stage in encoder.model if hasattr(stage, "always")]
+    for stage in stages:
+        stage.always = True
+    encoder(encoder.features(rows)).sum().backward()  # type: ignore[no-untyped-call]
+    for stage in stages:
+        stage.always = False
+    for parameter in encoder.parameters():
+        if parameter.grad is None:
+            parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot be read ({error})", str(path)) from error
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep the bars of transformers, which last a blink for local files, out of the user's terminal."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
