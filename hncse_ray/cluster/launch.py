@@ -35,7 +35,7 @@ from hncse_ray.cluster.session import ray_session
 from hncse_ray.cluster.visible import check_visible, unseen
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus, prepare_corpus
-from hncse_ray.encoder import SentenceEncoder, autocast_dtype, has_dropout, length_limit, load_encoder, tokenizer_digest
+from hncse_ray.encoder import SentenceEncoder, autocast_dtype, freeze_unused, has_dropout, load_encoder
 from hncse_ray.errors import ClusterError, DataError, HncseError, ModelError, StorageError, TrainingError
 from hncse_ray.negatives import NegativeSource
 from hncse_ray.negatives.in_process import InProcessSource
@@ -102,7 +102,7 @@ def prepare(settings: Settings, encoder: SentenceEncoder, reporter: Reporter) ->
     return prepare_corpus(
         settings.corpus,
         tokenizer=encoder.tokenizer,
-        tokenizer_digest=tokenizer_digest(encoder.tokenizer),
+        tokenizer_digest=encoder.tokenizer_digest(),
         max_length=settings.encoder.max_length,
         seed=settings.run.seed,
         progress=lambda stage, done, total: reporter.on(StageProgress(stage, done, total)),
@@ -161,8 +161,8 @@ def check_run(settings: Settings, reporter: Reporter) -> tuple[SentenceEncoder, 
     if not has_dropout(encoder):
         raise ModelError("it has no dropout, so both views of a sentence would be the same", model,
                          "Set encoder.dropout=0.1")  # fmt: skip
-    if settings.encoder.max_length > (limit := length_limit(encoder)):
-        raise ModelError(f"it takes {limit} tokens at most", model, "Lower encoder.max_length")
+    if settings.encoder.max_length > encoder.length_limit:
+        raise ModelError(f"it takes {encoder.length_limit} tokens at most", model, "Lower encoder.max_length")
     sets = load_evaluation_sets(settings.evaluation, settings.corpus)
     corpus = prepare(settings, encoder, reporter)
     if len(corpus) < settings.train.batch_size:
@@ -389,7 +389,9 @@ def _records(folder: Path, run: str) -> Iterator[Reporter]:
 def _build_job(settings: Settings, config: dict[str, Any]) -> TrainJob:
     device = ray.train.torch.get_device()
     encoder = load_encoder(settings.encoder.model, settings.encoder, device=device, seed=settings.run.seed)
-    precision = autocast_dtype(settings.encoder.precision, device)[1]
+    freeze_unused(encoder)
+    layout = "rows packed" if encoder.packs else "rows padded"
+    precision = f"{autocast_dtype(settings.encoder.precision, device)[1]}, {layout}"
     corpus = config["corpus"].open()
     source = _build_source(settings, corpus, config) if rank() == 0 else None
     return TrainJob(settings, corpus, encoder, ray.get(config["sets"]), precision, source)

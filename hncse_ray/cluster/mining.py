@@ -22,7 +22,7 @@ from hncse_ray.cluster.pool import PoolClient, negative_pool
 from hncse_ray.cluster.session import ray_session
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
-from hncse_ray.encoder import SentenceEncoder, length_limit, load_encoder
+from hncse_ray.encoder import SentenceEncoder, load_encoder
 from hncse_ray.errors import ClusterError, ModelError, StorageError
 from hncse_ray.negatives import Hits, NegativeSource, SelectionRules, SourceUnavailable, select, weights_digest
 from hncse_ray.reporting import LineReporter, Reporter, StageProgress
@@ -72,7 +72,7 @@ def mine(settings: Settings, out: Path, *, reporter: Reporter | None = None) -> 
     reporter = reporter or LineReporter()
     _check_out(out)
     encoder = load_encoder(settings.encoder.model, settings.encoder)
-    if settings.encoder.max_length > (limit := length_limit(encoder)):
+    if settings.encoder.max_length > (limit := encoder.length_limit):
         raise ModelError(f"it takes {limit} tokens at most", settings.encoder.model, "Lower encoder.max_length")
     corpus = prepare(settings, encoder, reporter)
     check_candidates(settings, corpus)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hncse_ray.config import CorpusSettings, EncoderSettings, Settings
 from hncse_ray.corpus import Corpus, prepare_corpus
 from hncse_ray.corpus.cache import cache_folder
-from hncse_ray.encoder import load_encoder, tokenizer_digest
+from hncse_ray.encoder import load_encoder
 from hncse_ray.errors import DataError
 from hncse_ray.storage import locked
 
@@ -69,11 +69,11 @@ class NodeCorpus:
         except OSError as error:
             raise DataError(f"cannot be written ({error.strerror})", str(corpora)) from error
         with locked(corpora / f".{self.digest}.lock", wait=True):
-            tokenizer = load_encoder(self.encoder.model, self.encoder).tokenizer
+            encoder = load_encoder(self.encoder.model, self.encoder)
             return prepare_corpus(
                 self.settings,
-                tokenizer=tokenizer,
-                tokenizer_digest=tokenizer_digest(tokenizer),
+                tokenizer=encoder.tokenizer,
+                tokenizer_digest=encoder.tokenizer_digest(),
                 max_length=self.encoder.max_length,
                 seed=self.seed,
             )

@@ -12,7 +12,9 @@ from typing import Annotated, Literal, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Pooling = Literal["auto", "cls", "cls_before_head", "mean", "first_last_mean", "last_two_mean"]
+Pooling = Literal[
+    "auto", "cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", "first_last_mean", "last_two_mean"
+]
 Precision = Literal["auto", "fp32", "bf16"]
 CorpusSource = Literal["text", "jsonl", "csv", "parquet", "hub", "python-docs"]
 Suite = Literal["stsb", "pairs", "python-docs"]
@@ -81,24 +83,24 @@ class EncoderSettings(Section):
         min_length=1,
         description="a folder, a hub name, or package:NAME[/FOLDER] for weights inside an installed package",
     )
-    pooling: Pooling = Field("auto", description="auto = what the model's own folder says")
+    revision: str | None = Field(None, min_length=1, description="of a hub model: a commit, a tag or a branch")
+    pooling: Pooling = Field(
+        "auto", description="auto = what the model's own folder says, else mean; of causal models lasttoken"
+    )
+    prompts: dict[str, str] = Field(
+        {}, description="what is put before texts, by side (query, document); default: what the folder says"
+    )
+    default_prompt: str | None = Field(None, description="the prompt of texts that are of no side, by its name")
     max_length: int = Field(32, ge=4, le=8192, description="tokens in training, special tokens included")
     inference_max_length: int | None = Field(
         None, ge=4, le=8192, description="tokens when encoding and scoring; default: the model's own limit"
     )
     head: Literal["none", "tanh"] = Field("none", description="a dense layer with tanh after pooling")
-    head_in_training_only: bool = True
+    head_in_training_only: bool = Field(True, description="leave the head out of scores and export, as SimCSE does")
     dropout: float | None = Field(None, ge=0, lt=1, description="default: what the model's own config says")
     precision: Precision = Field("auto", description="auto = bf16 autocast where the hardware computes in it")
     compile: bool = Field(False, description="torch.compile the backbone")
     trust_remote_code: bool = False
-
-    @model_validator(mode="after")
-    def _resolve_pooling(self) -> EncoderSettings:
-        # `cls_before_head` is SimCSE's published name for: [CLS] pooling, a head while training, none afterwards.
-        if self.pooling == "cls_before_head" and not (self.head == "tanh" and self.head_in_training_only):
-            raise ValueError("pooling 'cls_before_head' needs head: tanh and head_in_training_only: true")
-        return self
 
 
 class InfoNCE(Section):

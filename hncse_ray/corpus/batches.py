@@ -17,19 +17,23 @@ Int64 = npt.NDArray[np.int64]
 WINDOW_BATCHES = 64
 
 
-def pad_rows(rows: Sequence[npt.NDArray[np.integer]], *, pad_id: int) -> tuple[Int64, Int64]:
-    """Pad token rows on the right to the longest of them.
+def pad_rows(
+    rows: Sequence[npt.NDArray[np.integer]], *, pad_id: int, side: str = "right"
+) -> tuple[Int64, Int64]:
+    """Pad token rows to the longest of them.
 
     Args:
         rows: B integer arrays of token ids, ragged.
         pad_id: the token id that fills up.
+        side: where it does, ``right`` or ``left``.
 
     Returns:
         Token ids `[B, L]` and mask `[B, L]` (1 = token, 0 = padding), int64, L = the longest row.
     """
     lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
     longest = int(lengths.max()) if len(rows) else 0
-    mask = np.arange(longest) < lengths[:, None]
+    places = np.arange(longest) if side == "right" else np.arange(longest)[::-1]
+    mask = places < lengths[:, None]
     ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
     if longest:
         ids[mask] = np.concatenate(rows)

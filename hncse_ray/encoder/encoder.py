@@ -31,6 +31,7 @@ Side = Literal["query", "document"]
 
 _PROBES = ("One.", "A second text of a few more words.", "The third is longer than both of the others: it goes on and on.")
 _TOLERANCE = 1e-4  # of coordinates of unit-norm vectors in fp32
+_ANY_LENGTH = 8192  # the limit of a model that has none
 _CHUNK = 10_000  # texts tokenised at a time
 
 
@@ -43,9 +44,11 @@ class SentenceEncoder(nn.Module):
     Args:
         model: a transformer, its pooling and what follows.
         name: what the user calls it, for errors.
+        max_length: tokens kept of a text when encoding, special tokens included; default: the model's limit.
         autocast: the dtype of the autocast used in training; None = fp32.
 
     Attributes:
+        length_limit: how many tokens a text may have for the model's positions, its tokenizer and its folder.
         inference_autocast: the same when not training; fp32 unless a caller sets it.
         packs: whether rows are packed.
 
@@ -53,15 +56,27 @@ class SentenceEncoder(nn.Module):
         ModelError: the model gives other vectors for token rows than for texts, or none that are numbers.
     """
 
-    def __init__(self, model: SentenceTransformer, *, name: str, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        *,
+        name: str,
+        max_length: int | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.name = name
         self.autocast = autocast
         self.inference_autocast: torch.dtype | None = None
         self.packs = False
-        self._first_position = first_position(self.backbone)
+        self._first_position = _first_position(self.backbone)
         self._reach = _attention_reach(self.backbone)
+        self.length_limit = _length_limit(model, self._first_position)
+        if max_length is not None and max_length > self.length_limit:
+            raise ModelError(f"it takes {self.length_limit} tokens at most, not the {max_length} asked for", name,
+                             "Lower encoder.inference_max_length")  # fmt: skip
+        model.max_seq_length = max_length or self.length_limit
         self._probe()
 
     @property
@@ -166,7 +181,7 @@ class SentenceEncoder(nn.Module):
 
         Args:
             texts: N strings.
-            max_length: tokens kept of each; default: the model's limit.
+            max_length: tokens kept of each; default: the encoder's.
             side: whose prompt they get; None: the model's default, if it has one.
 
         Raises:
@@ -175,7 +190,7 @@ class SentenceEncoder(nn.Module):
         rows: list[NDArray[np.int32]] = []
         for start in range(0, len(texts), _CHUNK):
             chunk = list(texts[start : start + _CHUNK])
-            rows += self._tokenize(chunk, min(max_length or self.max_length, self.max_length), side)
+            rows += self._tokenize(chunk, min(max_length or self.max_length, self.length_limit), side)
         if empty := [i for i, row in enumerate(rows) if not len(row)]:
             raise DataError(f"text {empty[0] + 1} of {len(rows)} has no token ({texts[empty[0]]!r})", self.name,
                             "Leave out empty texts, and those of characters that cannot be seen")  # fmt: skip
@@ -267,6 +282,12 @@ class SentenceEncoder(nn.Module):
             raise ModelError("its vectors are not numbers (NaN or infinite)", self.name, "Its weights are damaged")
         return np.asarray(vectors_BD)
 
+    def keep_head(self, always: bool = True) -> None:
+        """Have a head for training work at inference too, as for an index that must see what the objective sees."""
+        for stage in self.model:
+            if isinstance(stage, TrainingHead):
+                stage.always = always
+
     def save(self, folder: Path, *, readme: str) -> None:
         """Write the model as sentence-transformers does, without what is there for training only.
 
@@ -329,13 +350,21 @@ def length_batches(rows: TokenRows, batch_size: int) -> Iterator[NDArray[np.int6
         yield order[start : start + batch_size]
 
 
-def first_position(backbone: nn.Module) -> int:
+def _first_position(backbone: nn.Module) -> int:
     """Return the position of a row's first token: RoBERTa and its kin count from behind the padding's id."""
     for module in backbone.modules():
         padding = getattr(module, "padding_idx", None)
         if isinstance(padding, int) and isinstance(getattr(module, "position_embeddings", None), nn.Embedding):
             return padding + 1
     return 0
+
+
+def _length_limit(model: SentenceTransformer, first_position: int) -> int:
+    limits = [int(model.max_seq_length or _ANY_LENGTH), int(model.tokenizer.model_max_length), _ANY_LENGTH]
+    positions = getattr(model[0].config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        limits.append(positions - first_position)
+    return min(limits)
 
 
 def _attention_reach(backbone: nn.Module) -> float:

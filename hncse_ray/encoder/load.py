@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from hncse_ray.config import EncoderSettings
 from hncse_ray.encoder.dropout import replace_dropout
-from hncse_ray.encoder.encoder import SentenceEncoder, first_position
+from hncse_ray.encoder.encoder import SentenceEncoder
 from hncse_ray.encoder.head import add_head
 from hncse_ray.encoder.precision import autocast_dtype
 from hncse_ray.encoder.resolve import resolve_model
@@ -47,21 +47,19 @@ def load_encoder(
     """
     settings = settings or EncoderSettings(model=str(model))
     device, name = torch.device(device), str(model)
-    loaded = _load(resolve_model(model, revision=settings.revision), settings, name)
+    folder = resolve_model(model, revision=settings.revision)
+    loaded = _load(folder, settings, name)
     _check_stages(loaded, name)
-    limit = _length_limit(loaded)
-    if settings.inference_max_length is not None and settings.inference_max_length > limit:
-        raise ModelError(f"it takes {limit} tokens at most", name, "Lower encoder.inference_max_length")
-    loaded.max_seq_length = settings.inference_max_length or limit
     replace_dropout(loaded[0])
+    _set_pooling(loaded, settings.pooling, told=(folder / "modules.json").is_file(), name=name)
     if settings.head == "tanh":
         add_head(loaded, training_only=settings.head_in_training_only, seed=seed)
-    causal = _is_causal(loaded)
-    _set_pooling(loaded, settings.pooling, causal=causal, name=name)
-    loaded.to(device)
-    encoder = SentenceEncoder(loaded, name=name, autocast=autocast_dtype(settings.precision, device)[0])
-    _freeze_unused(encoder)
-    return encoder
+    return SentenceEncoder(
+        loaded.to(device),
+        name=name,
+        max_length=settings.inference_max_length,
+        autocast=autocast_dtype(settings.precision, device)[0],
+    )
 
 
 def has_dropout(encoder: SentenceEncoder) -> bool:
@@ -160,52 +158,45 @@ def _check_stages(model: SentenceTransformer, name: str) -> None:
             stage.requires_grad_(False)  # a mean over certain layers, not something to learn
 
 
-def _length_limit(model: SentenceTransformer) -> int:
-    """Return how many tokens a text may have for the model's positions, its tokenizer and its folder."""
-    positions = getattr(model[0].config, "max_position_embeddings", None)
-    limits = [int(model.max_seq_length), int(model.tokenizer.model_max_length)]
-    if isinstance(positions, int) and positions > 0:
-        limits.append(positions - first_position(model.transformers_model))
-    return min(limits)
+def _set_pooling(model: SentenceTransformer, pooling: str, *, told: bool, name: str) -> None:
+    """Pool as asked for, or as the folder says; where it says nothing, as the kind of attention asks for.
 
-
-def _set_pooling(model: SentenceTransformer, pooling: str, *, causal: bool, name: str) -> None:
-    """Pool as asked for, or as the folder says; where it says nothing, as the kind of attention asks for."""
-    (place, stage), *others = [(n, s) for n, s in model._modules.items() if isinstance(s, Pooling)] or [("", None)]
-    if stage is None or others:
-        if pooling != "auto":
-            raise ModelError("encoder.pooling is set, but the model does not have just one Pooling stage", name)
-        return
-    if pooling == "auto":
-        modes = (stage.pooling_mode,) if isinstance(stage.pooling_mode, str) else stage.pooling_mode
-        if causal and "cls" in modes:
-            raise _causal_error(name, "cls")
-        return
-    if causal and pooling not in _CAUSAL_POOLING:
-        raise _causal_error(name, pooling)
-    width = model.transformers_model.config.hidden_size
+    Args:
+        model: gets the stage.
+        pooling: the setting ``encoder.pooling``.
+        told: whether the folder says how to pool.
+        name: of the model, for errors.
+    """
     stages = list(model._modules.items())
-    index = [n for n, _ in stages].index(place)
+    pools = [(i, stage) for i, (_, stage) in enumerate(stages) if isinstance(stage, Pooling)]
+    if len(pools) != 1:
+        if pooling != "auto":
+            raise ModelError(f"has {len(pools)} Pooling stages, so encoder.pooling cannot be set", name)
+        return
+    ((place, stage),) = pools
+    causal = _is_causal(model)
+    if pooling == "auto" and not told and causal:
+        pooling = "lasttoken"
+    used = stage.pooling_mode if pooling == "auto" else pooling
+    if causal and ("cls" in used if pooling == "auto" else used not in _CAUSAL_POOLING):
+        raise ModelError(f"its attention is causal: a token sees only those before it, so pooling {used!r} would miss"
+                         " the text", name, "Set encoder.pooling=lasttoken")  # fmt: skip
+    if pooling == "auto":
+        return
+    config = model.transformers_model.config
     mode = "mean" if pooling in _LAYER_MEANS else pooling
-    new: list[tuple[str, nn.Module]] = [(place, Pooling(width, mode, include_prompt=stage.include_prompt))]
+    new: list[tuple[str, nn.Module]] = [
+        (stages[place][0], Pooling(stage.embedding_dimension, mode, include_prompt=stage.include_prompt))
+    ]
     if pooling in _LAYER_MEANS:
-        config = model.transformers_model.config
         config.output_hidden_states = True
-        layers = int(config.num_hidden_layers) + 1
-        weights = torch.zeros(layers)
+        weights = torch.zeros(int(config.num_hidden_layers) + 1)
         weights[list(_LAYER_MEANS[pooling])] = 1
-        layered = WeightedLayerPooling(width, num_hidden_layers=layers - 1, layer_start=0,
-                                       layer_weights=nn.Parameter(weights, requires_grad=False))  # fmt: skip
-        new.insert(0, ("layers", layered))
-    model._modules = dict([*stages[:index], *new, *stages[index + 1 :]])
-
-
-def _causal_error(name: str, pooling: str) -> ModelError:
-    return ModelError(
-        f"its attention is causal: a token sees only those before it, so pooling {pooling!r} would miss the text",
-        name,
-        "Set encoder.pooling=lasttoken",
-    )
+        new.insert(0, ("layers", WeightedLayerPooling(
+            stage.embedding_dimension, num_hidden_layers=len(weights) - 1, layer_start=0,
+            layer_weights=nn.Parameter(weights, requires_grad=False),
+        )))  # fmt: skip
+    model._modules = dict([*stages[:place], *new, *stages[place + 1 :]])
 
 
 @torch.no_grad()
@@ -215,21 +206,18 @@ def _is_causal(model: SentenceTransformer) -> bool:
     token = int(model.tokenizer.pad_token_id)
     ids = torch.tensor([[token, token, token], [token, token, (token + 1) % len(model.tokenizer)]])
     states = model[0]({"input_ids": ids, "attention_mask": torch.ones_like(ids)})["token_embeddings"]
-    return bool(torch.equal(states[0, 0], states[1, 0]))
+    return bool(torch.allclose(states[0, 0], states[1, 0], atol=1e-6))
 
 
-def _freeze_unused(encoder: SentenceEncoder) -> None:
+def freeze_unused(encoder: SentenceEncoder) -> None:
     """Freeze weights that no embedding depends on, such as BERT's pooler: several ranks would wait for their gradient.
 
     They stay in the model, so that what is saved is complete.
     """
     rows = encoder.tokenize(["Which weights does this sentence pass?", "And this one?"])
-    stages = [stage for stage in encoder.model if hasattr(stage, "always")]
-    for stage in stages:
-        stage.always = True
+    encoder.keep_head()
     encoder(encoder.features(rows)).sum().backward()  # type: ignore[no-untyped-call]
-    for stage in stages:
-        stage.always = False
+    encoder.keep_head(False)
     for parameter in encoder.parameters():
         if parameter.grad is None:
             parameter.requires_grad_(False)

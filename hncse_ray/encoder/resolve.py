@@ -20,12 +20,13 @@ _HUB_FILES = (
 )  # fmt: skip
 
 
-def resolve_model(model: str | Path) -> Path:
+def resolve_model(model: str | Path, *, revision: str | None = None) -> Path:
     """Return the folder that holds a model's weights and tokenizer.
 
     Args:
         model: a folder; ``package:NAME[/FOLDER]`` for a folder inside an installed package; otherwise a name
             on the Hugging Face hub, taken from the local cache if it is there.
+        revision: of a model on the hub: a commit, a tag or a branch.
 
     Raises:
         ModelError: there is no such model, or the hub cannot be reached; the message names alternatives.
@@ -40,7 +41,14 @@ def resolve_model(model: str | Path) -> Path:
         raise ModelError("is a file; a model is a folder with config.json, weights and a tokenizer", name)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError("no such model folder", name, f"Paths are relative to {os.getcwd()}")
-    return _hub_folder(name)
+    return _hub_folder(name, revision)
+
+
+def hub_name(model: str) -> str | None:
+    """Return the name of a model on the hub; None for a folder or a package."""
+    if model.startswith((PACKAGE_PREFIX, "/", ".", "~")) or model.count("/") > 1 or Path(model).exists():
+        return None
+    return model
 
 
 def _package_folder(name: str) -> Path:
@@ -54,7 +62,7 @@ def _package_folder(name: str) -> Path:
     return path
 
 
-def _hub_folder(name: str) -> Path:
+def _hub_folder(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -65,7 +73,7 @@ def _hub_folder(name: str) -> Path:
     )
 
     try:
-        cached = Path(snapshot_download(name, local_files_only=True, allow_patterns=list(_HUB_FILES)))
+        cached = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=list(_HUB_FILES)))
         if (cached / "config.json").is_file():
             return cached
     except LocalEntryNotFoundError:
@@ -77,7 +85,7 @@ def _hub_folder(name: str) -> Path:
             "no such folder, not in the local cache, and the Hugging Face hub cannot be reached", name, _alternatives()
         )
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES)))
     except GatedRepoError as error:
         raise ModelError("is a gated model", name, "Accept its licence on the hub and set HF_TOKEN") from error
     except RepositoryNotFoundError as error:

@@ -49,7 +49,7 @@ def build_shard(
     """
     device = device or torch.device("cpu")
     model = load_encoder(encoder.model, encoder, device=device)
-    model.head_in_training_only = False
+    model.keep_head()
     model.inference_autocast = model.autocast
 
     def load_weights(weights: Weights) -> None:
@@ -59,7 +59,7 @@ def build_shard(
         number=number,
         count=count,
         lengths=corpus.lengths,
-        encode=lambda ids: model.encode_rows(corpus.token_rows(ids)),
+        encode=lambda ids: model.encode_rows(corpus.token_rows(ids), unit_norm=True),
         load_weights=load_weights,
         plan=plan,
         device=device if plan.on_gpu else torch.device("cpu"),

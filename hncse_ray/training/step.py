@@ -14,14 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hncse_ray.encoder import SentenceEncoder
-from hncse_ray.encoder.encoder import TokenRows
 from hncse_ray.training.distributed import gather_rows, rank, world_size
 from hncse_ray.training.objective import Metrics, Neighbours, Objective
-
-# What one more forward and backward cost beside their tokens, in tokens: on CPUs as measured with all-MiniLM-L6-v2 and
-# 1,280 tokens a view; on a GPU an estimate for BERT-base (25 ms to start its kernels, 250 TFLOP/s), not measured.
-_FORWARD_TOKENS = {"cpu": 150, "cuda": 12_000}
-_MOST_CUTS = 32
 
 
 @dataclass(frozen=True)
@@ -163,11 +157,13 @@ def _encode(model: Any, batch: LocalBatch, context: StepContext, *, chunk: int, 
     Dropout depends on seed, batch, rank and chunk alone.
     """
     torch.manual_seed(_seed(context.seed, batch.number, rank(), chunk))
-    n, own = context.objective.views, batch.rows[rows]
+    n, own = context.objective.views, list(batch.rows[rows])
     fresh_cm = None if batch.negatives is None else batch.negatives.fresh_bm
     slots = [] if fresh_cm is None else [tokens for of_row in fresh_cm[rows] for tokens in of_row]
     usable = [i for i, tokens in enumerate(slots) if tokens is not None]
-    z, fresh = _embed(model, [*own] * n, [tokens for tokens in slots if tokens is not None])
+    encoder: SentenceEncoder = getattr(model, "module", model)
+    z = model(encoder.features([*own * n, *(slots[i] for i in usable)]))
+    z, fresh = z[: n * len(own)], z[n * len(own) :]
     views = list(z.chunk(n))
     if fresh_cm is not None:
         placed = z.new_zeros(len(slots), z.shape[1])
@@ -175,56 +171,6 @@ def _encode(model: Any, batch: LocalBatch, context: StepContext, *, chunk: int, 
             placed = placed.index_copy(0, torch.tensor(usable, device=z.device), fresh)
         views.append(placed.view(len(own), -1, z.shape[1]))
     return views
-
-
-def _embed(model: Any, views: TokenRows, fresh: TokenRows) -> tuple[Tensor, Tensor]:
-    """Embed rows of like length and rows of any length: ``[V, D]`` and ``[F, D]``.
-
-    Packed they cost what their tokens do. Where that is not possible, and padding all to the longest costs more than a
-    further forward, the second go through the encoder in a few groups by length.
-    """
-    encoder: SentenceEncoder = getattr(model, "module", model)
-    if encoder.packs:
-        z = model(*encoder.packed_tensors([*views, *fresh]))
-        return z[: len(views)], z[len(views) :]
-    lengths_v, lengths_f = (np.array([len(tokens) for tokens in rows], dtype=np.int64) for rows in (views, fresh))
-    groups = _forwards(lengths_v, lengths_f, _FORWARD_TOKENS.get(encoder.device.type, _FORWARD_TOKENS["cuda"]))
-    if groups is None:
-        z = model(*encoder.batch_tensors([*views, *fresh]))
-        return z[: len(views)], z[len(views) :]
-    z = model(*encoder.batch_tensors(views))
-    parts = [model(*encoder.batch_tensors([fresh[i] for i in group])) for group in groups]
-    back = torch.from_numpy(np.argsort(np.concatenate(groups), kind="stable")).to(z.device)
-    return z, torch.cat(parts)[back]
-
-
-def _forwards(
-    lengths_v: NDArray[np.int64], lengths_f: NDArray[np.int64], forward_tokens: int
-) -> list[NDArray[np.intp]] | None:
-    """Return the groups that the second rows are encoded in after the first; None = all rows in one forward."""
-    if not len(lengths_f):
-        return None
-    groups = _length_groups(lengths_f, forward_tokens)
-    apart = len(lengths_v) * lengths_v.max() + sum(len(g) * lengths_f[g].max() + forward_tokens for g in groups)
-    together = (len(lengths_v) + len(lengths_f)) * max(lengths_v.max(), lengths_f.max())
-    return None if together <= apart else groups
-
-
-def _length_groups(lengths_n: NDArray[np.int64], forward_tokens: int) -> list[NDArray[np.intp]]:
-    """Cut rows, sorted by length, into groups padded apart, so that padding and forwards together cost least."""
-    order = np.argsort(lengths_n, kind="stable")
-    cuts = np.unique(np.linspace(0, len(order), min(len(order), _MOST_CUTS) + 1).round().astype(int))
-    best, came_from = [0.0], [0]  # by cut: the least cost of what lies before it, and the cut before
-    for end in range(1, len(cuts)):
-        longest = lengths_n[order[cuts[end] - 1]]
-        costs = [best[i] + (cuts[end] - cuts[i]) * longest + forward_tokens for i in range(end)]
-        came_from.append(int(np.argmin(costs)))
-        best.append(costs[came_from[-1]])
-    groups, end = [], len(cuts) - 1
-    while end > 0:
-        groups.append(order[cuts[came_from[end]] : cuts[end]])
-        end = came_from[end]
-    return groups
 
 
 def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
