@@ -35,7 +35,7 @@ from hncse_ray.cluster.session import ray_session
 from hncse_ray.cluster.visible import check_visible, unseen
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus, prepare_corpus
-from hncse_ray.encoder import SentenceEncoder, autocast_dtype, freeze_unused, has_dropout, load_encoder
+from hncse_ray.encoder import SentenceEncoder, freeze_unused, has_dropout, load_encoder
 from hncse_ray.errors import ClusterError, DataError, HncseError, ModelError, StorageError, TrainingError
 from hncse_ray.negatives import NegativeSource
 from hncse_ray.negatives.in_process import InProcessSource
@@ -390,8 +390,7 @@ def _build_job(settings: Settings, config: dict[str, Any]) -> TrainJob:
     device = ray.train.torch.get_device()
     encoder = load_encoder(settings.encoder.model, settings.encoder, device=device, seed=settings.run.seed)
     freeze_unused(encoder)
-    layout = "rows packed" if encoder.packs else "rows padded"
-    precision = f"{autocast_dtype(settings.encoder.precision, device)[1]}, {layout}"
+    precision = f"{encoder.precision}, rows {'packed' if encoder.packs else 'padded'}"
     corpus = config["corpus"].open()
     source = _build_source(settings, corpus, config) if rank() == 0 else None
     return TrainJob(settings, corpus, encoder, ray.get(config["sets"]), precision, source)

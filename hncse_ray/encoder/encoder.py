@@ -18,9 +18,11 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from hncse_ray.config import Precision
 from hncse_ray.corpus.batches import pad_rows
 from hncse_ray.encoder.attention import use_packed_attention
 from hncse_ray.encoder.head import TrainingHead
+from hncse_ray.encoder.precision import autocast_dtype
 from hncse_ray.errors import DataError, ModelError
 
 logger = logging.getLogger(__name__)
@@ -45,9 +47,11 @@ class SentenceEncoder(nn.Module):
         model: a transformer, its pooling and what follows.
         name: what the user calls it, for errors.
         max_length: tokens kept of a text when encoding, special tokens included; default: the model's limit.
-        autocast: the dtype of the autocast used in training; None = fp32.
+        precision: of training.
 
     Attributes:
+        autocast: the dtype of the autocast used in training; None = fp32.
+        precision: what it is and why, to be shown once.
         length_limit: how many tokens a text may have for the model's positions, its tokenizer and its folder.
         inference_autocast: the same when not training; fp32 unless a caller sets it.
         packs: whether rows are packed.
@@ -62,12 +66,12 @@ class SentenceEncoder(nn.Module):
         *,
         name: str,
         max_length: int | None = None,
-        autocast: torch.dtype | None = None,
+        precision: Precision = "auto",
     ) -> None:
         super().__init__()
         self.model = model
         self.name = name
-        self.autocast = autocast
+        self.autocast: torch.dtype | None = None
         self.inference_autocast: torch.dtype | None = None
         self.packs = False
         self._first_position = _first_position(self.backbone)
@@ -78,6 +82,11 @@ class SentenceEncoder(nn.Module):
                              "Lower encoder.inference_max_length")  # fmt: skip
         model.max_seq_length = max_length or self.length_limit
         self._probe()
+        self.autocast, self.precision = autocast_dtype(precision, self.device)
+        if self.autocast is not None and (failure := self._try_autocast()):
+            if precision != "auto":
+                raise ModelError(f"it does not run under autocast ({failure})", name, "Set encoder.precision=fp32")
+            self.autocast, self.precision = None, "fp32 (the model does not run under autocast)"
 
     @property
     def backbone(self) -> PreTrainedModel:
@@ -328,11 +337,24 @@ class SentenceEncoder(nn.Module):
             if not use_packed_attention(self.backbone):
                 logger.debug("%s has an attention of its own: rows are padded", self.name)
                 return
+            rows = [row[: int(min(len(row), self._reach))] for row in rows]
+            wanted = self(self.features(rows, pack=False))
             try:
                 self.packs = _close(wanted, self(self.features(rows, pack=True)))
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 logger.debug("%s does not take packed rows: %s", self.name, error)
             logger.debug("rows of %s are %s", self.name, "packed" if self.packs else "padded")
+
+    @torch.no_grad()
+    def _try_autocast(self) -> str | None:
+        self.inference_autocast = self.autocast
+        try:
+            self(self.features(self.tokenize(_PROBES)))
+        except RuntimeError as error:
+            return str(error)
+        finally:
+            self.inference_autocast = None
+        return None
 
     def _texts(self) -> dict[str, Any]:
         features: dict[str, Any] = self.model.preprocess(list(_PROBES), prompt=self.prompt(None) or None)
@@ -369,7 +391,7 @@ def _length_limit(model: SentenceTransformer, first_position: int) -> int:
 
 def _attention_reach(backbone: nn.Module) -> float:
     """Return how long a row may be for every token to reach every other, or all before it."""
-    windows = [getattr(module, "sliding_window", None) for module in backbone.modules()]
+    windows = [getattr(module, "sliding_window", None) for module in (*backbone.modules(), backbone.config)]
     return min((window for window in windows if isinstance(window, int)), default=float("inf"))
 
 

@@ -21,7 +21,6 @@ from hncse_ray.config import EncoderSettings
 from hncse_ray.encoder.dropout import replace_dropout
 from hncse_ray.encoder.encoder import SentenceEncoder
 from hncse_ray.encoder.head import add_head
-from hncse_ray.encoder.precision import autocast_dtype
 from hncse_ray.encoder.resolve import resolve_model
 from hncse_ray.errors import ModelError
 
@@ -58,7 +57,7 @@ def load_encoder(
         loaded.to(device),
         name=name,
         max_length=settings.inference_max_length,
-        autocast=autocast_dtype(settings.precision, device)[0],
+        precision=settings.precision,
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
-from hncse_ray.encoder import SentenceEncoder, hub_name, read_source_card, save_encoder, usage
+from hncse_ray.encoder import SentenceEncoder, hub_name
 from hncse_ray.reporting.model_card import CardFacts, model_card
 from hncse_ray.training.checkpoint import TrainState
 
@@ -31,15 +31,12 @@ def write_model(
         state: at the end of the run.
         after: scores of the encoder by split.
     """
-    base = read_source_card(settings.encoder.model)
     card = model_card(
         CardFacts(
             name=settings.run.name,
             settings=settings.model_dump(mode="json"),
-            usage=usage(encoder),
+            usage="",
             base_model=hub_name(settings.encoder.model),
-            base_licence=base.licence,
-            languages=base.languages,
             corpus_digest=corpus.digest,
             corpus_rows=corpus.report.rows,
             corpus_read=corpus.report.read,
@@ -50,5 +47,5 @@ def write_model(
             index_step=None if state.index_version is None else int(state.index_version["step"]),
         )
     )
-    save_encoder(encoder, folder, readme=card)
+    encoder.save(folder, readme=card)
     (folder / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
