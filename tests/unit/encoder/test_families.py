@@ -36,7 +36,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 def train_two_steps(encoder: SentenceEncoder) -> list[float]:
     freeze_unused(encoder)
     objective = Objective(InfoNCE(), dimension=encoder.dimension, device=encoder.device, columns="own")
-    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.01)
     rows = encoder.tokenize(SENTENCES)
     negatives = StepNegatives(
         mask_Bm=np.ones((4, 1), dtype=bool), columns_mask=None, stored_BmD=None, fresh_bm=[[row] for row in rows[4:]]
@@ -50,13 +50,13 @@ def train_two_steps(encoder: SentenceEncoder) -> list[float]:
 def by_transformers(folder: Path, name: str) -> np.ndarray:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = (T5EncoderModel if name == "t5" else AutoModel).from_pretrained(folder).eval()
-    vectors = []
-    for text in TEXTS:
-        batch = tokenizer([text], truncation=True, max_length=LIMIT, return_tensors="pt", return_token_type_ids=False)
-        with torch.no_grad():
-            states = model(**batch).last_hidden_state[0]
-        vectors.append((states[-1] if name in DECODERS else states.mean(dim=0)).numpy())
-    return np.stack(vectors)
+    batch = tokenizer(
+        TEXTS, padding=True, truncation=True, max_length=LIMIT, return_tensors="pt", return_token_type_ids=False
+    )
+    with torch.no_grad():
+        states = model(**batch).last_hidden_state
+    kept = [row[mask.bool()] for row, mask in zip(states, batch["attention_mask"], strict=True)]
+    return torch.stack([row[-1] if name in DECODERS else row.mean(dim=0) for row in kept]).numpy()
 
 
 def test_a_family_encodes_trains_and_is_exported(family: tuple[str, Path], tmp_path: Path) -> None:
