@@ -13,7 +13,15 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Pooling = Literal[
-    "auto", "cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", "first_last_mean", "last_two_mean"
+    "auto",
+    "cls",
+    "mean",
+    "max",
+    "mean_sqrt_len_tokens",
+    "weightedmean",
+    "lasttoken",
+    "first_last_mean",
+    "last_two_mean",
 ]
 Precision = Literal["auto", "fp32", "bf16"]
 CorpusSource = Literal["text", "jsonl", "csv", "parquet", "hub", "python-docs"]

@@ -17,9 +17,7 @@ Int64 = npt.NDArray[np.int64]
 WINDOW_BATCHES = 64
 
 
-def pad_rows(
-    rows: Sequence[npt.NDArray[np.integer]], *, pad_id: int, side: str = "right"
-) -> tuple[Int64, Int64]:
+def pad_rows(rows: Sequence[npt.NDArray[np.integer]], *, pad_id: int, side: str = "right") -> tuple[Int64, Int64]:
     """Pad token rows to the longest of them.
 
     Args:

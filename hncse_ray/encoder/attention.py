@@ -205,7 +205,9 @@ class _DroppedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q_THW: Tensor, k_THW: Tensor, v_THW: Tensor, mask_M: Tensor, blocks: Any, causal: bool) -> Tensor:
+    def forward(
+        ctx: Any, q_THW: Tensor, k_THW: Tensor, v_THW: Tensor, mask_M: Tensor, blocks: Any, causal: bool
+    ) -> Tensor:
         z_THW = q_THW.new_empty(*q_THW.shape[:2], v_THW.shape[2])
         kept: list[Tensor] = []
         with torch.autocast(device_type="cpu", enabled=False):

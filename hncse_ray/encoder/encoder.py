@@ -31,7 +31,11 @@ Progress = Callable[[int, int], None]
 TokenRows = Sequence[NDArray[np.integer]]
 Side = Literal["query", "document"]
 
-_PROBES = ("One.", "A second text of a few more words.", "The third is longer than both of the others: it goes on and on.")
+_PROBES = (
+    "One.",
+    "A second text of a few more words.",
+    "The third is longer than both of the others: it goes on and on.",
+)
 _TOLERANCE = 1e-4  # of coordinates of unit-norm vectors in fp32
 _ANY_LENGTH = 8192  # the limit of a model that has none
 _CHUNK = 10_000  # texts tokenised at a time
@@ -272,9 +276,7 @@ class SentenceEncoder(nn.Module):
         return out_ND
 
     @torch.no_grad()
-    def encode_rows(
-        self, rows: TokenRows, *, side: Side | None = None, unit_norm: bool = False
-    ) -> NDArray[np.float32]:
+    def encode_rows(self, rows: TokenRows, *, side: Side | None = None, unit_norm: bool = False) -> NDArray[np.float32]:
         """Embed one batch of token rows as :meth:`encode` does; ``[B, D]`` float32 on the CPU.
 
         Raises:

@@ -73,7 +73,9 @@ def _hub_folder(name: str, revision: str | None) -> Path:
     )
 
     try:
-        cached = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=list(_HUB_FILES)))
+        cached = Path(
+            snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=list(_HUB_FILES))
+        )
         if (cached / "config.json").is_file():
             return cached
     except LocalEntryNotFoundError:
