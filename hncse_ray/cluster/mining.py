@@ -157,7 +157,7 @@ class _Parts:
 
 def _build(source: NegativeSource, encoder: SentenceEncoder, settings: Settings) -> None:
     try:
-        source.publish({name: tensor.numpy() for name, tensor in encoder.state_dict().items()}, step=0)
+        source.publish({name: tensor.numpy() for name, tensor in encoder.weights().items()}, step=0)
         source.wait(settings.negatives.build_timeout_s)
         status = source.status()
     except SourceUnavailable as error:
@@ -238,7 +238,7 @@ def _columns(per_anchor: int) -> list[str]:
 
 
 def _fingerprint(settings: Settings, encoder: SentenceEncoder, corpus: Corpus) -> str:
-    weights = weights_digest({name: tensor.numpy() for name, tensor in encoder.state_dict().items()})
+    weights = weights_digest({name: tensor.numpy() for name, tensor in encoder.weights().items()})
     rules = settings.negatives.model_dump(
         include={
             "per_anchor", "candidates", "max_score", "relative_margin", "skip_hardest", "sampling",

@@ -83,6 +83,15 @@ class CorpusSettings(Section):
         return self
 
 
+class LoraSettings(Section):
+    """Low-rank adapters instead of all weights (Hu et al. 2021, arXiv 2106.09685); needs the extra ``lora``."""
+
+    r: int = Field(16, ge=1, le=1024, description="rank of the adapters")
+    alpha: float = Field(32, gt=0, description="their weight is alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapters' input")
+    target_modules: StrTuple = Field((), description="names of linear layers, such as q_proj; empty = all")
+
+
 class EncoderSettings(Section):
     """The backbone, how token states become one vector, and in what precision."""
 
@@ -107,6 +116,10 @@ class EncoderSettings(Section):
     head_in_training_only: bool = Field(True, description="leave the head out of scores and export, as SimCSE does")
     dropout: float | None = Field(None, ge=0, lt=1, description="default: what the model's own config says")
     precision: Precision = Field("auto", description="auto = bf16 autocast where the hardware computes in it")
+    lora: LoraSettings | None = Field(None, description="train adapters only; exported merged")
+    gradient_checkpointing: bool = Field(
+        False, description="less memory, a third more time: activations are recomputed"
+    )
     compile: bool = Field(False, description="torch.compile the backbone")
     trust_remote_code: bool = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hncse_ray.config import Precision
 from hncse_ray.corpus.batches import pad_rows
+from hncse_ray.encoder.adapters import has_adapters, merged_adapters
 from hncse_ray.encoder.attention import use_packed_attention
 from hncse_ray.encoder.head import TrainingHead
 from hncse_ray.encoder.precision import autocast_dtype
@@ -299,8 +300,27 @@ class SentenceEncoder(nn.Module):
             if isinstance(stage, TrainingHead):
                 stage.always = always
 
+    def weights(self) -> dict[str, Tensor]:
+        """Copy to the CPU what training changes: all weights, or adapters and head where the rest stands still."""
+        return {
+            name: value.detach().to("cpu", copy=True).contiguous()
+            for name, value in self.state_dict().items()
+            if not has_adapters(self.model) or "lora_" in name or name.startswith("model.head.")
+        }
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take what :meth:`weights` of the same kind of encoder returned.
+
+        Raises:
+            ModelError: they are of another kind.
+        """
+        missing, unexpected = self.load_state_dict(dict(weights), strict=False)
+        if unexpected or (missing and not has_adapters(self.model)):
+            raise ModelError(f"does not have the weights {min([*unexpected, *missing])!r} that were to be loaded",
+                             self.name, "They are of another model, other settings or another version")  # fmt: skip
+
     def save(self, folder: Path, *, readme: str) -> None:
-        """Write the model as sentence-transformers does, without what is there for training only.
+        """Write the model as sentence-transformers does: adapters merged, and without what is for training only.
 
         Args:
             folder: an existing, empty folder; the caller makes the write atomic.
@@ -309,7 +329,8 @@ class SentenceEncoder(nn.Module):
         stages = self.model._modules
         self.model._modules = {name: stage for name, stage in stages.items() if not isinstance(stage, TrainingHead)}
         try:
-            self.model.save_pretrained(str(folder), create_model_card=False)
+            with merged_adapters(self.model):
+                self.model.save_pretrained(str(folder), create_model_card=False)
         finally:
             self.model._modules = stages
         (folder / "README.md").write_text(readme, encoding="utf-8")

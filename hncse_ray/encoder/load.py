@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from hncse_ray.config import EncoderSettings
+from hncse_ray.encoder.adapters import add_adapters
 from hncse_ray.encoder.dropout import replace_dropout
 from hncse_ray.encoder.encoder import SentenceEncoder
 from hncse_ray.encoder.head import add_head
@@ -53,6 +54,10 @@ def load_encoder(
     _set_pooling(loaded, settings.pooling, told=(folder / "modules.json").is_file(), name=name)
     if settings.head == "tanh":
         add_head(loaded, training_only=settings.head_in_training_only, seed=seed)
+    if settings.lora is not None:
+        add_adapters(loaded, settings.lora, seed=seed, name=name)
+    if settings.gradient_checkpointing:
+        loaded.transformers_model.gradient_checkpointing_enable({"use_reentrant": False})
     return SentenceEncoder(
         loaded.to(device),
         name=name,

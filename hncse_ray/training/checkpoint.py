@@ -122,11 +122,6 @@ class RunStore(Protocol):
         ...
 
 
-def copy_weights(encoder: SentenceEncoder) -> Weights:
-    """Copy an encoder's weights to the CPU."""
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in encoder.state_dict().items()}
-
-
 def write_checkpoint(
     folder: Path,
     *,
@@ -152,7 +147,7 @@ def write_checkpoint(
         best: weights of the best dev score; None if they are the present ones.
         index: weights that the global negatives in use were made from; None if going on does not need them.
     """
-    parts = {"encoder": copy_weights(encoder), "best": best, "index": index, "training": _moments(optimizer, objective)}
+    parts = {"encoder": encoder.weights(), "best": best, "index": index, "training": _moments(optimizer, objective)}
     files = {f"{name}.safetensors": part for name, part in parts.items() if part is not None}
     (folder / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
     with ThreadPoolExecutor(len(files)) as threads:  # the system fills its file cache with one core a file
@@ -198,7 +193,7 @@ def read_newest(
             passed_over.append(str(damaged))
             continue
         weights = load_file(folder / "encoder.safetensors")
-        encoder.load_state_dict(weights)
+        encoder.load_weights(weights)
         _take_moments(load_file(folder / "training.safetensors"), progress["groups"], optimizer, objective)
         schedule.load_state_dict(progress["schedule"])
         kept, index = folder / "best.safetensors", folder / "index.safetensors"

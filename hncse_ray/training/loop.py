@@ -19,7 +19,7 @@ from hncse_ray.errors import HncseError, StorageError
 from hncse_ray.evaluation import uniformity
 from hncse_ray.negatives import NegativeSource
 from hncse_ray.reporting.events import CheckpointSaved, Evaluated, Event, Notice, RunFinished, RunStarted, StepsLogged
-from hncse_ray.training.checkpoint import RunStore, Wish, copy_weights, read_newest, write_checkpoint
+from hncse_ray.training.checkpoint import RunStore, Wish, read_newest, write_checkpoint
 from hncse_ray.training.distributed import ShardedEncode, raise_together, rank, world_size
 from hncse_ray.training.evaluator import EvaluationSets, Scores, Split
 from hncse_ray.training.export import write_model
@@ -159,7 +159,7 @@ class _Trainer:
                 chunk_size=train.grad_cache_chunk_size,
             )
             if self.negatives is not None:
-                self.negatives.refresh(state, lambda: copy_weights(self.encoder))
+                self.negatives.refresh(state, self.encoder.weights)
             batches = self._next_batches()
             metrics, z1_BD = train_step(self.model, self.optimizer, batches, context, max_grad_norm=train.max_grad_norm)
             self.log.add(metrics, z1_BD, sum(sum(b.sizes) for b in batches), float(self.schedule.get_last_lr()[0]))
@@ -219,7 +219,7 @@ class _Trainer:
         if is_best:
             state.best_score, state.best_step, state.best_scores = score, state.step, scores
             state.evaluations_without_gain = 0
-            self.best = copy_weights(self.encoder)
+            self.best = self.encoder.weights()
         else:
             state.evaluations_without_gain += 1
         self.emit(Evaluated(state.step, "dev", scores, metric, is_best))
@@ -254,7 +254,7 @@ class _Trainer:
     def _finish(self, stopped_early: bool) -> RunFinished:
         state = self.state
         if self.best is not None:
-            self.encoder.load_state_dict(self.best)
+            self.encoder.load_weights(self.best)
         after = {"dev": state.best_scores, "test": self._score("test")}
         if after["test"]:
             metric = self.settings.evaluation.metric

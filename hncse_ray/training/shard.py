@@ -53,7 +53,7 @@ def build_shard(
     model.inference_autocast = model.autocast
 
     def load_weights(weights: Weights) -> None:
-        model.load_state_dict({name: torch.tensor(np.asarray(array)) for name, array in weights.items()})
+        model.load_weights({name: torch.tensor(np.asarray(array)) for name, array in weights.items()})
 
     return IndexShard(
         number=number,

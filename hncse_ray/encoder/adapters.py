@@ -1,0 +1,63 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) by peft."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from sentence_transformers import SentenceTransformer
+
+from hncse_ray.config import LoraSettings
+from hncse_ray.errors import ModelError
+
+
+def add_adapters(model: SentenceTransformer, settings: LoraSettings, *, seed: int, name: str) -> None:
+    """Put adapters beside a transformer's linear layers and freeze all else of it.
+
+    Args:
+        model: gets them; the vectors stay the same until they are trained.
+        settings: their size, and beside which layers.
+        seed: of their initial weights.
+        name: of the model, for errors.
+
+    Raises:
+        ModelError: peft is not installed, or the model has no such layers.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ModelError("encoder.lora needs peft", name, "pip install 'hncse-ray[lora]'")
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.target_modules) or "all-linear",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            model[0].model = get_peft_model(model[0].model, config)
+        except ValueError as error:  # peft's word for modules that are not there, or are of a kind that it cannot adapt
+            layers = {n.rpartition(".")[2] for n, m in model[0].named_modules() if isinstance(m, torch.nn.Linear)}
+            raise ModelError(f"encoder.lora.target_modules: {' '.join(str(error).split())}", name,
+                             f"Its linear layers are {', '.join(sorted(layers))}") from error  # fmt: skip
+
+
+def has_adapters(model: SentenceTransformer) -> bool:
+    """Return whether only adapters of a model are trained."""
+    return hasattr(model[0].model, "peft_config")
+
+
+@contextmanager
+def merged_adapters(model: SentenceTransformer) -> Iterator[None]:
+    """Have a model without adapters that gives the vectors of the one with them, while the context lasts."""
+    transformer = model[0].model
+    if has_adapters(model):
+        model[0].model = copy.deepcopy(transformer).merge_and_unload()
+    try:
+        yield
+    finally:
+        model[0].model = transformer
