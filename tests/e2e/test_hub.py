@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from hncse_ray.cli import app
 from hncse_ray.config import EncoderSettings, EvaluationSettings
-from hncse_ray.encoder import load_encoder, save_encoder
+from hncse_ray.encoder import load_encoder
 from hncse_ray.evaluation.sts import sts_files
 from hncse_ray.evaluation.transfer import transfer_files
 from hncse_ray.training.senteval import senteval_folder
@@ -62,8 +62,11 @@ def assert_refused(result: Any, *said: object) -> None:
 def model(tiny_model: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
-    save_encoder(load_encoder(tiny_model, EncoderSettings(model=str(tiny_model), pooling="mean")), folder)
+    settings = EncoderSettings(model=str(tiny_model), pooling="mean", head="tanh", head_in_training_only=False)
+    encoder = load_encoder(tiny_model, settings)
+    encoder.save(folder, readme="---\nlicense: mit\n---\n# a model\n")
     (folder / "settings.yaml").write_text("corpus: {path: /home/someone}\n")
+    (folder / "optimizer.pt").write_bytes(b"not to be sent")
     return folder
 
 
@@ -79,8 +82,10 @@ class TestPush:
         assert found == {"model": str(model), "url": f"{one.url}/me/mine"}
         assert one.created[0]["name"] == "mine" and one.created[0]["organization"] == "me"
         assert one.created[0].get("private") is True or one.created[0].get("visibility") == "private"
-        sent = {str(p.relative_to(model)) for p in model.rglob("*") if p.is_file()} - {"settings.yaml"}
-        assert set(one.committed) == sent and "model.safetensors" in sent and "1_Pooling/config.json" in sent
+        sent = {str(p.relative_to(model)) for p in model.rglob("*") if p.is_file()} - {"settings.yaml", "optimizer.pt"}
+        assert set(one.committed) == sent
+        assert {"model.safetensors", "1_Pooling/config.json", "2_Dense/model.safetensors"} <= sent
+        assert not any(str(model.parent).encode() in content for content in one.committed.values())
         assert all(content == (model / name).read_bytes() for name, content in one.committed.items())
         assert "hf_right" not in result.stdout + result.stderr
 
@@ -119,8 +124,9 @@ class TestPush:
         [
             (lambda m: (m / "README.md").unlink(), "no README.md"),
             (lambda m: (m / "README.md").write_text("no card"), "is no model card"),
+            (lambda m: (m / "README.md").write_text("---\nlicense: [mit\n---\n"), "README.md: cannot be read"),
             (lambda m: (m / "modules.json").unlink(), "no modules.json"),
-            (lambda m: (m / "model.safetensors").unlink(), "no safetensors weights"),
+            (lambda m: (m / "model.safetensors").unlink(), "no *.safetensors"),
             (lambda m: (m / "model.safetensors").write_bytes(b"x" * 50), "model.safetensors: cannot be read"),
         ],
     )

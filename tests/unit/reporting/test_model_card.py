@@ -10,7 +10,17 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from hncse_ray.config import OBJECTIVES, load_settings
-from hncse_ray.reporting.model_card import CardFacts, model_card, shareable_settings
+from hncse_ray.reporting.model_card import CardFacts, Usage, model_card, shareable_settings
+
+USAGE = Usage(
+    dimension=32,
+    max_length=64,
+    stages=("Pooling (mean)",),
+    plain_pooling="mean",
+    prompts={},
+    sides=("", "", ""),
+    own_code=False,
+)
 
 
 def facts(*overrides: str, **changed: Any) -> CardFacts:
@@ -22,10 +32,9 @@ def facts(*overrides: str, **changed: Any) -> CardFacts:
     }
     settings = load_settings(tree, overrides).model_dump(mode="json")
     plain = CardFacts(
-        name="mine",
         settings=settings,
-        usage="```python\nload('PATH')\n```",
-        base_model=None,
+        usage=USAGE,
+        base={},
         corpus_digest="abc123",
         corpus_rows=4200,
         corpus_read=5000,
@@ -33,17 +42,24 @@ def facts(*overrides: str, **changed: Any) -> CardFacts:
         best_step=60,
         before={"dev": {"stsb/spearman": 80.0}, "test": {"stsb/spearman": 79.0}},
         after={"dev": {"stsb/spearman": 82.0}, "test": {"stsb/spearman": 81.12345}},
+        index_step=None,
     )
     return replace(plain, **changed)
 
 
 def test_the_hub_s_reader_takes_it_and_writes_the_same_again() -> None:
-    licence = {"license": "apache-2.0"}
-    text = model_card(facts(base_model="bert-base-uncased", base_licence=licence, languages=("en",)))
+    base = {
+        "base_model": "bert-base-uncased",
+        "base_model_revision": "a1b2",
+        "license": "apache-2.0",
+        "language": ["en"],
+    }
+    text = model_card(facts(base=base))
     card = ModelCard(text)
     data = card.data
     assert (data.license, data.language, data.base_model) == ("apache-2.0", ["en"], "bert-base-uncased")
     assert (data.library_name, data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
+    assert data.base_model_revision == "a1b2" and "bert-base-uncased (revision `a1b2`), trained" in card.text
     assert {"sentence-transformers", "hncse_ray", "info_nce"} <= set(data.tags)
     again = ModelCard(str(card))
     assert again.data.to_dict() == data.to_dict() == ModelCardData(**data.to_dict()).to_dict()
@@ -63,7 +79,7 @@ def test_without_scores_or_a_known_licence_it_says_so() -> None:
     data = ModelCard(text).data
     assert data.license == "other" and data.get("eval_results") is None and data.get("language") is None
     assert "No set was scored" in text and "licence of the base model was not known" in text
-    assert data.get("base_model") is None
+    assert data.get("base_model") is None and "licence is that of the base model" not in text
 
 
 def test_it_tells_how_the_model_came_to_be() -> None:
@@ -108,6 +124,36 @@ def test_no_folder_of_this_machine_is_told() -> None:
 @pytest.mark.parametrize("name", ["bert-base-uncased", "org/model", "package:one/two/three"])
 def test_names_that_are_no_places_stay(name: str) -> None:
     assert shareable_settings(facts(f"encoder.model={name}").settings)["encoder"]["model"] == name
+
+
+def test_names_with_slashes_that_are_no_places_stay() -> None:
+    card_facts = facts("encoder.model=org/model", "encoder.revision=refs/pr/1", "encoder.prompts={query: 'a/b/c: '}")
+    encoder = shareable_settings(card_facts.settings)["encoder"]
+    assert encoder["revision"] == "refs/pr/1" and encoder["prompts"] == {"query": "a/b/c: "}
+
+
+def test_prompts_are_shown_where_the_model_has_any() -> None:
+    usage = replace(
+        USAGE, prompts={"query": "Ask `it`:\nQuery: ", "topic": "'topic': "}, sides=("Ask `it`:\nQuery: ", "", "")
+    )
+    text = model_card(facts(usage=usage))
+    for said in (
+        "encode_query",
+        "encode_document",
+        'side="query"',
+        r"""- `query`: `'Ask `it`:\nQuery: '`""",
+        "`topic`",
+        "prompt_name",
+    ):
+        assert said in text, said
+    plain = model_card(facts())
+    assert "prompt" not in plain.split("## Use")[1].split("## Scores")[0] and "encode_query" not in plain
+
+
+def test_code_of_the_model_s_own_is_asked_for_only_where_there_is_some() -> None:
+    text = model_card(facts(usage=replace(USAGE, own_code=True, plain_pooling=None)))
+    assert text.count("trust_remote_code=True") == 2 and "transformers alone" not in text
+    assert "trust_remote_code=True" not in model_card(facts())
 
 
 def test_a_hub_corpus_is_named_in_the_front_matter() -> None:
