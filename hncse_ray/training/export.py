@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 from sentence_transformers.sentence_transformer.modules import Pooling
-from transformers import MODEL_MAPPING
+from transformers import MODEL_MAPPING, PreTrainedModel
 
 from hncse_ray.config import EncoderSettings, Settings
 from hncse_ray.corpus import Corpus
@@ -64,10 +64,11 @@ def write_model(
 
 def usage(encoder: SentenceEncoder) -> Usage:
     """Return how an encoder is used once it is saved."""
-    model, made = encoder.model, type(encoder.backbone)
+    model = encoder.model
+    backbone = next(part for part in encoder.backbone.modules() if isinstance(part, PreTrainedModel))  # within adapters
     saved: list[Any] = [stage for stage in model if not isinstance(stage, TrainingHead)]
     transformer, *stages = saved
-    automatic: object = MODEL_MAPPING.get(type(encoder.backbone.config), None)  # what AutoModel would make
+    automatic: object = MODEL_MAPPING.get(type(backbone.config), None)  # what AutoModel would make
     kinds = [type(stage).__name__ for stage in stages]
     pooling = next((stage for stage in stages if isinstance(stage, Pooling)), None)
     sides = (encoder.prompt("query"), encoder.prompt("document"), encoder.prompt(None))
@@ -78,7 +79,7 @@ def usage(encoder: SentenceEncoder) -> Usage:
         and (pooling.include_prompt or not any(sides))
         and model.truncate_dim is None
         and "message" not in transformer.modality_config
-        and automatic is made
+        and automatic is type(backbone)
     )
     if pooling is not None:
         modes = pooling.pooling_mode
@@ -90,7 +91,7 @@ def usage(encoder: SentenceEncoder) -> Usage:
         plain_pooling=pooling.pooling_mode if is_plain and pooling is not None else None,
         prompts={name: prompt for name, prompt in model.prompts.items() if prompt},
         sides=sides,
-        own_code=made.__module__.startswith("transformers_modules"),
+        own_code=type(backbone).__module__.startswith("transformers_modules"),
     )
 
 

@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from tiny import make_sentences
 
-from hncse_ray.config import EncoderSettings, load_settings
+from hncse_ray.config import EncoderSettings, LoraSettings, load_settings
 from hncse_ray.corpus import prepare_corpus
 from hncse_ray.encoder import SentenceEncoder, load_encoder
 from hncse_ray.reporting.model_card import CardFacts, model_card
@@ -154,6 +154,12 @@ def test_stages_that_transformers_lacks(tiny_model: Path, tmp_path: Path) -> Non
 
     head = load(head="tanh")  # is left out of what is saved, so out of the card too
     assert "Dense" in card_of(dense) and "TrainingHead" not in check_code(head, tmp_path / "head", plain=True)
+
+
+def test_adapters(tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="peft is not installed (the extra lora)")
+    encoder = load_encoder(tiny_model, EncoderSettings(model=str(tiny_model), pooling="mean", lora=LoraSettings()))
+    check_code(encoder, tmp_path, plain=True)
 
 
 def test_a_model_with_code_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
