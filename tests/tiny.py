@@ -25,27 +25,33 @@ def make_sentences(count: int, seed: int = 0) -> list[str]:
     return list(found)
 
 
-def make_model(folder: Path, *, width: int = 32, layers: int = 2, dropout: float = 0.1) -> Path:
-    """Save a tiny BERT with random weights and a word-level tokenizer."""
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *WORDS]
+def make_tokenizer(*, padding: int = 0, lowercase: bool = True, max_length: int = 64) -> PreTrainedTokenizerFast:
+    """Return a word-level tokenizer; ``padding`` is the id of its padding token."""
+    vocabulary = ["[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *WORDS]
+    vocabulary.insert(padding, "[PAD]")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]", special_tokens=[(token, vocabulary.index(token)) for token in ("[CLS]", "[SEP]")]
     )
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="[PAD]",
         unk_token="[UNK]",
         cls_token="[CLS]",
         sep_token="[SEP]",
         mask_token="[MASK]",
-        model_max_length=64,
+        model_max_length=max_length,
     )
+
+
+def make_model(folder: Path, *, width: int = 32, layers: int = 2, dropout: float = 0.1) -> Path:
+    """Save a tiny BERT with random weights and a word-level tokenizer."""
+    tokenizer = make_tokenizer()
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(tokenizer),
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=2,
@@ -55,5 +61,5 @@ def make_model(folder: Path, *, width: int = 32, layers: int = 2, dropout: float
         attention_probs_dropout_prob=dropout,
     )
     BertModel(config).save_pretrained(folder)
-    fast.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder

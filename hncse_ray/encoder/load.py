@@ -50,6 +50,7 @@ def load_encoder(
     folder = resolve_model(model, revision=settings.revision)
     loaded = _load(folder, settings, name)
     _check_stages(loaded, name)
+    _check_complete(loaded, name)
     replace_dropout(loaded[0])
     _set_pooling(loaded, settings.pooling, told=(folder / "modules.json").is_file(), name=name)
     if settings.head == "tanh":
@@ -83,7 +84,7 @@ def _load(folder: Path, settings: EncoderSettings, name: str) -> SentenceTransfo
     _check_prompts(folder, settings.prompts, name)
     config = {} if settings.dropout is None else _dropout_config(folder, settings, name)
     try:
-        with _no_bars():
+        with _quiet():
             return SentenceTransformer(
                 str(folder),
                 device="cpu",
@@ -153,6 +154,8 @@ def _check_stages(model: SentenceTransformer, name: str) -> None:
     if tokenizer.pad_token_id is None:
         raise ModelError("its tokenizer has no padding token", name, "Set one in its tokenizer_config.json, such as the"
                          " end token")  # fmt: skip
+    if len(tokenizer) - len(set(tokenizer.all_special_ids)) < 2:  # transformers makes an empty one where it finds none
+        raise ModelError("its tokenizer knows no word", name, "A tokenizer.json is missing in its folder, or empty")
     embedded = model.transformers_model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embedded:
         raise ModelError(
@@ -162,6 +165,20 @@ def _check_stages(model: SentenceTransformer, name: str) -> None:
     for stage in model:
         if isinstance(stage, WeightedLayerPooling):
             stage.requires_grad_(False)  # a mean over certain layers, not something to learn
+
+
+def _check_complete(model: SentenceTransformer, name: str) -> None:
+    """Refuse a model without some of the weights that its vectors depend on: transformers draws them at random."""
+    parameters = model.transformers_model.named_parameters()
+    drawn = {key: value for key, value in parameters if not getattr(value, "_is_hf_initialized", False)}
+    if not drawn:
+        return
+    model(model.preprocess(["Which weights does this sentence pass?"]))["sentence_embedding"].sum().backward()
+    lacking = sorted(key for key, value in drawn.items() if value.grad is not None)
+    model.zero_grad()
+    if lacking:
+        raise ModelError(f"its weights lack {len(lacking)} tensors, first {lacking[0]!r}", name,
+                         "Its config.json is of another model, or its weights are not whole")  # fmt: skip
 
 
 def _set_pooling(model: SentenceTransformer, pooling: str, *, told: bool, name: str) -> None:
@@ -238,13 +255,15 @@ def _read_json(path: Path) -> Any:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """Keep the bars of transformers, which last a blink for local files, out of the user's terminal."""
-    enabled = transformers_logging.is_progress_bar_enabled()
+def _quiet() -> Iterator[None]:
+    """Keep the bars of transformers and its tables of weights, which are checked here, out of the user's terminal."""
+    enabled, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if enabled:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
