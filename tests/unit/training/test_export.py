@@ -84,7 +84,7 @@ def card_of(encoder: SentenceEncoder) -> str:
 
 def run_code(card: str, folder: Path) -> list[np.ndarray]:
     """Run each block of Python that a card shows; return the vectors that each leaves behind."""
-    found = []
+    card, found = card.replace("Another one.", "Another one of the old books is quiet."), []  # so one is padded
     for block in re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL):
         names: dict[str, Any] = {}
         exec(block.replace("PATH", str(folder)), names)
@@ -133,10 +133,9 @@ def test_with_prompts(tiny_model: Path, tmp_path: Path, pooled: bool) -> None:
 
 
 def test_with_a_default_prompt(tiny_model: Path, tmp_path: Path) -> None:
-    settings = EncoderSettings(
-        model=str(tiny_model), pooling="mean", prompts={"document": "river house: "}, default_prompt="document"
-    )
-    check_code(load_encoder(tiny_model, settings), tmp_path, plain=True)
+    prompts = {"query": "river house: ", "document": "river house: "}
+    settings = EncoderSettings(model=str(tiny_model), pooling="mean", prompts=prompts, default_prompt="document")
+    assert "encode_query" not in check_code(load_encoder(tiny_model, settings), tmp_path, plain=True)
 
 
 def test_stages_that_transformers_lacks(tiny_model: Path, tmp_path: Path) -> None:
