@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families import LIMIT, make_family
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from tiny import make_model, make_sentences, make_tokenizer
@@ -35,6 +36,12 @@ POOLINGS: dict[str, Callable[[list[Tensor]], Tensor]] = {  # the states of every
     "last_two_mean": lambda layers: ((layers[-2] + layers[-1]) / 2).mean(0),
 }
 TEXTS = make_sentences(17, seed=1)
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With weights so large that texts differ."""
+    return make_family("bert", tmp_path_factory.mktemp("bert"))
 
 
 def settings(model: Path | str, **changes: object) -> EncoderSettings:
@@ -240,15 +247,18 @@ def test_auto_precision_follows_the_hardware() -> None:
 class TestLengths:
     def test_a_text_is_cut_to_the_setting_or_to_what_the_model_takes(self, tiny_model: Path) -> None:
         long = "river " * 100
-        assert [len(row) for row in load_encoder(tiny_model, settings(tiny_model)).tokenize([long, "one"])] == [64, 3]
+        assert [len(row) for row in load_encoder(tiny_model, settings(tiny_model)).tokenize([long, "one"])] == [
+            LIMIT,
+            3,
+        ]
         short = load_encoder(tiny_model, settings(tiny_model, inference_max_length=8))
         assert [len(row) for row in short.tokenize([long])] == [8]
         assert [len(row) for row in short.tokenize([long], 20)] == [20]
-        assert [len(row) for row in short.tokenize([long], 100)] == [64]
+        assert [len(row) for row in short.tokenize([long], 100)] == [LIMIT]
 
     def test_more_than_the_model_takes_is_refused(self, tiny_model: Path) -> None:
-        with pytest.raises(ModelError, match="64 tokens at most, not the 65.*inference_max_length"):
-            load_encoder(tiny_model, settings(tiny_model, inference_max_length=65))
+        with pytest.raises(ModelError, match=f"{LIMIT} tokens at most, not the {LIMIT + 1}.*inference_max_length"):
+            load_encoder(tiny_model, settings(tiny_model, inference_max_length=LIMIT + 1))
 
     @pytest.mark.parametrize("padding", [0, 1, 3])
     @pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "camembert"])
@@ -306,14 +316,14 @@ class TestBadModels:
         assert "weights lack 32 tensors, first 'encoder.layer.1." in self.failure(tmp_path)
 
     def test_weights_that_no_vector_depends_on_may_be_missing(
-        self, tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
         weights = make_model(tmp_path) / "model.safetensors"
         save_file({k: v for k, v in load_file(weights).items() if "pooler" not in k}, weights, {"format": "pt"})
         capfd.readouterr()
         np.testing.assert_array_equal(
             load_encoder(tmp_path, settings(tmp_path)).encode(TEXTS),
-            load_encoder(tiny_model, settings(tiny_model)).encode(TEXTS),
+            load_encoder(make_model(tmp_path / "whole"), settings(tmp_path / "whole")).encode(TEXTS),
         )
         assert "MISSING" not in "".join(capfd.readouterr())
 

@@ -8,70 +8,97 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import DECODERS, make_family
 from tiny import make_sentences
-from transformers import AutoConfig, AutoModel
 
 from hncse_ray.config import EncoderSettings
-from hncse_ray.encoder import SentenceEncoder, load_encoder, packing
-from hncse_ray.encoder.packing import Block, Packing, _block, _draw_mask, _DroppedAttention
+from hncse_ray.encoder import SentenceEncoder, attention, load_encoder
+from hncse_ray.encoder.attention import (
+    Block,
+    _attend_grouped,
+    _attend_nested,
+    _block,
+    _draw_mask,
+    _DroppedAttention,
+    _layout,
+)
 
-SENTENCES = [*make_sentences(12, seed=3), "one", "word " * 40]
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-POOLINGS = ["cls", "mean", "first_last_mean", "last_two_mean"]
-
-
-def tiny(model: Path, pooling: str = "mean") -> SentenceEncoder:
-    return load_encoder(model, EncoderSettings.model_validate({"model": str(model), "pooling": pooling})).eval()
-
-
-def encoder_of(family: str, like: SentenceEncoder, pooling: str = "mean", **changed: Any) -> SentenceEncoder:
-    small = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48} if family == "distilbert" else SMALL
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        family, vocab_size=len(like.tokenizer), pad_token_id=like.tokenizer.pad_token_id, **small, **changed
-    )
-    backbone = AutoModel.from_config(config, attn_implementation="sdpa")
-    return SentenceEncoder(backbone, like.tokenizer, pooling=pooling)
+SENTENCES = [*make_sentences(12, seed=3), "one", "one river", "river " * 40]
+POOLINGS = [
+    "cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", "first_last_mean", "last_two_mean",
+]  # fmt: skip
 
 
-def both(encoder: SentenceEncoder) -> tuple[torch.Tensor, torch.Tensor]:
+def tiny(model: Path, pooling: str = "mean", **changes: Any) -> SentenceEncoder:
+    tree = {"model": str(model), "pooling": pooling, "precision": "fp32"} | changes
+    return load_encoder(model, EncoderSettings.model_validate(tree)).eval()
+
+
+def both(encoder: SentenceEncoder, rows: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     """Vectors of padded and of packed rows, and the gradients of all weights behind them."""
-    rows = encoder.tokenize(SENTENCES)
     assert len({len(row) for row in rows}) > 3
     results = []
-    for tensors in (encoder.batch_tensors, encoder.packed_tensors):
+    for pack in (False, True):
         encoder.zero_grad()
-        vectors = encoder(*tensors(rows))
+        vectors = encoder(encoder.features(rows, pack=pack))
         (vectors * torch.linspace(-1, 1, vectors.numel()).view_as(vectors)).sum().backward()
         gradients = [p.grad.flatten() for p in encoder.parameters() if p.grad is not None]
         results.append(torch.cat([vectors.detach().flatten(), *gradients]))
     return results[0], results[1]
 
 
-@pytest.mark.parametrize("family", ["bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta"])
-def test_vectors_and_gradients_are_those_of_padded_rows(tiny_model: Path, family: str) -> None:
-    encoder = encoder_of(family, tiny(tiny_model)).eval()
+def test_rows_lie_behind_each_other_the_shortest_first(tiny_model: Path) -> None:
+    encoder = tiny(tiny_model)
+    rows = encoder.tokenize(["one river today", "one", "one river"])
+    features = encoder.features(rows)
+    assert features["cu_seq_lens_q"].tolist() == features["cu_seq_lens_k"].tolist() == [0, 3, 7, 12]
+    assert features["max_length_q"] == features["max_length_k"] == 5
+    assert features["input_ids"].tolist() == [[*rows[1], *rows[2], *rows[0]]]
+    assert features["position_ids"].tolist() == [[*range(3), *range(4), *range(5)]]
+    assert features["order"].tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["roberta-pad0", "roberta-pad3", "distilbert", "electra", "modernbert", "nomic_bert", "llama", "qwen3", "gpt2"],
+)
+def test_vectors_and_gradients_are_those_of_padded_rows(tmp_path: Path, family: str) -> None:
+    encoder = tiny(make_family(family, tmp_path), "lasttoken" if family in DECODERS else "mean")
     assert encoder.packs
-    padded, packed = both(encoder)
+    rows = [row for row in encoder.tokenize(SENTENCES) if len(row) <= encoder._reach]
+    padded, packed = both(encoder, rows)
     torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_every_pooling(tiny_model: Path, pooling: str) -> None:
     encoder = tiny(tiny_model, pooling)
-    padded, packed = both(encoder)
+    padded, packed = both(encoder, encoder.tokenize(SENTENCES))
     torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-4)
 
 
-def test_no_row_sees_another(tiny_model: Path) -> None:
-    encoder = tiny(tiny_model)
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_no_row_sees_another(tmp_path: Path, family: str) -> None:
+    encoder = tiny(make_family(family, tmp_path), "lasttoken" if family in DECODERS else "mean")
     rows = encoder.tokenize(SENTENCES)
+    changed = [np.concatenate([rows[0][:1], rows[0][-2:0:-1], rows[0][-1:]]), *rows[1:]]
     with torch.no_grad():
-        before = encoder(*encoder.packed_tensors(rows))
-        changed = [np.flip(rows[0]).copy(), *rows[1:]]
-        after = encoder(*encoder.packed_tensors(changed))
+        before, after = encoder(encoder.features(rows)), encoder(encoder.features(changed))
     assert not torch.allclose(before[0], after[0], atol=1e-3)
     torch.testing.assert_close(after[1:], before[1:], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral", "modernbert"])
+def test_rows_longer_than_attention_reaches_are_padded(tmp_path: Path, family: str) -> None:
+    encoder = tiny(make_family(family, tmp_path), "lasttoken" if family in DECODERS else "mean")
+    short, long = encoder.tokenize(["one river", "river " * 35])
+    assert len(short) < encoder._reach < len(long)
+    assert "cu_seq_lens_q" in encoder.features([short])
+    assert "cu_seq_lens_q" not in encoder.features([short, long])
+    with torch.no_grad():
+        together, alone = encoder(encoder.features([short, long])), encoder(encoder.features([long]))
+        unpacked = encoder(encoder.features([short], pack=False))
+    torch.testing.assert_close(together, torch.cat([unpacked, alone]), atol=1e-5, rtol=0)
 
 
 HEADS, WIDTH = 2, 3
@@ -88,7 +115,9 @@ def drawn(blocks: tuple[Block, ...], dtype: torch.dtype) -> tuple[list[torch.Ten
     return [torch.randn(shape, generator=generator).bfloat16().to(dtype) for _ in range(4)], mask_M
 
 
-def dropped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask_M: torch.Tensor, blocks: Any) -> Any:
+def dropped_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask_M: torch.Tensor, blocks: Any, causal: bool
+) -> torch.Tensor:
     """What `_DroppedAttention` computes, a row and a head at a time."""
     parts, at, taken = [], 0, 0
     for block in blocks:
@@ -99,7 +128,8 @@ def dropped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask_M:
             length = block.length if block.is_token_NL is None else int(block.is_token_NL[row].sum())
             own, heads = slice(at, at + length), []
             for head in range(HEADS):
-                p = torch.softmax(q[own, head] @ k[own, head].T, -1)
+                s = q[own, head] @ k[own, head].T
+                p = torch.softmax(s.masked_fill(torch.ones_like(s).triu(1) > 0, -torch.inf) if causal else s, -1)
                 heads.append((p * mask[row, head, :length, :length]) @ v[own, head])
             parts.append(torch.stack(heads, 1))
             at += length
@@ -107,15 +137,16 @@ def dropped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask_M:
 
 
 @pytest.mark.parametrize("blocks", [EVEN, JOINED], ids=["even", "joined"])
-def test_attention_with_dropout_is_its_formula_and_its_gradient(blocks: tuple[Block, ...]) -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_with_dropout_is_its_formula_and_its_gradient(blocks: tuple[Block, ...], causal: bool) -> None:
     (*qkv, _), mask = drawn(blocks, torch.float64)
     qkv = [x.requires_grad_() for x in qkv]
 
     def attend(*qkv: torch.Tensor) -> torch.Tensor:
-        return _DroppedAttention.apply(*qkv, mask, blocks)
+        return _DroppedAttention.apply(*qkv, mask, blocks, causal)
 
     assert 0 < mask.mean() < 1
-    torch.testing.assert_close(attend(*qkv), dropped_attention(*qkv, mask, blocks))
+    torch.testing.assert_close(attend(*qkv), dropped_attention(*qkv, mask, blocks, causal))
     assert torch.autograd.gradcheck(attend, qkv)
 
 
@@ -126,12 +157,12 @@ def test_attention_with_dropout_in_bf16_is_near_that_in_fp64(
 ) -> None:
     sizes = [HEADS * block.rows * block.length**2 for block in blocks]
     assert min(sizes) <= 30 < max(sizes)
-    monkeypatch.setattr(packing, "_FP32_WEIGHTS", fp32_weights)
+    monkeypatch.setattr(attention, "_FP32_WEIGHTS", fp32_weights)
     found = []
     for dtype in (torch.float64, torch.bfloat16):
         (*qkv, dz), mask = drawn(blocks, dtype)
         qkv = [x.requires_grad_() for x in qkv]
-        z = _DroppedAttention.apply(*qkv, mask, blocks)
+        z = _DroppedAttention.apply(*qkv, mask, blocks, False)
         found.append([z, *torch.autograd.grad(z, qkv, dz)])
     for exact, rounded in zip(*found, strict=True):
         assert rounded.dtype == torch.bfloat16
@@ -140,11 +171,13 @@ def test_attention_with_dropout_in_bf16_is_near_that_in_fp64(
 
 def test_few_rows_of_like_length_are_joined_and_many_are_left_alone() -> None:
     runs = ((1, 4), (15, 5), (1, 6), (1, 7), (16, 8), (2, 9), (1, 12), (1, 13))
-    positions = torch.arange(sum(rows * length for rows, length in runs))[None]
-    blocks = Packing(positions, runs, torch.arange(38)).blocks
+    lengths = [length for rows, length in runs for _ in range(rows)]
+    layout = _layout(tuple(np.cumsum([0, *lengths]).tolist()))
+    blocks = layout.blocks
+    assert layout.runs == runs
     assert [(block.rows, block.length) for block in blocks] == [(17, 6), (1, 7), (16, 8), (3, 12), (1, 13)]
     assert [block.is_token_NL is not None for block in blocks] == [True, False, False, True, False]
-    assert sum(block.tokens for block in blocks) == positions.numel()
+    assert sum(block.tokens for block in blocks) == sum(lengths)
     x = torch.randn(blocks[0].tokens, HEADS, WIDTH)
     back = torch.empty_like(x)
     blocks[0].tokens_first(blocks[0].heads_first(x, torch.float64), out=back)
@@ -153,24 +186,41 @@ def test_few_rows_of_like_length_are_joined_and_many_are_left_alone() -> None:
 
 def test_the_mean_over_dropout_is_what_comes_without(tiny_model: Path) -> None:
     encoder = tiny(tiny_model)
-    rows = encoder.tokenize(SENTENCES)
+    features = encoder.features(encoder.tokenize(SENTENCES))
     with torch.no_grad():
-        still = encoder(*encoder.packed_tensors(rows))
+        still = encoder(features)
         encoder.train()
-        dropped = torch.stack([encoder(*encoder.packed_tensors(rows)) for _ in range(200)])
+        dropped = torch.stack([encoder(features) for _ in range(200)])
     assert dropped.std(0).max() > 0.01
     assert torch.nn.functional.cosine_similarity(dropped.mean(0), still).min() > 0.98
 
 
-def test_an_architecture_with_other_attention_is_not_packed(tiny_model: Path) -> None:
-    small = {**SMALL, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3}
-    like = tiny(tiny_model)
+def test_attention_drops_as_many_weights_as_asked_for_and_scales_the_rest() -> None:
+    bounds = torch.tensor([0, *np.cumsum([9] * 20 + [17] * 20)], dtype=torch.int32)
+    zero, ones = torch.zeros(int(bounds[-1]), 4, 2), torch.ones(int(bounds[-1]), 4, 2)
     torch.manual_seed(0)
-    config = AutoConfig.for_model("modernbert", vocab_size=len(like.tokenizer), pad_token_id=0, **small)
-    encoder = SentenceEncoder(AutoModel.from_config(config), like.tokenizer, pooling="mean")
-    assert not encoder.packs
+    z = _attend_grouped(zero, zero, ones, bounds, dropout=0.3, scale=1.0, causal=False)  # all weights are equal
+    weights = 4 * (20 * 9 * 9 + 20 * 17 * 17)
+    assert z.mean().item() == pytest.approx(1, abs=5 * (0.3 / 0.7 / weights) ** 0.5 * 2)
+    torch.testing.assert_close(z[:180] * 9 * 0.7, (z[:180] * 9 * 0.7).round(), atol=1e-3, rtol=0)
 
 
-def test_the_saved_configuration_does_not_know_of_it(tiny_model: Path, tmp_path: Path) -> None:
-    tiny(tiny_model).backbone.save_pretrained(tmp_path)
-    assert "packed" not in (tmp_path / "config.json").read_text()
+def test_the_seed_decides_which_weights_are_dropped(tiny_model: Path) -> None:
+    encoder = tiny(tiny_model).train()
+    features = encoder.features(encoder.tokenize(SENTENCES))
+    with torch.no_grad():
+        first, other, again = (torch.manual_seed(seed) and encoder(features) for seed in (1, 2, 1))
+    assert torch.equal(first, again)
+    assert (first - other).norm(dim=1).min() > 1e-3
+
+
+def test_the_kernels_of_cpu_and_gpu_agree() -> None:  # PyTorch has the second on CPUs too, but not causal
+    bounds = torch.tensor([0, 3, 6, 10, 11, 20], dtype=torch.int32)
+    found = []
+    for attend in (_attend_grouped, _attend_nested):
+        torch.manual_seed(0)
+        qkv = [torch.randn(20, HEADS, 8, requires_grad=True) for _ in range(3)]
+        z = attend(*qkv, bounds, dropout=0.0, scale=0.3, causal=False)
+        found.append([z, *torch.autograd.grad(z.square().sum(), qkv)])
+    for grouped, nested in zip(*found, strict=True):
+        torch.testing.assert_close(nested, grouped, atol=1e-5, rtol=1e-4)
