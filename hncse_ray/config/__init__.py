@@ -2,8 +2,10 @@
 
 from hncse_ray.config.load import load_settings
 from hncse_ray.config.sections import (
+    COLLECTION_METRICS,
     OBJECTIVES,
     RETRIEVAL_METRICS,
+    SUITE_METRICS,
     ClusterSettings,
     CorpusSettings,
     EncoderSettings,
@@ -19,6 +21,7 @@ from hncse_ray.config.sections import (
 )
 
 __all__ = [
+    "COLLECTION_METRICS",
     "ClusterSettings",
     "CorpusSettings",
     "EncoderSettings",
@@ -31,6 +34,7 @@ __all__ = [
     "Pooling",
     "Precision",
     "RETRIEVAL_METRICS",
+    "SUITE_METRICS",
     "Settings",
     "TrainSettings",
     "load_settings",

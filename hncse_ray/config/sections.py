@@ -15,13 +15,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 Pooling = Literal["auto", "cls", "cls_before_head", "mean", "first_last_mean", "last_two_mean"]
 Precision = Literal["auto", "fp32", "bf16"]
 CorpusSource = Literal["text", "jsonl", "csv", "parquet", "hub", "python-docs"]
-Suite = Literal["stsb", "pairs", "python-docs"]
+Suite = Literal["stsb", "pairs", "python-docs", "retrieval"]
 
-RETRIEVAL_METRICS = ("recall@1", "recall@10", "mrr")
+RETRIEVAL_METRICS = ("recall@1", "recall@10", "mrr", "ndcg@10")
+COLLECTION_METRICS = ("ndcg@10", "mrr@10", "recall@100")
 SUITE_METRICS: dict[str, tuple[str, ...]] = {
     "stsb": ("spearman",),
     "pairs": RETRIEVAL_METRICS,
     "python-docs": RETRIEVAL_METRICS,
+    "retrieval": COLLECTION_METRICS,
 }
 
 
@@ -267,6 +269,9 @@ class EvaluationSettings(Section):
     senteval_path: str | None = Field(None, description="default: $HNCSE_DATA/senteval")
     pairs_dev: str | None = Field(None, description="TSV, JSONL, CSV or Parquet file of query and answer")
     pairs_test: str | None = None
+    collection: StrTuple = Field(
+        (), description="for retrieval: folders with corpus.jsonl, queries.jsonl and qrels/{dev,test}.tsv"
+    )
     test: bool = Field(True, description="score the test sets too, before and after; the trials of a sweep do not")
     batch_size: int = Field(128, ge=1)
 
@@ -274,6 +279,8 @@ class EvaluationSettings(Section):
     def _metric_is_measured(self) -> EvaluationSettings:
         if "pairs" in self.suites and self.pairs_dev is None:
             raise ValueError("suite 'pairs' needs pairs_dev")
+        if "retrieval" in self.suites and not self.collection:
+            raise ValueError("suite 'retrieval' needs collection")
         known = [f"{suite}/{metric}" for suite in self.suites for metric in SUITE_METRICS[suite]]
         if self.suites and self.metric not in known:
             raise ValueError(f"metric {self.metric!r} is not measured by suites; choose from {', '.join(known)}")

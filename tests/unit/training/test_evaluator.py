@@ -13,10 +13,11 @@ from tiny import make_sentences
 from hncse_ray.config import CorpusSettings, EncoderSettings, EvaluationSettings
 from hncse_ray.encoder import SentenceEncoder, load_encoder
 from hncse_ray.errors import DataError
-from hncse_ray.evaluation import evaluate_retrieval, read_pairs
+from hncse_ray.evaluation import evaluate_retrieval, paired_set, read_pairs
 from hncse_ray.training import EvaluationSets, load_evaluation_sets
 from hncse_ray.training.distributed import ShardedEncode
 
+PAIRS = ("recall@1", "recall@10", "mrr", "ndcg@10")
 CORPUS = CorpusSettings(source="text", path=("unused.txt",))
 
 
@@ -60,11 +61,10 @@ def test_pairs_are_scored_as_retrieval(pairs_file: Path, encoder: SentenceEncode
     test_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sets = load_pairs(pairs_file, test_file)
     for split, path in (("dev", pairs_file), ("test", test_file)):
-        queries, answers = read_pairs(path)
-        expected = evaluate_retrieval(encoder.encode, queries, answers)
+        expected = evaluate_retrieval(encoder.encode, paired_set(*read_pairs(path)))
         scores = sets.score(encoder.encode, split)
-        assert list(scores) == ["pairs/recall@1", "pairs/recall@10", "pairs/mrr"]
-        assert scores == {f"pairs/{name}": expected[name] for name in ("recall@1", "recall@10", "mrr")}
+        assert list(scores) == [f"pairs/{name}" for name in PAIRS]
+        assert scores == {f"pairs/{name}": expected[name] for name in PAIRS}
 
 
 def test_without_a_test_file_the_test_split_has_no_scores(pairs_file: Path, encoder: SentenceEncoder) -> None:
@@ -91,7 +91,7 @@ def test_the_setting_wins_over_the_environment(senteval: Path, monkeypatch: pyte
 def test_several_suites_are_scored_side_by_side(senteval: Path, pairs_file: Path, encoder: SentenceEncoder) -> None:
     sets = load(suites=["stsb", "pairs"], senteval_path=str(senteval), pairs_dev=str(pairs_file))
     assert list(sets.score(encoder.encode, "dev")) == [
-        "stsb/spearman", "pairs/recall@1", "pairs/recall@10", "pairs/mrr",
+        "stsb/spearman", *(f"pairs/{name}" for name in PAIRS),
     ]  # fmt: skip
     assert list(sets.score(encoder.encode, "test")) == ["stsb/spearman"]
 
