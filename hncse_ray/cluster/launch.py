@@ -168,7 +168,7 @@ def check_run(settings: Settings, reporter: Reporter) -> tuple[SentenceEncoder, 
     if len(corpus) < settings.train.batch_size:
         raise DataError(
             f"has {len(corpus)} sentences, fewer than train.batch_size = {settings.train.batch_size}",
-            f"corpus {settings.corpus.source}",
+            f"corpus {settings.corpus.place}",
             "Lower train.batch_size or give a larger corpus",
         )
     check_candidates(settings, corpus)

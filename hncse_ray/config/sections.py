@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 Pooling = Literal["auto", "cls", "cls_before_head", "mean", "first_last_mean", "last_two_mean"]
 Precision = Literal["auto", "fp32", "bf16"]
-CorpusSource = Literal["text", "jsonl", "csv", "parquet", "hub", "python-docs"]
+CorpusSource = Literal["auto", "text", "jsonl", "csv", "parquet", "hub", "python-docs"]
 Suite = Literal["stsb", "pairs", "python-docs", "retrieval"]
 
 RETRIEVAL_METRICS = ("recall@1", "recall@10", "mrr", "ndcg@10")
@@ -51,17 +51,22 @@ class RunSettings(Section):
 class CorpusSettings(Section):
     """Where the unlabelled sentences come from and which of them are kept."""
 
-    source: CorpusSource = "text"
-    path: StrTuple = Field((), description="files (text, jsonl, csv, parquet) or one data set name (hub)")
+    source: CorpusSource = Field("auto", description="auto = files, each read as its ending says")
+    path: StrTuple = Field((), description="files and globs, or one data set name (hub)")
     column: str = Field("text", description="the column of jsonl, csv, parquet and hub sources")
     subset: str | None = Field(None, description="the configuration of a hub data set")
     split: str = Field("train", description="the split of a hub data set")
     packages: StrTuple = Field((), description="python-docs: packages to read; empty = a tested selection")
-    min_words: int = Field(3, ge=1)
+    min_words: int = Field(1, ge=1, description="words as blanks part them: one for a line of Chinese or Japanese")
     max_chars: int = Field(10_000, ge=10, description="longer lines are dropped and counted")
     max_sentences: int | None = Field(None, ge=1, description="a random sample of this size is kept")
     cache_dir: str | None = Field(None, description="default: $HNCSE_CACHE, else ~/.cache/hncse_ray")
     num_processes: int | None = Field(None, ge=1, description="default: one per CPU")
+
+    @property
+    def place(self) -> str:
+        """What messages call it: its paths, else its source."""
+        return " ".join(self.path) or self.source
 
     @model_validator(mode="after")
     def _path_fits_source(self) -> CorpusSettings:
@@ -69,7 +74,7 @@ class CorpusSettings(Section):
             if self.path:
                 raise ValueError("python-docs reads installed packages and takes no path; name them in packages")
         elif not self.path:
-            raise ValueError(f"source {self.source!r} needs a path")
+            raise ValueError(f"source {self.source!r} needs a path; python-docs needs none")
         elif self.source == "hub" and len(self.path) > 1:
             raise ValueError("source 'hub' takes one data set name")
         return self

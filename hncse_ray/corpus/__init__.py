@@ -4,7 +4,6 @@ from hncse_ray.corpus.batches import BatchPlan, pad_rows, rank_slice
 from hncse_ray.corpus.corpus import Corpus, PrepareReport
 from hncse_ray.corpus.prepare import prepare_corpus
 from hncse_ray.corpus.python_docs import DocPair, docstring_sentences, documentation_pairs
-from hncse_ray.corpus.sources import read_lines
 from hncse_ray.corpus.text import content_hash, normalise
 
 __all__ = [
@@ -19,5 +18,4 @@ __all__ = [
     "pad_rows",
     "prepare_corpus",
     "rank_slice",
-    "read_lines",
 ]

@@ -188,7 +188,7 @@ def _write(
             dropped = ", ".join(f"{reason} {counts[reason]}" for reason in DROP_REASONS if counts[reason])
             raise DataError(
                 f"no sentence is left of {counts['read']} lines (dropped: {dropped or 'none'})",
-                " ".join(settings.path) or settings.source,
+                settings.place,
                 "See corpus.min_words, corpus.max_chars and corpus.column",
             )
         writer.finalize()

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,15 +13,15 @@ from numpy.typing import NDArray
 from hncse_ray.config import COLLECTION_METRICS, RETRIEVAL_METRICS
 from hncse_ray.errors import DataError
 from hncse_ray.evaluation.vectors import Encode, FloatArray, encode_unit
+from hncse_ray.reading import read_table
 
 logger = logging.getLogger(__name__)
 
 # Cosines closer than this are equal: a dot product of 32-bit unit rows is no more precise.
 TIE_TOLERANCE = 1e-6
 _COLUMNS = ("query", "answer")
-_FORMATS = "TSV (two columns, no header), or CSV, JSONL or Parquet with columns query and answer"
+_FORMATS = "TSV (two columns), or CSV, JSONL or Parquet with columns query and answer"
 
-Row = tuple[int, object, object]  # line or row number from 1, query, answer
 Ints = NDArray[np.int_]
 
 
@@ -160,11 +156,10 @@ def _ranks(score_A: FloatArray, position_R: Ints, grade_R: Ints) -> Ints:
 
 
 def read_pairs(path: str | Path) -> tuple[list[str], list[str]]:
-    """Read queries and their answers, told by the file's ending.
+    """Read queries and their answers from a table of the columns ``query`` and ``answer`` and perhaps others.
 
-    ``.tsv`` and ``.txt`` hold two tab-separated columns and no header; ``.csv``, ``.jsonl`` (``.ndjson``) and
-    ``.parquet`` hold the columns ``query`` and ``answer`` and perhaps others. Text is UTF-8, and
-    is stripped at its ends.
+    Its kind is told by its ending (see :mod:`hncse_ray.reading`). TSV, also as ``.txt``, may come without a header:
+    then it has these two columns alone. Text is UTF-8, and is stripped at its ends.
 
     Returns:
         Two lists of the same length.
@@ -172,102 +167,11 @@ def read_pairs(path: str | Path) -> tuple[list[str], list[str]]:
     Raises:
         DataError: the file is missing, of another kind, broken or empty; it names the line or row.
     """
-    path = Path(path)
-    match path.suffix.lower():
-        case ".tsv" | ".txt":
-            rows: Iterable[Row] = _tsv_rows(path)
-        case ".csv":
-            rows = _csv_rows(path)
-        case ".jsonl" | ".ndjson":
-            rows = _jsonl_rows(path)
-        case ".parquet":
-            rows = _parquet_rows(path)
-        case suffix:
-            raise DataError(f"is of an unknown kind {suffix!r}", str(path), f"Pairs come as {_FORMATS}")
     queries: list[str] = []
     answers: list[str] = []
-    for number, *values in rows:
-        for column, value, texts in zip(_COLUMNS, values, (queries, answers), strict=True):
-            if not isinstance(value, str) or not value.strip():
-                what = "is empty" if value is None or value == "" or isinstance(value, str) else "is not text"
-                raise DataError(f"the {column} {what}", f"{path}:{number}")
-            texts.append(value.strip())
+    for _, (query, answer) in read_table(Path(path), _COLUMNS, header=False):
+        queries.append(query)
+        answers.append(answer)
     if not queries:
         raise DataError("holds no pairs", str(path), f"Pairs come as {_FORMATS}")
     return queries, answers
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError("is not UTF-8", f"{path}:{line}", "Convert it, such as with iconv") from None
-
-
-def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if line.strip():
-            yield number, line.removesuffix("\r")
-
-
-def _tsv_rows(path: Path) -> Iterator[Row]:
-    for number, line in _numbered_lines(path):
-        row = line.split("\t")
-        if len(row) != 2:
-            what = f"has {len(row)} tab-separated columns where 2 are needed"
-            raise DataError(what, f"{path}:{number}", "Each line is a query, a tab and its answer")
-        yield number, row[0], row[1]
-
-
-def _csv_rows(path: Path) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
-    try:
-        _check_columns(path, reader.fieldnames or ())
-        for row in reader:
-            yield reader.line_num, row["query"], row["answer"]
-    except csv.Error as error:
-        raise DataError(f"is not valid CSV ({error})", f"{path}:{reader.line_num}") from None
-
-
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    for number, line in _numbered_lines(path):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"is not valid JSON ({error})", f"{path}:{number}", "One object a line") from None
-        if not isinstance(row, dict):
-            raise DataError("is not a JSON object", f"{path}:{number}", 'Write {"query": ..., "answer": ...}')
-        _check_columns(path, row, number)
-        yield number, row["query"], row["answer"]
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow.parquet as pq  # slow to import, and used here only
-    from pyarrow import ArrowException
-
-    try:
-        with pq.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow.names)
-            table = file.read(columns=list(_COLUMNS))
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    except ArrowException as error:
-        raise DataError(f"is not valid Parquet ({error})", str(path)) from None
-    columns: list[list[Any]] = [table.column(name).to_pylist() for name in _COLUMNS]
-    for number, (query, answer) in enumerate(zip(*columns, strict=True), start=1):
-        yield number, query, answer
-
-
-def _check_columns(path: Path, found: Iterable[object], line: int | None = None) -> None:
-    names = [str(name) for name in found]
-    if missing := [name for name in _COLUMNS if name not in names]:
-        where = f"{path}:{line}" if line else str(path)
-        known = ", ".join(names) or "none"
-        raise DataError(f"has no column {' and no column '.join(missing)}", where, f"Its columns: {known}")
-
-
-def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"cannot be read ({error.strerror or error})", str(path))

@@ -145,7 +145,7 @@ def test_the_datasets_library_opens_it(prepare, text_file):
 def test_nothing_left_tells_the_counts(prepare, tmp_path):
     (tmp_path / "short.txt").write_text("one\ntwo words\n\n")
     with pytest.raises(DataError, match=r"short.txt: no sentence is left of 3 lines \(dropped: empty 1, too_short 2\)"):
-        prepare(path=f"{tmp_path}/short.txt")
+        prepare(path=f"{tmp_path}/short.txt", min_words=3)
     assert folders(tmp_path) == []
 
 
