@@ -1,6 +1,6 @@
 """Every setting of a run, read from YAML, changed by ``a.b=c`` overrides, checked as a whole."""
 
-from hncse_ray.config.load import load_settings
+from hncse_ray.config.load import load_settings, read_setting, setting_kinds
 from hncse_ray.config.sections import (
     COLLECTION_METRICS,
     OBJECTIVES,
@@ -16,6 +16,7 @@ from hncse_ray.config.sections import (
     ObjectiveSettings,
     Pooling,
     Precision,
+    Section,
     Settings,
     TrainSettings,
 )
@@ -35,7 +36,10 @@ __all__ = [
     "Precision",
     "RETRIEVAL_METRICS",
     "SUITE_METRICS",
+    "Section",
     "Settings",
     "TrainSettings",
     "load_settings",
+    "read_setting",
+    "setting_kinds",
 ]
