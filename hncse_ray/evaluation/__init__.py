@@ -1,5 +1,6 @@
 """Scores of any ``encode(list[str]) -> ndarray [N, D]``: STS, transfer, retrieval, geometry; and their comparison."""
 
+from hncse_ray.evaluation.collection import read_collection
 from hncse_ray.evaluation.compare import Difference, compare_retrieval, compare_sts, mean_and_spread
 from hncse_ray.evaluation.geometry import (
     SimilarityHistogram,
@@ -37,6 +38,7 @@ __all__ = [
     "evaluate_transfer",
     "mean_and_spread",
     "paired_set",
+    "read_collection",
     "read_pairs",
     "read_sts",
     "similarity_histogram",

@@ -86,22 +86,22 @@ def read_table(
     Raises:
         DataError: the file cannot be read or a record cannot be used; it names the line or row.
     """
+    needed = f"Each record needs {' and '.join(columns)}"
     for record in read_records(path, columns, optional=optional, header=header):
         if record.fault == "blank":
             continue
         where = f"{path}:{record.number}"
         if record.fault:
-            raise DataError(record.what, where)
+            raise DataError(record.what, where, needed)
         texts = []
         for name, cell in zip((*columns, *optional), record.cells, strict=True):
             text = "" if cell is None else cell
             if not isinstance(text, str):
-                raise DataError(f"the {name} is not text", where)
+                raise DataError(f"the {name} is not text", where, needed)
             if not is_unicode(text):
                 raise DataError(f"the {name} is not UTF-8", where, "Convert the file, for example with iconv")
             if not text.strip() and name not in optional:
-                hint = f"Each record needs {' and '.join(columns)}"
-                raise DataError(f"the {name} is {'missing' if cell is None else 'empty'}", where, hint)
+                raise DataError(f"the {name} is {'missing' if cell is None else 'empty'}", where, needed)
             texts.append(text.strip())
         yield record.number, tuple(texts)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from hncse_ray.config import CorpusSettings, EvaluationSettings
 from hncse_ray.corpus import documentation_pairs
+from hncse_ray.errors import DataError
 from hncse_ray.evaluation import (
     Difference,
     Encode,
@@ -16,10 +19,12 @@ from hncse_ray.evaluation import (
     compare_sts,
     evaluate_retrieval,
     paired_set,
+    read_collection,
     read_pairs,
     read_sts,
     spearman,
 )
+from hncse_ray.evaluation.collection import LAYOUT
 from hncse_ray.training.senteval import senteval_folder
 
 Split = Literal["dev", "test"]
@@ -71,8 +76,15 @@ class EvaluationSets:
         return [*compare_sts(first, second, scored), *compare_retrieval(first, second, searched, mean=suite)]
 
 
-def load_evaluation_sets(settings: EvaluationSettings, corpus: CorpusSettings) -> EvaluationSets:
+def load_evaluation_sets(
+    settings: EvaluationSettings, corpus: CorpusSettings, *, dev_needed: bool = True
+) -> EvaluationSets:
     """Read the dev and test sets that a run needs.
+
+    Args:
+        settings: which sets.
+        corpus: of the run; its packages are those of the documentation pairs.
+        dev_needed: refuse a collection that has nothing to choose a checkpoint by.
 
     Raises:
         DataError: a set is missing or damaged.
@@ -92,8 +104,28 @@ def load_evaluation_sets(settings: EvaluationSettings, corpus: CorpusSettings) -
             for split in splits:
                 chosen = [p for p in pairs if p.split == split]
                 sets[suite, split] = paired_set([p.query for p in chosen], [p.answer for p in chosen])
+        elif suite == "retrieval":
+            sets |= _collections(settings.collection, splits, dev_needed=dev_needed)
         else:
             for split, path in (("dev", settings.pairs_dev), ("test", settings.pairs_test)):
                 if path is not None and split in splits:
                     sets[suite, split] = paired_set(*read_pairs(path))
     return EvaluationSets(sets)
+
+
+def _collections(
+    folders: Sequence[str], splits: tuple[Split, ...], *, dev_needed: bool
+) -> dict[tuple[str, Split], RetrievalSet | StsPairs]:
+    """The sets of the suite retrieval, named after their folders where these are several."""
+    names = [Path(folder).expanduser().resolve().name for folder in folders]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"two collections are called {twice[0]!r}", ", ".join(folders), "Rename a folder")
+    sets: dict[tuple[str, Split], RetrievalSet | StsPairs] = {}
+    for name, folder in zip(names, folders, strict=True):
+        found = read_collection(folder, splits)
+        if dev_needed and "dev" not in found:
+            raise DataError("has no qrels/dev.tsv, which chooses the checkpoint", folder, LAYOUT)
+        for split in splits:
+            if split in found:
+                sets["retrieval" if len(folders) == 1 else f"retrieval/{name}", split] = found[split]
+    return sets

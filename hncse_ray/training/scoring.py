@@ -127,7 +127,7 @@ def score_models(
     members = [tuple(name for name in group.split(",") if name) for group in groups]
     for model in itertools.chain(*members):
         resolve_model(model)  # the last one's absence should not show after an hour with the others
-    sets = load_evaluation_sets(settings.evaluation, settings.corpus)
+    sets = load_evaluation_sets(settings.evaluation, settings.corpus, dev_needed=False)
     data_dir = senteval_folder(settings.evaluation) if set(suites) & set(TEST_SUITES) else ""
     found, encodes = [], []
     for group, models in zip(groups, members, strict=True):

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from invoke import assert_refused, hncse
-from tiny import make_model, make_sentences
+from tiny import make_collection, make_model, make_sentences
 
 from hncse_ray.config import EncoderSettings, load_settings
 from hncse_ray.encoder import load_encoder, save_encoder
@@ -138,6 +138,20 @@ BAD_RUNS: dict[str, Case] = {
         ("$HNCSE_DATA", "hncse data sts", "set evaluation.senteval_path"),
     ),
     "pairs missing": (overrides("evaluation.pairs_dev=HERE/none.tsv"), ("none.tsv: no such file",)),
+    "no collection": (overrides("evaluation.suites=[retrieval]"), ("suite 'retrieval' needs collection",)),
+    "collection missing": (
+        overrides(
+            "evaluation.suites=[retrieval]", "evaluation.metric=retrieval/mrr@10", "evaluation.collection=HERE/x"
+        ),
+        ("/x: no such folder", "corpus.jsonl, queries.jsonl and qrels"),
+    ),
+    "collection without dev": (
+        lambda folder: [
+            f"evaluation.collection={make_collection(folder / 'c', splits=('test',))}",
+            *("evaluation.suites=[retrieval]", "evaluation.metric=retrieval/mrr@10"),
+        ],
+        ("has no qrels/dev.tsv, which chooses the checkpoint",),
+    ),
     "unknown storage": (overrides("run.storage_path=nosuch://x"), ("nosuch://x", "Give a URL such as s3://")),
 }
 

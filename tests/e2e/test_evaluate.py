@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny import make_sentences
+from tiny import make_collection, make_sentences
 from typer.testing import CliRunner
 
 from hncse_ray.cli import app
@@ -77,6 +77,8 @@ def test_two_models_side_by_side_have_one_each(model: Path, senteval: Path, tiny
         (["--suite", "geometry"], "hncse data sts"),
         (["--suite", "pairs"], "--pairs: the suite pairs needs data"),
         (["--suite", "retrieval"], "--data: the suite retrieval needs data"),
+        (["--data", "HERE/none"], "none: no such folder. A collection is a folder with corpus.jsonl"),
+        (["--data", "HERE"], "has no dev.tsv and no test.tsv"),
         (["--suite", "geometry", "--workers", "2"], "hncse data sts"),  # said before Ray is started
     ],
 )
@@ -130,6 +132,22 @@ def test_a_p_value_below_what_the_resamples_show_is_printed_as_such(model: Path,
     result = evaluate(blind, model, "--pairs", pairs)
     assert result.exit_code == 0, result.stderr
     assert result.stdout.count("< 0.002") == 4 and "0.001" not in result.stdout
+
+
+def test_collections_are_scored_and_two_models_are_compared_on_them(model: Path, other: Path, tmp_path: Path) -> None:
+    one, two = make_collection(tmp_path / "one"), make_collection(tmp_path / "two", seed=5, splits=("test",))
+    result = evaluate(model, other, "--data", one, "--data", two, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    names = [f"retrieval{of}/{metric}" for of in ("/one", "/two", "") for metric in ("ndcg@10", "mrr@10", "recall@100")]
+    runs = [group["runs"][0] for group in found["groups"]]
+    assert list(runs[0]["test"]) == names and len(runs[0]["dev"]) == 6
+    assert [d["name"] for d in found["differences"]] == names
+    for difference in found["differences"]:
+        first, second = (run["test"][difference["name"]] for run in runs)
+        assert (difference["first"], difference["second"]) == pytest.approx((first, second))
+    for title in ("retrieval/one, dev", "retrieval/one, test", "retrieval/two, test", "retrieval, test"):
+        assert title in result.stderr
 
 
 def test_two_models_are_not_compared_where_nothing_can_be_drawn_again(model: Path, other: Path, senteval: Path) -> None:
