@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -49,8 +51,32 @@ def _find(name: str | Path, kind: str, noun: str) -> Path:
     raise SettingsError(f"no such {noun}", str(name), f"{hint}Known by name: {', '.join(names)}")
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, where plain YAML would silently keep the last."""
+NOTHING = ("", "~", "null", "Null", "NULL", "none", "None")
+
+
+class Nothing(str):
+    """One of the words of :data:`NOTHING`, written without quotes: no value, or the word where only text will do."""
+
+
+_NULL = "tag:yaml.org,2002:null"
+_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map", None)  # None: any other is refused
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose scalars stay the text that was written; what they mean depends on what they are written for.
+
+    Refused are a key given twice, where plain YAML would silently keep the last, and aliases, with which a short file
+    makes an endless tree.
+    """
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {tag: yaml.SafeLoader.yaml_constructors[tag] for tag in _TAGS}
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="an alias is not understood here; write its value out",
+                                       problem_mark=self.peek_event().start_mark)  # type: ignore[no-untyped-call]  # fmt: skip
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -60,18 +86,48 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a recipe or a search space as a tree of plain values.
+class _Dumper(yaml.SafeDumper):
+    """YAML that puts every text into quotes that the loader above, or PyYAML's own, would not take for text."""
+
+
+_Loader.add_constructor(_NULL, lambda loader, node: Nothing(node.value))
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(_NULL, re.compile("|".join(f"{word}$" for word in NOTHING)), ["~", "n", "N", ""])
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Read YAML as lists and mappings of texts.
+
+    Args:
+        text: what to read.
+        where: the file or setting it is from, named in errors.
 
     Raises:
-        SettingsError: it cannot be read, is not valid YAML, gives a key twice or holds no mapping.
+        SettingsError: it is not valid YAML, gives a key twice or uses an alias.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: escapes of no character
+        raise SettingsError(f"is not valid YAML ({' '.join(str(error).split())})", where) from None
+    except RecursionError:
+        raise SettingsError("is not valid YAML (nested too deeply)", where) from None
+
+
+def write_yaml(tree: Mapping[str, Any]) -> str:
+    """Return a tree as YAML whose texts :func:`parse_yaml` reads back as they are."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a recipe or a search space; see :func:`parse_yaml`.
+
+    Raises:
+        SettingsError: it cannot be read, is not valid YAML or holds no mapping.
+    """
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"cannot be read ({error})", str(path)) from None
-    except yaml.YAMLError as error:
-        raise SettingsError(f"is not valid YAML ({' '.join(str(error).split())})", str(path)) from None
     if not isinstance(tree, dict):
         raise SettingsError("holds no mapping", str(path), "A recipe has sections: corpus, encoder, ...")
     return tree

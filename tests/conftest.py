@@ -42,7 +42,7 @@ def small_run(tiny_model: Path, corpus_file: Path, pairs_file: Path, tmp_path: P
     """Settings of a run that takes a second: 12 steps of 16 sentences."""
     return {
         "run": {"name": "small", "storage_path": str(tmp_path / "runs"), "seed": 3},
-        "corpus": {"source": "text", "path": str(corpus_file), "cache_dir": str(tmp_path / "cache")},
+        "corpus": {"path": str(corpus_file), "cache_dir": str(tmp_path / "cache")},
         "encoder": {"model": str(tiny_model), "pooling": "mean", "max_length": 24, "precision": "fp32"},
         "objective": {"name": "hybrid"},
         "train": {

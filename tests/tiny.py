@@ -1,7 +1,8 @@
-"""A tiny real encoder and sentences for it."""
+"""A tiny real encoder, and sentences and a search collection for it."""
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -23,6 +24,28 @@ def make_sentences(count: int, seed: int = 0) -> list[str]:
     while len(found) < count:
         found[" ".join(generator.choices(WORDS, k=generator.randint(4, 20))) + "."] = None
     return list(found)
+
+
+def make_collection(folder: Path, *, splits: tuple[str, ...] = ("dev", "test"), seed: int = 0) -> Path:
+    """Write 60 documents, half of them with a title, and 8 queries a split: some words of each of two documents."""
+    documents = make_sentences(60, seed=seed + 100)
+    generator = random.Random(seed)
+    rows = [{"_id": f"d{i}", "title": "" if i % 2 else f"title {i}", "text": text} for i, text in enumerate(documents)]
+    queries, judgements = [], {split: ["query-id\tcorpus-id\tscore"] for split in splits}
+    for number, split in enumerate(split for split in splits for _ in range(8)):
+        right = generator.sample(range(60), 2)
+        words = [word for i in right for word in documents[i].rstrip(".").split()[::2]]
+        queries.append({"_id": f"q{number}", "text": " ".join(words)})
+        judgements[split] += [f"q{number}\td{right[0]}\t2", f"q{number}\td{right[1]}\t1", f"q{number}\td{number}\t0"]
+        if number in right:
+            judgements[split].pop()
+    (folder / "qrels").mkdir(parents=True)
+    for name, lines in (("corpus", rows), ("queries", queries)):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    for split, judged in judgements.items():
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(judged) + "\n", encoding="utf-8")
+    return folder
 
 
 def make_tokenizer(*, padding: int = 0, lowercase: bool = True, max_length: int = 64) -> PreTrainedTokenizerFast:

@@ -22,7 +22,7 @@ from hncse_ray.cli.app import (
     encoder_settings,
 )
 from hncse_ray.config import load_settings
-from hncse_ray.errors import HncseError, StorageError
+from hncse_ray.errors import DataError, StorageError
 
 
 @app.command()
@@ -39,14 +39,16 @@ def encode(
     def run(console: Console) -> dict[str, Any]:
         import numpy as np
 
-        from hncse_ray.corpus import read_lines
         from hncse_ray.encoder import load_encoder
+        from hncse_ray.reading import kind_of, read_lines
 
         if not out.parent.is_dir() or out.is_dir() or out.suffix != ".npy":
             raise StorageError("cannot be written: name a .npy file in an existing folder", str(out))
+        if texts != "-" and (kind := kind_of(texts)) != "text":
+            raise DataError(f"is a table ({kind})", texts, "Write its texts to a text file, a sentence a line")
         lines = read_lines(None if texts == "-" else texts)
         if not lines:
-            raise HncseError("holds no text", texts)
+            raise DataError("holds no text", texts)
         encoder = load_encoder(model, encoder_settings(model, pooling))
         with console_reporter(console) as reporter:
             vectors = encoder.encode(lines, batch_size=batch_size, progress=counter(reporter, "encoding"))

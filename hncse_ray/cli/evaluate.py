@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hncse_ray.cli.app import JsonOption, PoolingOption, app, command, console_reporter
-from hncse_ray.config import load_settings
+from hncse_ray.config import SUITE_METRICS, load_settings
 from hncse_ray.errors import SettingsError, StorageError
 
 if TYPE_CHECKING:
@@ -31,9 +31,13 @@ def evaluate(
     ],
     suite: Annotated[
         list[str] | None,
-        typer.Option(help="sts, transfer, geometry, python-docs, pairs, stsb, or full; may be repeated."),
+        typer.Option(help="sts, transfer, geometry, python-docs, pairs, retrieval, stsb, or full; may be repeated."),
     ] = None,
-    pairs: Annotated[str | None, typer.Option(help="For suite pairs: a file of query and answer.")] = None,
+    pairs: Annotated[str | None, typer.Option(help="A file of query and answer; adds suite pairs.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="A folder with corpus, queries and qrels; adds suite retrieval; may be repeated."),
+    ] = None,
     senteval: Annotated[
         str | None, typer.Option(help="The SentEval folder; default $HNCSE_DATA/senteval, or what `data sts` fetched.")
     ] = None,
@@ -49,11 +53,16 @@ def evaluate(
         from hncse_ray.reporting import StageProgress
         from hncse_ray.training.scoring import TEST_SUITES, OpenEncoder, resolve_suites, score_models
 
-        suites = resolve_suites(suite or ["python-docs"])
+        named = {"pairs": ("--pairs", pairs), "retrieval": ("--data", data)}  # naming the data asks for its suite
+        suites = resolve_suites([*(suite or ()), *(s for s, (_, given) in named.items() if given)] or ["python-docs"])
+        for needed in (s for s in suites if s in named and not named[s][1]):
+            raise SettingsError(f"the suite {needed} needs data", named[needed][0], "Name them with this option")
         chosen = [s for s in suites if s not in TEST_SUITES]
-        evaluation: dict[str, Any] = {"suites": chosen, "senteval_path": senteval, "pairs_dev": pairs}
+        evaluation: dict[str, Any] = {
+            "suites": chosen, "senteval_path": senteval, "pairs_dev": pairs, "collection": data or [],
+        }  # fmt: skip
         if chosen:
-            evaluation["metric"] = f"{chosen[0]}/{'spearman' if chosen[0] == 'stsb' else 'recall@10'}"
+            evaluation["metric"] = f"{chosen[0]}/{SUITE_METRICS[chosen[0]][0]}"
         tree = {"corpus": {"source": "python-docs"}, "encoder": {"pooling": pooling}, "evaluation": evaluation}
         settings = load_settings(tree)
         if plots is not None:
@@ -134,8 +143,8 @@ def _print_scoreboard(console: Console, board: Scoreboard) -> None:
     for split in ("dev", "test"):
         rows = {label: group.summary(split) for label, group in zip(labels, board.groups, strict=True)}
         names = list(next(iter(rows.values())))
-        for suite in dict.fromkeys(name.partition("/")[0] for name in names):
-            metrics = {name: name.partition("/")[2] for name in names if name.startswith(f"{suite}/")}
+        for suite in dict.fromkeys(name.rpartition("/")[0] for name in names):  # with its set, where it has several
+            metrics = {name: name.rpartition("/")[2] for name in names if name.rpartition("/")[0] == suite}
             columns = {name: _HEADINGS.get(metric, metric) for name, metric in metrics.items()}
             console.print(scoreboard_table(f"{suite}, {split}", rows, columns))
     if board.differences:
@@ -145,5 +154,6 @@ def _print_scoreboard(console: Console, board: Scoreboard) -> None:
         for d in board.differences:
             digits = 2 if abs(d.first) >= 2 else 4
             interval = f"{d.low:+.{digits}f} to {d.high:+.{digits}f}"
-            table.add_row(d.name, f"{d.second - d.first:+.{digits}f}", interval, f"{d.p_value:.3f}")
+            p_value = f"< {d.resolution:.3f}" if d.p_value <= d.resolution else f"{d.p_value:.3f}"
+            table.add_row(d.name, f"{d.second - d.first:+.{digits}f}", interval, p_value)
         console.print(table)

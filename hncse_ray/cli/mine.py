@@ -17,7 +17,7 @@ from hncse_ray.config import load_settings
 @app.command()
 def mine(
     model: ModelArgument,
-    corpus: Annotated[str, typer.Argument(help="A text, JSONL, CSV or Parquet file, or a recipe for its corpus.")],
+    corpus: Annotated[str, typer.Argument(help="A text, JSONL, CSV, TSV or Parquet file, or a recipe for its corpus.")],
     overrides: OverridesArgument = None,
     out: Annotated[Path, typer.Option(help="The .parquet file to write.")] = Path("triplets.parquet"),
     as_json: JsonOption = False,
@@ -51,11 +51,10 @@ def mine(
 
 def _mining_tree(model: str, corpus: str) -> dict[str, Any]:
     """Settings of a mining job: a file is read as its name says, anything else is a recipe."""
-    sources = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
     path, max_length = Path(corpus), 128
     if path.suffix in ("", ".yaml", ".yml") and not (path.suffix == "" and path.is_file()):
         recipe = load_settings(corpus)
         tree, max_length = {"corpus": recipe.corpus.model_dump()}, recipe.encoder.max_length
     else:
-        tree = {"corpus": {"source": sources.get(path.suffix, "text"), "path": corpus}}
+        tree = {"corpus": {"path": corpus}}
     return tree | {"encoder": {"model": model, "max_length": max_length}, "negatives": {"source": "pool"}}

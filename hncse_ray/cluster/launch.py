@@ -64,6 +64,7 @@ from hncse_ray.training.remote_run import (
     working_folder,
 )
 from hncse_ray.training.run_folder import RunFolder
+from hncse_ray.training.schedule import count_steps, plan_batches
 from hncse_ray.training.shard import build_shard
 
 logger = logging.getLogger(__name__)
@@ -168,9 +169,10 @@ def check_run(settings: Settings, reporter: Reporter) -> tuple[SentenceEncoder, 
     if len(corpus) < settings.train.batch_size:
         raise DataError(
             f"has {len(corpus)} sentences, fewer than train.batch_size = {settings.train.batch_size}",
-            f"corpus {settings.corpus.source}",
+            f"corpus {settings.corpus.place}",
             "Lower train.batch_size or give a larger corpus",
         )
+    count_steps(settings.train, plan_batches(settings, corpus.lengths))  # refuses a warm-up that does not end
     check_candidates(settings, corpus)
     return encoder, sets, corpus
 

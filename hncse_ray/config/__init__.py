@@ -1,9 +1,11 @@
 """Every setting of a run, read from YAML, changed by ``a.b=c`` overrides, checked as a whole."""
 
-from hncse_ray.config.load import load_settings
+from hncse_ray.config.load import load_settings, read_setting, setting_kinds
 from hncse_ray.config.sections import (
+    COLLECTION_METRICS,
     OBJECTIVES,
     RETRIEVAL_METRICS,
+    SUITE_METRICS,
     ClusterSettings,
     CorpusSettings,
     EncoderSettings,
@@ -15,11 +17,13 @@ from hncse_ray.config.sections import (
     ObjectiveSettings,
     Pooling,
     Precision,
+    Section,
     Settings,
     TrainSettings,
 )
 
 __all__ = [
+    "COLLECTION_METRICS",
     "ClusterSettings",
     "CorpusSettings",
     "EncoderSettings",
@@ -33,7 +37,11 @@ __all__ = [
     "Pooling",
     "Precision",
     "RETRIEVAL_METRICS",
+    "SUITE_METRICS",
+    "Section",
     "Settings",
     "TrainSettings",
     "load_settings",
+    "read_setting",
+    "setting_kinds",
 ]

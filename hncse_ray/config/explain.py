@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 from pydantic_core import ErrorDetails
 
 from hncse_ray.config.sections import OBJECTIVES, Section, Settings
+
+_shown = reprlib.Repr()
+_shown.maxstring, _shown.maxother = 200, 200
 
 
 def explain(error: ErrorDetails) -> str:
@@ -30,9 +34,11 @@ def explain(error: ErrorDetails) -> str:
             return f"unknown objective.name {error['ctx']['tag']!r}{hint}; choose from {', '.join(OBJECTIVES)}"
         case "union_tag_not_found":
             return f"objective.name is missing; choose from {', '.join(OBJECTIVES)}"
+        case "model_type" | "model_attributes_type":
+            return f"{path} = {_shown.repr(error['input'])}: it is a section with settings of its own, not a value"
         case _:
             message = error["msg"][0].lower() + error["msg"][1:]
-            return f"{path} = {error['input']!r}: {message}"
+            return f"{path} = {_shown.repr(error['input'])}: {message}"
 
 
 def _nearest(path: str, error: ErrorDetails) -> str:

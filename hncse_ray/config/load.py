@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
-import yaml
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
+from pydantic_core import PydanticCustomError
 
 from hncse_ray.config.explain import explain
 from hncse_ray.config.sections import OBJECTIVES, InfoNCE, Settings
+from hncse_ray.config.values import Typed, is_section, kinds_of, read_kinds
 from hncse_ray.errors import SettingsError
-from hncse_ray.recipe import find_recipe, read_yaml
+from hncse_ray.recipe import Nothing, find_recipe, parse_yaml, read_yaml
 
 
 def load_settings(
@@ -22,45 +23,86 @@ def load_settings(
 
     Args:
         recipe: a YAML file, the bare name of a recipe that comes with the package, or a mapping.
-        overrides: ``section.key=value`` strings, whose values are read as YAML; or values by ``section.key``.
+        overrides: ``section.key=value`` strings, whose values are text, numbers or YAML as the setting says; or values
+            by ``section.key``.
 
     Raises:
         SettingsError: the recipe cannot be read, a key is unknown or a value is out of range.
     """
     if isinstance(recipe, Mapping):
-        where, tree = "settings", {k: dict(v) if isinstance(v, Mapping) else v for k, v in recipe.items()}
+        where, tree = "settings", dict(recipe)
     else:
         where, tree = str(recipe), read_yaml(find_recipe(recipe))
     for key, value in overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides):
         _set(tree, key, value)
-    if isinstance(objective := tree.get("objective"), dict):
-        objective.setdefault("name", InfoNCE.model_fields["name"].default)
+    objective = _mapping(tree.get("objective"), "objective", where)
+    tree["objective"] = {"name": InfoNCE.model_fields["name"].default} | objective
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
         raise SettingsError("; ".join(explain(e) for e in error.errors()), where) from None
 
 
-def _parse_override(override: str) -> tuple[str, Any]:
+def setting_kinds(path: str) -> frozenset[Any]:
+    """Return what a setting may be, as :func:`~hncse_ray.config.values.kinds_of`; nothing if there is no such setting.
+
+    Args:
+        path: such as ``train.batch_size``; one of ``objective`` is a setting of any objective.
+    """
+    kinds: frozenset[Any] = frozenset([Settings])
+    for part in path.split("."):
+        below: frozenset[Any] = frozenset()
+        for kind in kinds:
+            if is_section(kind) and part in kind.model_fields:
+                annotation: Any = kind.model_fields[part].annotation
+                below |= kinds_of(annotation)
+            elif get_origin(kind) is dict:
+                below |= kinds_of(get_args(kind)[1])
+            elif kind is JsonValue:
+                below |= {JsonValue}
+        kinds = below
+    return kinds
+
+
+def read_setting(path: str, value: Any) -> Any:
+    """Return a value from YAML as a setting takes it; see :func:`~hncse_ray.config.values.read_value`.
+
+    Raises:
+        SettingsError: it is no value of that setting.
+    """
+    try:
+        return read_kinds(value, setting_kinds(path) or frozenset([JsonValue]))
+    except PydanticCustomError as error:
+        raise SettingsError(f"{value!r}: {error.message()}", path) from None
+
+
+def _parse_override(override: str) -> tuple[str, Typed]:
     key, equals, text = override.partition("=")
     if not equals or not all(key.strip().split(".")):
         raise SettingsError("is not an override", override, "Write section.key=value, such as train.batch_size=128")
-    try:
-        return key.strip(), yaml.safe_load(text) if text.strip() else None
-    except yaml.YAMLError:
-        raise SettingsError("has a value that is not valid YAML", override, "Quote it") from None
+    return key.strip(), Typed(text.strip())
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     *sections, name = key.split(".")
     node = tree
     for section in sections:
-        child = node.setdefault(section, {})
-        if not isinstance(child, dict):
-            raise SettingsError(f"{section!r} is a value, not a section", key)
+        child = _mapping(node.get(section), section, key)
+        node[section] = child  # a copy: the recipe may be someone's own mapping
         node = child
     if key == "objective.name" and isinstance(value, str) and value in OBJECTIVES:
         # Another objective keeps of the recipe's section only what it knows itself.
         for unknown in set(node) - set(OBJECTIVES[value].model_fields):
             del node[unknown]
     node[name] = value
+
+
+def _mapping(value: Any, section: str, where: str) -> dict[str, Any]:
+    """Return a copy of a section; one with nothing in it is empty."""
+    if isinstance(value, Typed):
+        value = parse_yaml(value, where)
+    if value is None or isinstance(value, Nothing):
+        return {}
+    if not isinstance(value, Mapping):
+        raise SettingsError(f"{section!r} is a value, not a section", where)
+    return dict(value)

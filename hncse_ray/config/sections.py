@@ -7,10 +7,14 @@ The defaults of ``encoder``, ``objective`` and ``train`` are those of unsupervis
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from hncse_ray.config.values import read_value
+from hncse_ray.recipe import write_yaml
 
 Pooling = Literal[
     "auto",
@@ -24,14 +28,19 @@ Pooling = Literal[
     "last_two_mean",
 ]
 Precision = Literal["auto", "fp32", "bf16"]
-CorpusSource = Literal["text", "jsonl", "csv", "parquet", "hub", "python-docs"]
-Suite = Literal["stsb", "pairs", "python-docs"]
+CorpusSource = Literal["auto", "text", "jsonl", "csv", "parquet", "hub", "python-docs"]
+Suite = Literal["stsb", "pairs", "python-docs", "retrieval"]
 
-RETRIEVAL_METRICS = ("recall@1", "recall@10", "mrr")
+MOST = 2**31 - 1  # of what is only counted: every library takes it
+LONGEST_S = 10_000_000  # that anything is waited for, 115 days
+
+RETRIEVAL_METRICS = ("recall@1", "recall@10", "mrr", "ndcg@10")
+COLLECTION_METRICS = ("ndcg@10", "mrr@10", "recall@100")
 SUITE_METRICS: dict[str, tuple[str, ...]] = {
     "stsb": ("spearman",),
     "pairs": RETRIEVAL_METRICS,
     "python-docs": RETRIEVAL_METRICS,
+    "retrieval": COLLECTION_METRICS,
 }
 
 
@@ -43,9 +52,26 @@ StrTuple = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
 class Section(BaseModel):
-    """Base of all settings: immutable, unknown keys refused."""
+    """Base of all settings: immutable, unknown keys refused, values read as the type of their setting says."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_values(cls, tree: Any) -> Any:
+        if not isinstance(tree, Mapping):
+            return tree
+        read, errors = dict(tree), []
+        for key, field in ((field.alias or name, field) for name, field in cls.model_fields.items()):
+            if key not in tree:
+                continue
+            try:
+                read[key] = read_value(tree[key], field.annotation)
+            except PydanticCustomError as error:
+                errors.append(InitErrorDetails(type=error, loc=(key,), input=tree[key]))
+        if errors:
+            raise ValidationError.from_exception_data(cls.__name__, errors)
+        return read
 
 
 class RunSettings(Section):
@@ -59,17 +85,24 @@ class RunSettings(Section):
 class CorpusSettings(Section):
     """Where the unlabelled sentences come from and which of them are kept."""
 
-    source: CorpusSource = "text"
-    path: StrTuple = Field((), description="files (text, jsonl, csv, parquet) or one data set name (hub)")
+    source: CorpusSource = Field("auto", description="auto = files, each read as its ending says")
+    path: StrTuple = Field((), description="files and globs, or one data set name (hub)")
     column: str = Field("text", description="the column of jsonl, csv, parquet and hub sources")
     subset: str | None = Field(None, description="the configuration of a hub data set")
     split: str = Field("train", description="the split of a hub data set")
     packages: StrTuple = Field((), description="python-docs: packages to read; empty = a tested selection")
-    min_words: int = Field(3, ge=1)
-    max_chars: int = Field(10_000, ge=10, description="longer lines are dropped and counted")
-    max_sentences: int | None = Field(None, ge=1, description="a random sample of this size is kept")
+    min_words: int = Field(
+        1, ge=1, le=1000, description="words as blanks part them: one for a line of Chinese or Japanese"
+    )
+    max_chars: int = Field(10_000, ge=10, le=10_000_000, description="longer lines are dropped and counted")
+    max_sentences: int | None = Field(None, ge=1, le=MOST, description="a random sample of this size is kept")
     cache_dir: str | None = Field(None, description="default: $HNCSE_CACHE, else ~/.cache/hncse_ray")
-    num_processes: int | None = Field(None, ge=1, description="default: one per CPU")
+    num_processes: int | None = Field(None, ge=1, le=1024, description="default: one per CPU")
+
+    @property
+    def place(self) -> str:
+        """What messages call it: its paths, else its source."""
+        return " ".join(self.path) or self.source
 
     @model_validator(mode="after")
     def _path_fits_source(self) -> CorpusSettings:
@@ -77,7 +110,7 @@ class CorpusSettings(Section):
             if self.path:
                 raise ValueError("python-docs reads installed packages and takes no path; name them in packages")
         elif not self.path:
-            raise ValueError(f"source {self.source!r} needs a path")
+            raise ValueError(f"source {self.source!r} needs a path; python-docs needs none")
         elif self.source == "hub" and len(self.path) > 1:
             raise ValueError("source 'hub' takes one data set name")
         return self
@@ -138,8 +171,8 @@ class _PositiveMixing(Section):
 
 
 class _HardNegativeMixing(Section):
-    k: int = Field(10, ge=2, description="hardest candidates that mixes are drawn from")
-    n_mixes: int = Field(40, ge=1)
+    k: int = Field(10, ge=2, le=1_048_575, description="hardest candidates that mixes are drawn from")
+    n_mixes: int = Field(40, ge=1, le=65_536)
     alpha: float = Field(0.5, ge=0, le=1)
 
 
@@ -176,9 +209,9 @@ class InstanceSmoothing(Section):
 
     name: Literal["instance_smoothing"] = "instance_smoothing"
     temperature: float = Field(0.05, gt=0, le=10)
-    buffer_size: int = Field(1024, ge=2)
-    group_size: int = Field(16, ge=1)
-    attention_temperature: float = Field(2.0, gt=0)
+    buffer_size: int = Field(1024, ge=2, le=1_048_576)
+    group_size: int = Field(16, ge=1, le=1_048_575)
+    attention_temperature: float = Field(2.0, gt=0, le=1000)
     weight: float = Field(0.1, ge=0, le=10, description="weight of the smoothing loss")
     weight_start: float | None = Field(
         None, ge=0, le=10, description="if set, the weight rises on a cosine from here to `weight`"
@@ -222,24 +255,30 @@ class NegativesSettings(Section):
     relative_margin: float | None = Field(
         None, ge=0, lt=1, description="so are those above (1 - margin) x the mean similarity of positives"
     )
-    skip_hardest: int = Field(0, ge=0, description="of those left, pass over so many of the nearest")
+    skip_hardest: int = Field(0, ge=0, le=2000, description="of those left, pass over so many of the nearest")
     sampling: Literal["top", "uniform", "softmax"] = "top"
-    sampling_temperature: float = Field(0.05, gt=0, description="of softmax sampling")
+    sampling_temperature: float = Field(0.05, gt=0, le=1000, description="of softmax sampling")
     refresh: Literal["async", "sync"] = Field("async", description="sync = training waits for a new index")
-    refresh_every_steps: int | None = Field(100, ge=1, description="null = one index, made at the start")
-    max_staleness_steps: int | None = Field(None, ge=1, description="training waits rather than use an older index")
+    refresh_every_steps: int | None = Field(100, ge=1, le=MOST, description="null = one index, made at the start")
+    max_staleness_steps: int | None = Field(
+        None, ge=1, le=MOST, description="training waits rather than use an older index"
+    )
     index: Literal["auto", "flat", "ivf_flat", "ivf_pq", "exact_torch"] = Field(
         "auto", description="auto = exact (flat; on a GPU exact_torch) where it fits into memory, else ivf_pq"
     )
-    nprobe: int = Field(32, ge=1, description="lists searched by the ivf kinds")
-    encode_batch_size: int | None = Field(None, ge=1, description="default: 128 on CPUs, 1,024 on a GPU")
+    nprobe: int = Field(32, ge=1, le=65_536, description="lists searched by the ivf kinds")
+    encode_batch_size: int | None = Field(None, ge=1, le=65_536, description="default: 128 on CPUs, 1,024 on a GPU")
     num_shards: int = Field(1, ge=1, le=4096, description="actors of the pool; each holds a part of the rows")
-    cpus_per_shard: float = Field(0, ge=0, description="reserved; 0 = the shards share the trainers' CPUs")
-    gpus_per_shard: float = Field(0, ge=0, description="whole, or a fraction of one")
-    threads_per_shard: int | None = Field(None, ge=1, description="default: the reserved CPUs, else all of a node")
+    cpus_per_shard: float = Field(0, ge=0, le=1024, description="reserved; 0 = the shards share the trainers' CPUs")
+    gpus_per_shard: float = Field(0, ge=0, le=1024, description="whole, or a fraction of one")
+    threads_per_shard: int | None = Field(
+        None, ge=1, le=1024, description="default: the reserved CPUs, else all of a node"
+    )
     prefetch_batches: int = Field(2, ge=1, le=64, description="batches whose neighbours are looked up ahead")
-    timeout_s: float = Field(10, gt=0, description="a step waits so long for an answer, then goes on without")
-    build_timeout_s: float = Field(3600, gt=0, description="a build that takes longer is given up")
+    timeout_s: float = Field(
+        10, gt=0, le=LONGEST_S, description="a step waits so long for an answer, then goes on without"
+    )
+    build_timeout_s: float = Field(3600, gt=0, le=LONGEST_S, description="a build that takes longer is given up")
 
     @model_validator(mode="after")
     def _numbers_agree(self) -> NegativesSettings:
@@ -258,28 +297,37 @@ class NegativesSettings(Section):
 class TrainSettings(Section):
     """The optimisation. Batch sizes are global: sentences per optimiser step over all workers."""
 
-    batch_size: int = Field(64, ge=2, description="sentences in one contrastive batch, over all workers")
-    accumulation_steps: int = Field(1, ge=1, description="contrastive batches per optimiser step")
+    batch_size: int = Field(64, ge=2, le=1_048_576, description="sentences in one contrastive batch, over all workers")
+    accumulation_steps: int = Field(1, ge=1, le=65_536, description="contrastive batches per optimiser step")
     grad_cache_chunk_size: int | None = Field(
-        None, ge=1, description="sentences a worker encodes at a time (gradient caching, arXiv 2101.06983)"
+        None,
+        ge=1,
+        le=1_048_576,
+        description="sentences a worker encodes at a time (gradient caching, arXiv 2101.06983)",
     )
     learning_rate: float = Field(3e-5, gt=0, le=1)
     weight_decay: float = Field(0.0, ge=0, le=1)
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, le=1e6)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: int = Field(0, ge=0)
-    epochs: float = Field(1.0, gt=0)
-    max_steps: int | None = Field(None, ge=1, description="optimiser steps; wins over epochs")
+    warmup_steps: int = Field(0, ge=0, le=MOST)
+    epochs: float = Field(1.0, gt=0, le=1_000_000)
+    max_steps: int | None = Field(None, ge=1, le=MOST, description="optimiser steps; wins over epochs")
     bucket_by_length: bool = True
-    log_every_steps: int = Field(10, ge=1)
-    evaluate_every_steps: int = Field(125, ge=1)
-    checkpoint_every_steps: int = Field(500, ge=1)
+    log_every_steps: int = Field(10, ge=1, le=MOST)
+    evaluate_every_steps: int = Field(125, ge=1, le=MOST)
+    checkpoint_every_steps: int = Field(500, ge=1, le=MOST)
     early_stopping_evaluations: int | None = Field(
-        None, ge=1, description="stop after so many evaluations without a better dev score"
+        None, ge=1, le=MOST, description="stop after so many evaluations without a better dev score"
     )
     max_uniformity: float = Field(
         -0.05, le=0, description="a mean uniformity (Wang & Isola 2020) above this is reported as collapse"
     )
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> TrainSettings:
+        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} is not less than max_steps {self.max_steps}")
+        return self
 
 
 class EvaluationSettings(Section):
@@ -290,13 +338,18 @@ class EvaluationSettings(Section):
     senteval_path: str | None = Field(None, description="default: $HNCSE_DATA/senteval")
     pairs_dev: str | None = Field(None, description="TSV, JSONL, CSV or Parquet file of query and answer")
     pairs_test: str | None = None
+    collection: StrTuple = Field(
+        (), description="for retrieval: folders with corpus.jsonl, queries.jsonl and qrels/{dev,test}.tsv"
+    )
     test: bool = Field(True, description="score the test sets too, before and after; the trials of a sweep do not")
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(128, ge=1, le=65_536)
 
     @model_validator(mode="after")
     def _metric_is_measured(self) -> EvaluationSettings:
         if "pairs" in self.suites and self.pairs_dev is None:
             raise ValueError("suite 'pairs' needs pairs_dev")
+        if "retrieval" in self.suites and not self.collection:
+            raise ValueError("suite 'retrieval' needs collection")
         known = [f"{suite}/{metric}" for suite in self.suites for metric in SUITE_METRICS[suite]]
         if self.suites and self.metric not in known:
             raise ValueError(f"metric {self.metric!r} is not measured by suites; choose from {', '.join(known)}")
@@ -308,7 +361,7 @@ class ClusterSettings(Section):
 
     num_workers: int = Field(1, ge=1, le=4096)
     min_workers: int | None = Field(
-        None, ge=1, description="elastic: train with as few while nodes are away; default: always num_workers"
+        None, ge=1, le=4096, description="elastic: train with as few while nodes are away; default: always num_workers"
     )
     use_gpu: Literal["auto", True, False] = Field(
         "auto", description="auto = GPUs if the cluster has them for every worker"
@@ -316,11 +369,13 @@ class ClusterSettings(Section):
     gpus_per_worker: float = Field(
         1, gt=0, le=1, description="a fraction leaves the rest of a GPU to a shard of the pool"
     )
-    cpus_per_worker: float | None = Field(None, gt=0, description="default: the cluster's CPUs shared out")
-    max_failures: int = Field(3, ge=0, description="worker group restarts before the run fails")
+    cpus_per_worker: float | None = Field(None, gt=0, le=1024, description="default: the cluster's CPUs shared out")
+    max_failures: int = Field(3, ge=0, le=MOST, description="worker group restarts before the run fails")
     trainer_labels: dict[str, str] = Field({}, description="nodes that workers may be on, by Ray's labels")
     pool_labels: dict[str, str] = Field({}, description="nodes that the negative pool may be on")
-    start_timeout_s: float = Field(600, gt=0, description="wait so long for nodes to be free, or to be started")
+    start_timeout_s: float = Field(
+        600, gt=0, le=LONGEST_S, description="wait so long for nodes to be free, or to be started"
+    )
 
     @model_validator(mode="after")
     def _elastic_is_clear(self) -> ClusterSettings:
@@ -394,4 +449,4 @@ class Settings(Section):
 
     def to_yaml(self) -> str:
         """Return the resolved settings as YAML; ``load_settings`` reads it back to the same tree."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return write_yaml(self.model_dump(mode="json"))

@@ -4,20 +4,18 @@ from hncse_ray.corpus.batches import BatchPlan, pad_rows, rank_slice
 from hncse_ray.corpus.corpus import Corpus, PrepareReport
 from hncse_ray.corpus.prepare import prepare_corpus
 from hncse_ray.corpus.python_docs import DocPair, docstring_sentences, documentation_pairs
-from hncse_ray.corpus.sources import read_lines
-from hncse_ray.corpus.text import content_hash, normalise
+from hncse_ray.corpus.text import normalise, row_hash
 
 __all__ = [
     "BatchPlan",
     "Corpus",
     "DocPair",
     "PrepareReport",
-    "content_hash",
     "docstring_sentences",
     "documentation_pairs",
     "normalise",
     "pad_rows",
     "prepare_corpus",
     "rank_slice",
-    "read_lines",
+    "row_hash",
 ]

@@ -1,4 +1,4 @@
-"""A prepared corpus on disk: unique sentences, their hashes and token rows, memory-mapped."""
+"""A prepared corpus on disk: sentences of unique token rows, their hashes, memory-mapped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from hncse_ray.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: unique by text
 DATA_FILE, REPORT_FILE = "corpus.arrow", "corpus.json"
 
 Int32 = npt.NDArray[np.int32]
@@ -48,7 +48,7 @@ class Corpus:
         digest: names source, tokenizer and settings; the folder's name.
         report: what the preparation did.
         lengths: tokens of each row `[N]`, int32.
-        hashes: content hash of each row `[N]`, int64.
+        hashes: hash of each row's tokens `[N]`, int64; see :func:`~hncse_ray.corpus.text.row_hash`.
     """
 
     def __init__(self, path: Path, digest: str, report: PrepareReport, table: pa.Table) -> None:

@@ -18,18 +18,21 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from hncse_ray.config import CorpusSettings
 from hncse_ray.corpus.cache import cache_folder
 from hncse_ray.corpus.corpus import DATA_FILE, FORMAT_VERSION, REPORT_FILE, Corpus
 from hncse_ray.corpus.sources import DROP_REASONS, read_sentences, source_identity
-from hncse_ray.corpus.text import content_hash
+from hncse_ray.corpus.text import row_hash
 from hncse_ray.errors import DataError
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int | None], None]
+Row = tuple[str, int, npt.NDArray[np.int32]]  # text, hash, token ids
 
 _BATCH = 4096  # sentences tokenised, and written, at a time
 _FOREIGN_STALE_S = 7 * 24 * 3600.0  # a temporary folder of another host is removed after so long
@@ -170,25 +173,20 @@ def _write(
 
     started = time.monotonic()
     counts: Counter[str] = Counter()
-    rows: Iterator[tuple[str, int]] = _unique(read_sentences(settings, counts), counts)
+    rows = _unique_rows(read_sentences(settings, counts), counts, tokenizer, max_length, progress)
     if settings.max_sentences is not None:
         rows = _sample(rows, settings.max_sentences, seed, counts)
     written = tokens = 0
     with ArrowWriter(features=Features.from_arrow_schema(_SCHEMA), path=str(folder / DATA_FILE)) as writer:
         while batch := list(itertools.islice(rows, _BATCH)):
-            texts = [text for text, _ in batch]
-            input_ids = tokenize(tokenizer, texts, max_length)
-            columns = [texts, [key for _, key in batch], input_ids]
-            writer.write_table(pa.table(columns, schema=_SCHEMA))
+            writer.write_table(pa.table(list(zip(*batch, strict=True)), schema=_SCHEMA))
             written += len(batch)
-            tokens += sum(map(len, input_ids))
-            if progress is not None:
-                progress("preparing the corpus", written, None)
+            tokens += sum(len(ids) for *_, ids in batch)
         if not written:
             dropped = ", ".join(f"{reason} {counts[reason]}" for reason in DROP_REASONS if counts[reason])
             raise DataError(
                 f"no sentence is left of {counts['read']} lines (dropped: {dropped or 'none'})",
-                " ".join(settings.path) or settings.source,
+                settings.place,
                 "See corpus.min_words, corpus.max_chars and corpus.column",
             )
         writer.finalize()
@@ -215,21 +213,32 @@ def tokenize(tokenizer: Any, texts: list[str], max_length: int) -> list[list[int
     return ids
 
 
-def _unique(texts: Iterable[str], counts: Counter[str]) -> Iterator[tuple[str, int]]:
+def _unique_rows(
+    texts: Iterator[str], counts: Counter[str], tokenizer: Any, max_length: int, progress: Progress | None
+) -> Iterator[Row]:
+    """Tokenise sentences and yield those that have a token of their own, the first of each token row."""
     seen: set[int] = set()
-    for text in texts:
-        key = content_hash(text)
-        if key in seen:
-            counts["duplicate"] += 1
-        else:
-            seen.add(key)
-            yield text, key
+    special = tokenizer.num_special_tokens_to_add()
+    while batch := list(itertools.islice(texts, _BATCH)):
+        for text, tokens in zip(batch, tokenize(tokenizer, batch, max_length), strict=True):
+            if len(tokens) <= special:
+                counts["no_token"] += 1
+                continue
+            ids = np.asarray(tokens, dtype=np.int32)
+            key = row_hash(ids)
+            if key in seen:
+                counts["duplicate"] += 1
+            else:
+                seen.add(key)
+                yield text, key, ids
+        if progress is not None:
+            progress("preparing the corpus", len(seen), None)
 
 
-def _sample(rows: Iterable[tuple[str, int]], size: int, seed: int, counts: Counter[str]) -> Iterator[tuple[str, int]]:
+def _sample(rows: Iterable[Row], size: int, seed: int, counts: Counter[str]) -> Iterator[Row]:
     """Yield a uniform random sample (Vitter's algorithm R), in the order of the source."""
     rng = random.Random(seed)
-    kept: list[tuple[int, tuple[str, int]]] = []
+    kept: list[tuple[int, Row]] = []
     for i, row in enumerate(rows):
         if i < size:
             kept.append((i, row))

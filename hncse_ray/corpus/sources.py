@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import difflib
 import glob
-import gzip
 import hashlib
 import json
 import os
-import sys
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from io import BufferedReader
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from hncse_ray.config import CorpusSettings
 from hncse_ray.corpus.hub import hub_is_reachable
 from hncse_ray.corpus.python_docs import docstring_sentences, package_versions
-from hncse_ray.corpus.text import normalise
+from hncse_ray.corpus.text import is_blank, normalise
 from hncse_ray.errors import DataError
+from hncse_ray.reading import (
+    MAX_RECORD,
+    check_file,
+    explained,
+    is_unicode,
+    kind_of,
+    read_records,
+    require_column,
+    text_lines,
+)
 
-DROP_REASONS = ("undecodable", "too_long", "empty", "too_short", "duplicate")
-_MAX_RECORD_BYTES = 16 * 2**20  # a line of jsonl or csv holds other columns too
-_CHUNK = 2**16
+DROP_REASONS = ("undecodable", "malformed", "too_long", "empty", "too_short", "no_token", "duplicate")
 
 
 def read_sentences(settings: CorpusSettings, counts: Counter[str]) -> Iterator[str]:
@@ -44,9 +46,9 @@ def read_sentences(settings: CorpusSettings, counts: Counter[str]) -> Iterator[s
         # Before normalisation, which would make a string of a gigabyte of spaces look short.
         if len(raw) > settings.max_chars:
             counts["too_long"] += 1
-        elif "\0" in raw or not _encodable(raw):
+        elif "\0" in raw or not is_unicode(raw):
             counts["undecodable"] += 1
-        elif not (text := normalise(raw)):
+        elif is_blank(text := normalise(raw)):
             counts["empty"] += 1
         elif text.count(" ") + 1 < settings.min_words:
             counts["too_short"] += 1
@@ -65,35 +67,14 @@ def source_identity(settings: CorpusSettings) -> str:
     if settings.source == "hub":
         return f"hub {settings.column} {_hub_identity(_load_hub(settings))}"
     digest = hashlib.sha256()
+    tables = False
     for path in find_files(settings.path):
-        with _explained(path), path.open("rb") as stream:
+        kind = kind_of(path, settings.source)
+        tables |= kind != "text"
+        with explained(path), path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-        digest.update(_kind(path).encode())
-    column = "" if settings.source == "text" else settings.column
-    return f"{settings.source} {column} {digest.hexdigest()}"
-
-
-def read_lines(path: str | None) -> list[str]:
-    """Return every line of a UTF-8 text, none dropped or changed, so that rows keep their place.
-
-    Args:
-        path: a text file, plain or .gz; None = standard input.
-
-    Raises:
-        DataError: the file cannot be read, or a line is not UTF-8.
-    """
-    where = path or "standard input"
-    file = Path(path).expanduser() if path else None
-    if file is not None:
-        _check_file(file)
-    lines = []
-    with _explained(Path(where)), _open(file) if file else contextlib.nullcontext(sys.stdin.buffer) as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                lines.append(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n"))
-            except UnicodeDecodeError:
-                raise DataError(f"line {number} is not UTF-8", where, "Convert it, for example with iconv") from None
-    return lines
+        digest.update(f"{kind} {path.suffix.lower() == '.gz'}".encode())
+    return f"files {settings.column if tables else ''} {digest.hexdigest()}"
 
 
 def find_files(patterns: Iterable[str]) -> list[Path]:
@@ -113,33 +94,8 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
                 raise DataError("matches no file", pattern, f"Paths are relative to {os.getcwd()}")
         files += [Path(match) for match in matches or [expanded]]
     for path in files:
-        _check_file(path)
+        check_file(path)
     return files
-
-
-def _check_file(path: Path) -> None:
-    if path.is_dir():
-        raise DataError("is a directory, not a file", str(path), f"Name its files, such as {path}/*.txt")
-    if not path.exists():
-        raise DataError("no such file", str(path), f"Paths are relative to {os.getcwd()}")
-    with _explained(path), path.open("rb") as stream:
-        if not stream.read(1):
-            raise DataError("is empty", str(path))
-
-
-def _kind(path: Path) -> str:
-    """What of a file's name changes how it is read."""
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    return "".join(suffix for suffix in suffixes if suffix in {".gz", ".tsv"})
-
-
-def _encodable(text: str) -> bool:
-    """False for a lone surrogate: from JSON escapes, or a byte that was no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _raw(settings: CorpusSettings, counts: Counter[str]) -> Iterator[str]:
@@ -149,112 +105,22 @@ def _raw(settings: CorpusSettings, counts: Counter[str]) -> Iterator[str]:
     if settings.source == "hub":
         yield from _hub_rows(settings, counts)
         return
-    readers: dict[str, Callable[[Path, CorpusSettings, Counter[str]], Iterator[str]]] = {
-        "text": _text_rows, "jsonl": _jsonl_rows, "csv": _csv_rows, "parquet": _parquet_rows,
-    }  # fmt: skip
     for path in find_files(settings.path):
-        with _explained(path):
-            yield from readers[settings.source](path, settings, counts)
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while a file is read into a DataError that names it."""
-    try:
-        yield
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"is not a whole gzip file ({error})", str(path), "Copy or download it again") from None
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror or error})", str(path)) from None
-
-
-def _open(path: Path) -> gzip.GzipFile | BufferedReader:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
-
-
-def _lines(path: Path, limit: int, counts: Counter[str]) -> Iterator[str]:
-    """Yield decoded lines; drop and count those of more than `limit` bytes (never held whole) or no UTF-8."""
-    with _open(path) as stream:
-        first = True
-        while line := stream.readline(limit + 2):
-            if first and line.startswith(b"\xef\xbb\xbf"):
-                line = line[3:]
-            first = False
-            if len(line) > limit and not line.endswith(b"\n"):
-                rest = line
-                while rest and not rest.endswith(b"\n"):
-                    rest = stream.readline(_CHUNK)
-                counts.update(read=1, too_long=1)
-                continue
-            try:
-                yield line.decode("utf-8")
-            except UnicodeDecodeError:
-                counts.update(read=1, undecodable=1)
-
-
-def _text_rows(path: Path, settings: CorpusSettings, counts: Counter[str]) -> Iterator[str]:
-    for line in _lines(path, 4 * settings.max_chars, counts):
-        yield line.rstrip("\r\n")
-
-
-def _jsonl_rows(path: Path, settings: CorpusSettings, counts: Counter[str]) -> Iterator[str]:
-    checked = False
-    for line in _lines(path, _MAX_RECORD_BYTES + 8 * settings.max_chars, counts):
-        if not line.strip():
-            yield ""
+        kind = kind_of(path, settings.source)
+        if kind == "text":
+            for line in text_lines(path, limit=settings.max_chars):
+                if line is None:
+                    counts.update(read=1, too_long=1)
+                else:
+                    yield line
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            counts.update(read=1, undecodable=1)
-            continue
-        if not checked:
-            _check_column(settings.column, list(row), str(path))
-            checked = True
-        yield from _cell(row.get(settings.column), counts)
-    if not checked:
-        raise DataError("holds no JSON objects, one a line", str(path), "Is corpus.source right?")
-
-
-def _csv_rows(path: Path, settings: CorpusSettings, counts: Counter[str]) -> Iterator[str]:
-    tabs = ".tsv" in _kind(path)
-    csv.field_size_limit(max(csv.field_size_limit(), settings.max_chars))
-    lines = _lines(path, _MAX_RECORD_BYTES + 8 * settings.max_chars, counts)
-    reader = csv.reader(lines, delimiter="\t" if tabs else ",")
-    column = -1
-    while True:
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            counts.update({"read": 1, "too_long" if "field limit" in str(error) else "undecodable": 1})
-            continue
-        if column < 0:
-            _check_column(settings.column, row, str(path))
-            column = row.index(settings.column)
-        else:
-            yield row[column] if column < len(row) else ""
-
-
-def _parquet_rows(path: Path, settings: CorpusSettings, counts: Counter[str]) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            _check_column(settings.column, file.schema_arrow.names, str(path))
-            for batch in file.iter_batches(batch_size=4096, columns=[settings.column]):
-                for value in batch.column(0):
-                    try:
-                        cell = value.as_py()
-                    except UnicodeDecodeError:
-                        cell = b""
-                    yield from _cell(cell, counts)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise DataError(f"is not a readable Parquet file ({error})", str(path)) from None
+        for record in read_records(path, [settings.column], kind=kind, limit=max(MAX_RECORD, 8 * settings.max_chars)):
+            if record.fault == "blank":
+                yield ""
+            elif record.fault:
+                counts.update({"read": 1, record.fault: 1})
+            else:
+                yield from _cell(record.cells[0], counts)
 
 
 def _cell(value: object, counts: Counter[str]) -> Iterator[str]:
@@ -266,16 +132,9 @@ def _cell(value: object, counts: Counter[str]) -> Iterator[str]:
         counts.update(read=1, undecodable=1)
 
 
-def _check_column(column: str, known: list[str], where: str) -> None:
-    if column not in known:
-        near = difflib.get_close_matches(column, known, n=1, cutoff=0.4)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise DataError(f"has no column {column!r}", where, f"{hint}It has: {', '.join(map(str, known))}")
-
-
 def _hub_rows(settings: CorpusSettings, counts: Counter[str]) -> Iterator[str]:
     rows = _load_hub(settings)
-    _check_column(settings.column, list(rows.column_names), settings.path[0])
+    require_column(settings.column, rows.column_names, settings.path[0])
     for batch in rows.select_columns([settings.column]).iter(batch_size=1000):
         for value in batch[settings.column]:
             yield from _cell(value, counts)
@@ -309,7 +168,7 @@ def _load_hub(settings: CorpusSettings) -> Any:
             else:
                 what = "is not in the local cache, and the Hugging Face hub cannot be reached"
                 hint = (
-                    "Use a local file (corpus.source=text corpus.path=FILE), the text that is already here"
+                    "Use a local file (corpus.source=auto corpus.path=FILE), the text that is already here"
                     " (corpus.source=python-docs), or set HF_HOME to a cache that holds the data set"
                 )
             raise DataError(what, name, hint) from error

@@ -1,9 +1,12 @@
-"""What counts as the same sentence: normalisation and content hash."""
+"""What counts as a sentence, and which are the same: what the model sees of them is."""
 
 from __future__ import annotations
 
 import hashlib
 import unicodedata
+
+import numpy as np
+import numpy.typing as npt
 
 
 def normalise(line: str) -> str:
@@ -11,7 +14,23 @@ def normalise(line: str) -> str:
     return " ".join(unicodedata.normalize("NFC", line).split())
 
 
-def content_hash(text: str) -> int:
-    """Return the first 8 bytes of BLAKE2b of the normalised text as a signed 64-bit integer."""
-    digest = hashlib.blake2b(normalise(text).encode("utf-8", "surrogatepass"), digest_size=64).digest()
+# Letters and signs that are drawn as nothing: Hangul fillers and the empty pattern of Braille.
+_BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800")
+
+
+def is_blank(text: str) -> bool:
+    """Return whether there is nothing to see: no letter, digit, punctuation or symbol.
+
+    White space, zero-width and control characters, private use, unassigned ones and marks without a base are nothing.
+    """
+    return not any(unicodedata.category(c)[0] in "LNPS" and c not in _BLANK for c in text)
+
+
+def row_hash(ids: npt.NDArray[np.int32]) -> int:
+    """Return what a token row is known by: the first 8 bytes of its BLAKE2b as a signed 64-bit integer.
+
+    Texts with one token row are one sentence to the model: case and accent twins of an uncased tokenizer, and those
+    that differ behind the last token kept.
+    """
+    digest = hashlib.blake2b(ids.astype("<i4", copy=False).tobytes(), digest_size=64).digest()
     return int.from_bytes(digest[:8], "little", signed=True)

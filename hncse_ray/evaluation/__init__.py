@@ -1,5 +1,6 @@
 """Scores of any ``encode(list[str]) -> ndarray [N, D]``: STS, transfer, retrieval, geometry; and their comparison."""
 
+from hncse_ray.evaluation.collection import read_collection
 from hncse_ray.evaluation.compare import Difference, compare_retrieval, compare_sts, mean_and_spread
 from hncse_ray.evaluation.geometry import (
     SimilarityHistogram,
@@ -9,16 +10,18 @@ from hncse_ray.evaluation.geometry import (
     similarity_histogram,
     uniformity,
 )
-from hncse_ray.evaluation.retrieval import evaluate_retrieval, read_pairs
+from hncse_ray.evaluation.retrieval import METRICS, RetrievalSet, evaluate_retrieval, paired_set, read_pairs
 from hncse_ray.evaluation.sts import STS_TASKS, StsPair, StsPairs, evaluate_sts, evaluate_stsb, read_sts, spearman
 from hncse_ray.evaluation.transfer import TRANSFER_TASKS, evaluate_transfer
-from hncse_ray.evaluation.vectors import Encode, encode_checked
+from hncse_ray.evaluation.vectors import Encode, encode_checked, encode_unit, unit_rows
 
 __all__ = [
+    "METRICS",
     "STS_TASKS",
     "TRANSFER_TASKS",
     "Difference",
     "Encode",
+    "RetrievalSet",
     "SimilarityHistogram",
     "StsPair",
     "StsPairs",
@@ -27,15 +30,19 @@ __all__ = [
     "compare_retrieval",
     "compare_sts",
     "encode_checked",
+    "encode_unit",
     "evaluate_geometry",
     "evaluate_retrieval",
     "evaluate_sts",
     "evaluate_stsb",
     "evaluate_transfer",
     "mean_and_spread",
+    "paired_set",
+    "read_collection",
     "read_pairs",
     "read_sts",
     "similarity_histogram",
     "spearman",
     "uniformity",
+    "unit_rows",
 ]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hncse_ray.errors import DataError
-from hncse_ray.evaluation.retrieval import METRICS, retrieval_ranks
-from hncse_ray.evaluation.sts import STS_TASKS, cosines, read_sts
+from hncse_ray.evaluation.retrieval import RetrievalSet, query_scores
+from hncse_ray.evaluation.sts import STS_TASKS, StsPairs, cosines
 from hncse_ray.evaluation.vectors import Encode
 
 FloatArray = NDArray[np.floating[Any]]
@@ -29,7 +28,9 @@ class Difference:
         second: the second's.
         low: lower end of the 95 % interval of ``second - first``.
         high: its upper end.
-        p_value: two-sided, of no difference.
+        p_value: two-sided, of no difference; see :attr:`resolution`.
+        resolution: the smallest p-value that so many resamples can show: all of them lay on one side. The true one
+            may be smaller still.
     """
 
     name: str
@@ -38,44 +39,39 @@ class Difference:
     low: float
     high: float
     p_value: float
+    resolution: float
 
 
 def compare_sts(
-    first: Encode,
-    second: Encode,
-    data_dir: str | Path,
-    tasks: Sequence[str] | None = None,
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
+    first: Encode, second: Encode, sets: Mapping[str, StsPairs], *, resamples: int = 1000, seed: int = 0
 ) -> list[Difference]:
-    """Compare two encoders on STS tasks; pairs are resampled within each task.
+    """Compare two encoders on sets of scored pairs, each of which is resampled by itself.
 
     Args:
         first: an encoder.
         second: another.
-        data_dir: SentEval's ``data/downstream`` folder.
-        tasks: default all seven, which also gives ``avg``.
+        sets: of :func:`~hncse_ray.evaluation.sts.read_sts`, by name.
         resamples: bootstrap samples.
         seed: of the resampling.
 
+    Returns:
+        One for every set, and ``avg`` if they are the seven test sets by their tasks' names.
+
     Raises:
-        DataError: as :func:`~hncse_ray.evaluation.sts.evaluate_sts`.
+        DataError: as :func:`~hncse_ray.evaluation.sts.spearman`.
     """
-    chosen = STS_TASKS if tasks is None else tuple(dict.fromkeys(tasks))
-    sets = [read_sts(task, "test", data_dir) for task in chosen]
-    cosines_2T = [cosines(encode, sets) for encode in (first, second)]
+    if not sets:
+        return []
+    cosines_2T = [cosines(encode, list(sets.values())) for encode in (first, second)]
     rng = np.random.default_rng(seed)
     found, whole_T, sampled_T = [], [], []
-    for task, pairs, *both in zip(chosen, sets, *cosines_2T, strict=True):
+    for (name, pairs), *both in zip(sets.items(), *cosines_2T, strict=True):
         gold_N = np.array([pair.gold for pair in pairs.pairs])
-        whole = _spearmans(both, gold_N, np.arange(len(gold_N)))
+        whole_T.append(_spearmans(both, gold_N, np.arange(len(gold_N))))
         draws_RN = rng.integers(0, len(gold_N), (resamples, len(gold_N)))
-        sampled = np.array([_spearmans(both, gold_N, draw_N) for draw_N in draws_RN])
-        found.append(_difference(task, whole, sampled))
-        whole_T.append(whole)
-        sampled_T.append(sampled)
-    if set(chosen) == set(STS_TASKS):
+        sampled_T.append(np.array([_spearmans(both, gold_N, draw_N) for draw_N in draws_RN]))
+        found.append(_difference(name, whole_T[-1], sampled_T[-1]))
+    if set(sets) == set(STS_TASKS):
         found.append(_difference("avg", np.mean(whole_T, axis=0), np.mean(sampled_T, axis=0)))
     return found
 
@@ -83,24 +79,44 @@ def compare_sts(
 def compare_retrieval(
     first: Encode,
     second: Encode,
-    queries: list[str],
-    answers: list[str],
+    sets: Mapping[str, RetrievalSet],
     *,
+    mean: str = "mean",
     resamples: int = 1000,
     seed: int = 0,
 ) -> list[Difference]:
-    """Compare two encoders on retrieval of pairs; queries are resampled, the candidates stay.
+    """Compare two encoders on retrieval; the queries of each set are resampled by themselves, the candidates stay.
+
+    Args:
+        first: an encoder.
+        second: another.
+        sets: what is searched, by name; all with the same metrics.
+        mean: the name of the mean over the sets.
+        resamples: bootstrap samples.
+        seed: of the resampling.
+
+    Returns:
+        ``name/metric`` for every set and metric; and ``mean/metric`` where there are several.
 
     Raises:
         DataError: as :func:`~hncse_ray.evaluation.retrieval.evaluate_retrieval`.
     """
-    ranks_2Q = [retrieval_ranks(encode, queries, answers) for encode in (first, second)]
-    draws_RQ = np.random.default_rng(seed).integers(0, len(queries), (resamples, len(queries)))
-    found = []
-    for name, of_ranks in METRICS.items():
-        gains_2Q = np.stack([of_ranks(rank_Q) for rank_Q in ranks_2Q])
-        sampled_R2 = gains_2Q[:, draws_RQ].mean(axis=2).T
-        found.append(_difference(name, gains_2Q.mean(axis=1), sampled_R2))
+    rng = np.random.default_rng(seed)
+    found: list[Difference] = []
+    whole: dict[str, list[FloatArray]] = {}
+    sampled: dict[str, list[FloatArray]] = {}
+    for name, data in sets.items():
+        scores_2 = [query_scores(encode, data) for encode in (first, second)]
+        draws_RQ = rng.integers(0, len(data.queries), (resamples, len(data.queries)))
+        for metric in data.metrics:
+            scores_2Q = np.stack([of_encoder[metric] for of_encoder in scores_2])
+            whole.setdefault(metric, []).append(scores_2Q.mean(axis=1))
+            sampled.setdefault(metric, []).append(scores_2Q[:, draws_RQ].mean(axis=2).T)
+            found.append(_difference(f"{name}/{metric}", whole[metric][-1], sampled[metric][-1]))
+    if len(sets) > 1:
+        for metric in whole:
+            means = (np.mean(of_sets[metric], axis=0) for of_sets in (whole, sampled))
+            found.append(_difference(f"{mean}/{metric}", *means))
     return found
 
 
@@ -125,7 +141,9 @@ def _spearmans(both: Sequence[FloatArray], gold_N: FloatArray, index_N: Ints) ->
 def _difference(name: str, whole_2: FloatArray, sampled_R2: FloatArray) -> Difference:
     delta_R = sampled_R2[:, 1] - sampled_R2[:, 0]
     low, high = np.percentile(delta_R, [2.5, 97.5])
-    # The share of samples on the other side of no difference, both sides; at least one sample's worth.
-    tail = min(np.mean(delta_R <= 0), np.mean(delta_R >= 0))
-    p_value = min(1.0, max(2 * float(tail), 1 / len(delta_R)))
-    return Difference(name, float(whole_2[0]), float(whole_2[1]), float(low), float(high), p_value)
+    # Samples on the other side of no difference, and the observed one itself: a p-value is never 0 (Davison & Hinkley
+    # 1997, section 4.2). Twice, for either side could have been the smaller.
+    resolution = 2 / (len(delta_R) + 1)
+    beyond = min(np.count_nonzero(delta_R <= 0), np.count_nonzero(delta_R >= 0))
+    p_value = min(1.0, (beyond + 1) * resolution)
+    return Difference(name, float(whole_2[0]), float(whole_2[1]), float(low), float(high), p_value, resolution)

@@ -14,7 +14,7 @@ from scipy.special import logsumexp
 
 from hncse_ray.errors import DataError
 from hncse_ray.evaluation.sts import read_sts
-from hncse_ray.evaluation.vectors import Encode, encode_checked
+from hncse_ray.evaluation.vectors import Encode, encode_unit
 
 # STS-B pairs that count as positives, as in SimCSE (arXiv 2104.08821, fig. 2).
 POSITIVE_GOLD = 4.0
@@ -65,7 +65,7 @@ def evaluate_geometry(
     """
     pairs = [pair for pair in read_sts("STSBenchmark", "dev", data_dir).pairs]
     position = {text: i for i, text in enumerate(dict.fromkeys(t for p in pairs for t in (p.sentence1, p.sentence2)))}
-    z_UD = encode_checked(encode, list(position))
+    z_UD = encode_unit(encode, list(position))
     if np.ptp(z_UD, axis=0).max() < _MIN_SPREAD:
         raise DataError(
             f"the encoder gives all {len(z_UD)} sentences the same vector",

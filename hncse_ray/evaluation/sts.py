@@ -18,7 +18,7 @@ import numpy as np
 
 from hncse_ray.errors import DataError
 from hncse_ray.evaluation.senteval_files import GET_THE_DATA, read_lines
-from hncse_ray.evaluation.vectors import Encode, FloatArray, encode_checked
+from hncse_ray.evaluation.vectors import Encode, FloatArray, encode_unit
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +243,7 @@ def cosines(encode: Encode, sets: Sequence[StsPairs]) -> list[FloatArray]:
         DataError: the encoder's vectors cannot be scored.
     """
     pairs = [pair for one in sets for pair in one.pairs]
-    z_ND = encode_checked(encode, [pair.sentence1 for pair in pairs] + [pair.sentence2 for pair in pairs])
+    z_ND = encode_unit(encode, [pair.sentence1 for pair in pairs] + [pair.sentence2 for pair in pairs])
     cosine_N = np.einsum("nd,nd->n", z_ND[: len(pairs)], z_ND[len(pairs) :])
     ends = np.cumsum([len(one) for one in sets])[:-1]
     return np.split(cosine_N, ends)

@@ -211,23 +211,11 @@ def _score_task(
 
 
 def _features(rows: Sequence[_Row], encode: Encode) -> FloatArray:
-    """The encoder's own vectors; for pairs of sentences |u-v| and u*v side by side."""
-    texts = [sentence or _EMPTY for row in rows for sentence in row.sentences]
-    position = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    returned: list[np.ndarray] = []
-
-    def keep(distinct: list[str]) -> np.ndarray:
-        returned.append(encode(distinct))
-        return returned[0]
-
-    # Its unit-norm rows are of no use here: the penalty makes the length of the vectors matter.
-    dtype = encode_checked(keep, list(position)).dtype
-    raw_UD: FloatArray = np.asarray(returned[0]).astype(dtype, copy=False)
-    index_SN = np.array([position[text] for text in texts]).reshape(len(rows), -1).T
-    sides: list[FloatArray] = [raw_UD[index_N] for index_N in index_SN]
-    if len(sides) == 1:
-        return sides[0]
-    u_ND, v_ND = sides
+    """The encoder's own vectors, since the penalty makes their length matter; for pairs |u-v| and u*v side by side."""
+    z_SD = encode_checked(encode, [sentence or _EMPTY for row in rows for sentence in row.sentences])
+    if len(z_SD) == len(rows):
+        return z_SD
+    u_ND, v_ND = z_SD[::2], z_SD[1::2]
     return np.concatenate([np.abs(u_ND - v_ND), u_ND * v_ND], axis=1)
 
 

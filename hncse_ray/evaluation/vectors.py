@@ -20,27 +20,47 @@ FloatArray = NDArray[np.floating[Any]]
 
 
 def encode_checked(encode: Encode, texts: Sequence[str]) -> FloatArray:
-    """Encode every distinct sentence once, in one call, and return unit-norm rows in the order of ``texts``.
-
-    A row of zeros has no direction. It stays zero, so that its cosine with anything is 0 as in SentEval, and
-    is counted in a warning.
+    """Encode every distinct sentence once, in one call, and return the encoder's own rows in the order of ``texts``.
 
     Args:
         encode: the encoder; it does its own batching.
         texts: N sentences, repeated or not.
 
     Returns:
-        Rows ``[N, D]`` of norm 1, float64 if the encoder returned float64, else float32.
+        Rows ``[N, D]``, of any norm; float64 if the encoder returned float64, else float32.
 
     Raises:
         DataError: no texts, or the encoder returned another number of rows, another shape, something that is
             not a number, or zeros only.
     """
+    rows_UD, index_N = _encode_distinct(encode, texts)
+    return rows_UD[index_N]
+
+
+def encode_unit(encode: Encode, texts: Sequence[str]) -> FloatArray:
+    """:func:`encode_checked` for all that compares by cosine: rows ``[N, D]`` of norm 1."""
+    rows_UD, index_N = _encode_distinct(encode, texts)
+    return unit_rows(rows_UD)[index_N]
+
+
+def unit_rows(rows_ND: FloatArray) -> FloatArray:
+    """Divide every row by its norm. A row of zeros has no direction and stays: its cosine with anything is 0."""
+    # By the largest entry first: the squares of very large or very small rows stay in range.
+    largest_N1 = np.abs(rows_ND).max(axis=1, keepdims=True)
+    scaled_ND = rows_ND / np.where(largest_N1 == 0, 1, largest_N1)
+    norm_N1 = np.linalg.norm(scaled_ND, axis=1, keepdims=True)
+    unit_ND: FloatArray = scaled_ND / np.where(norm_N1 == 0, 1, norm_N1)
+    return unit_ND
+
+
+def _encode_distinct(encode: Encode, texts: Sequence[str]) -> tuple[FloatArray, list[int]]:
+    """The checked rows of the distinct texts, and which of them each text has."""
     if not texts:
         raise DataError("there is no text to encode")
     position = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    z_UD = _unit_rows(_as_matrix(encode(list(position)), rows=len(position)), list(position))
-    return z_UD[[position[text] for text in texts]]
+    rows_UD = _as_matrix(encode(list(position)), rows=len(position))
+    _check_values(rows_UD, list(position))
+    return rows_UD, [position[text] for text in texts]
 
 
 def _as_matrix(returned: object, *, rows: int) -> FloatArray:
@@ -55,7 +75,7 @@ def _as_matrix(returned: object, *, rows: int) -> FloatArray:
     return matrix.astype(np.float64 if matrix.dtype == np.float64 else np.float32, copy=False)
 
 
-def _unit_rows(rows_ND: FloatArray, texts: list[str]) -> FloatArray:
+def _check_values(rows_ND: FloatArray, texts: list[str]) -> None:
     finite_N = np.isfinite(rows_ND).all(axis=1)
     if not finite_N.all():
         first = texts[int(np.argmin(finite_N))]
@@ -64,18 +84,12 @@ def _unit_rows(rows_ND: FloatArray, texts: list[str]) -> FloatArray:
             f" the first being {_shorten(first)!r}",
             hint="Its weights or its precision are broken: training has diverged, or 16 bits overflow",
         )
-    # Divided by the largest entry first: the squares of very large or very small rows stay in range.
-    largest_N1 = np.abs(rows_ND).max(axis=1, keepdims=True)
-    zeros = int((largest_N1 == 0).sum())
-    if zeros == len(texts):
+    some_N = rows_ND.any(axis=1)
+    if not some_N.any():
         raise DataError("the encoder returned zeros only", hint="Is its pooling right?")
-    if zeros:
-        first = texts[int(np.argmin(largest_N1))]
+    if zeros := int((~some_N).sum()):
+        first = texts[int(np.argmin(some_N))]
         logger.warning("%d of %d sentences have a zero vector, e.g. %r", zeros, len(texts), _shorten(first))
-    scaled_ND = rows_ND / np.where(largest_N1 == 0, 1, largest_N1)
-    norm_N1 = np.linalg.norm(scaled_ND, axis=1, keepdims=True)
-    unit_ND: FloatArray = scaled_ND / np.where(norm_N1 == 0, 1, norm_N1)
-    return unit_ND
 
 
 def _unusable(found: str, rows: int) -> DataError:

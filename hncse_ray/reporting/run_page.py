@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
-import yaml
 
 from hncse_ray.errors import StorageError
 from hncse_ray.recipe import read_yaml
@@ -62,7 +61,8 @@ def write_run_page(run_folder: Path) -> Path:
         StorageError: the folder cannot be read or written.
         SettingsError: its ``settings.yaml`` cannot be read.
     """
-    settings = read_yaml(run_folder / "settings.yaml")
+    stored = run_folder / "settings.yaml"
+    settings = read_yaml(stored)
     rows = read_metrics(run_folder / "metrics.jsonl")
     result = _read_result(run_folder / "result.json")
     logged = [row for row in rows if "split" not in row]
@@ -88,7 +88,7 @@ def write_run_page(run_folder: Path) -> Path:
         figures=scores | _figures(logged, _TRAINING),
         negatives=_figures(logged, (*_NEGATIVES, _rules(logged))) if uses_pool else {},
         pool=_last(logged, ("index_step", "shards_alive", "failed_builds", "build_seconds", "build_rows_per_s")),
-        settings_yaml=yaml.safe_dump(settings, sort_keys=False),
+        settings_yaml=stored.read_text(encoding="utf-8"),
     )
 
 

@@ -2,6 +2,19 @@
 
 Whoever finds such a file watches it: one that changes belongs to a live process, one that stays the same for a minute
 to a dead one. No clocks of two machines are compared, except to pass over a file that is older than an hour.
+
+Of several who find none, or a dead one, at the same time one gets it. S3 and Google's storage could decide that by
+conditional writes, but pyarrow's clients for them offer none (26.0), and a share has none. So it is decided by claims,
+and all that is asked of a storage is that a file which was written is listed from then on, as S3 and Google's are:
+
+1. Write a claim, a file of one's own beside the lease, then list them.
+2. While others are there: the first by name waits for them to withdraw; they withdraw, wait until it is gone, and begin
+   again with a new claim.
+3. Who is alone reads the lease: somebody may have written it meanwhile, and has it. Else it writes the lease, and only
+   then removes its claim.
+
+Two cannot both get past 3. Of two who each were alone, the one who looked first must have removed its claim before the
+second looked, so its lease was there when the second read.
 """
 
 from __future__ import annotations
@@ -13,7 +26,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +36,10 @@ from hncse_ray.storage.remote import Remote
 
 logger = logging.getLogger(__name__)
 
-BEAT_S, STALE_S, SETTLE_S = 10.0, 60.0, 2.0
+BEAT_S, STALE_S = 10.0, 60.0
 _LONG_AGO_S = 3600.0
-_NAME, _LENGTH = "lease.json", 1024
+_NAME, _CLAIM, _LENGTH = "lease.json", "lease.claim-", 1024
+_POLL_S = 0.2
 _READS, _READ_PAUSE_S = 3, 0.2
 
 
@@ -41,7 +56,6 @@ class Lease:
             names it is one of a dead process, and is taken over at once.
         beat_s: time between two signs of life.
         stale_s: a lease without any for so long is taken over.
-        settle_s: after taking over, time for another who does the same to be seen.
         each_beat: called after each sign of life.
     """
 
@@ -52,10 +66,9 @@ class Lease:
         *,
         beat_s: float = BEAT_S,
         stale_s: float = STALE_S,
-        settle_s: float = SETTLE_S,
         each_beat: Callable[[], None] = lambda: None,
     ) -> None:
-        self._remote, self._beat_s, self._stale_s, self._settle_s = remote, beat_s, stale_s, settle_s
+        self._remote, self._beat_s, self._stale_s = remote, beat_s, stale_s
         self._each_beat = each_beat
         self.token = uuid.uuid4().hex
         self._machine = f"{socket.gethostname()} {_boot()} {folder.absolute()}"
@@ -72,11 +85,9 @@ class Lease:
         found = _read(self._remote)
         if found is not None:
             self._see_it_is_dead(found)
-        self._write()
-        if found is not None:
-            time.sleep(self._settle_s)
-            if not holds(self._remote, self.token):
-                raise self._in_use(_read(self._remote) or {})
+        with self._alone(found):
+            self._is_still(found)
+            self._write()
         self._thread = threading.Thread(target=self._keep_beating, name="lease", daemon=True)
         self._thread.start()
 
@@ -102,18 +113,58 @@ class Lease:
             end = time.monotonic() + self._stale_s
             while time.monotonic() < end:
                 time.sleep(min(1.0, self._stale_s / 10))
-                now = _read(self._remote)
-                if now is None:
+                if not self._is_still(found):
                     return
-                if now != found:
-                    raise self._in_use(now)
         logger.warning("taking %s over from a process on %s that shows no life", self._remote.url, holder)
+
+    @contextmanager
+    def _alone(self, found: dict[str, Any] | None) -> Iterator[None]:
+        """Be the only one who claims the lease; see the head of this module."""
+        while True:
+            claim, end = f"{_CLAIM}{uuid.uuid4().hex}.json", time.monotonic() + self._stale_s / 2
+            try:
+                self._remote.write(claim, self._sign())
+                while (others := self._claims() - {claim}) and claim < min(others) and time.monotonic() < end:
+                    self._pause_while(found)
+                if not others:
+                    yield
+                    return
+            finally:
+                self._remote.delete(claim)
+            self._outlast(others, found)
+
+    def _outlast(self, claims: set[str], found: dict[str, Any] | None) -> None:
+        """Wait until claims are gone. Who lives keeps one for half of the time, so what is left is of the dead."""
+        end = time.monotonic() + self._stale_s
+        while left := claims & self._claims():
+            self._pause_while(found)
+            if time.monotonic() > end:
+                for name in left:
+                    self._remote.delete(name)
+
+    def _claims(self) -> set[str]:
+        return {name for name in self._remote.names() if name.startswith(_CLAIM)}
+
+    def _pause_while(self, found: dict[str, Any] | None) -> None:
+        time.sleep(min(_POLL_S, self._stale_s / 10))
+        self._is_still(found)
+
+    def _is_still(self, found: dict[str, Any] | None) -> bool:
+        """Say whether the lease is there as it was found; one that somebody else has written is an error."""
+        now = _read(self._remote)
+        if now is not None and now != found:
+            raise self._in_use(now)
+        return now is not None
 
     def _in_use(self, found: dict[str, Any]) -> StorageError:
         by = f"by another process on {found.get('host', '?')} (process {found.get('pid', '?')})"
         return StorageError(f"is in use {by}", self._remote.url, "Choose another run.name, or end that process")
 
     def _write(self) -> None:
+        self._remote.write(_NAME, self._sign())
+
+    def _sign(self) -> bytes:
+        """Return a sign of life that differs from all before."""
         self._beats += 1
         content = {
             "token": self.token,
@@ -124,7 +175,7 @@ class Lease:
             "time": time.time(),
         }
         # Of one length: clients ask for the size first, and would read one that was renewed in between by half.
-        self._remote.write(_NAME, json.dumps(content).ljust(_LENGTH).encode())
+        return json.dumps(content).ljust(_LENGTH).encode()
 
     def _keep_beating(self) -> None:
         failing = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from hncse_ray.errors import StorageError
 from hncse_ray.storage.lease import LeaseLost
-from hncse_ray.storage.remote import Remote
+from hncse_ray.storage.remote import Remote, is_inside
 
 _SUFFIX = ".manifest.json"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
@@ -44,13 +45,16 @@ def send_folder(remote: Remote, name: str, folder: Path) -> None:
 
 
 def whole_folders(remote: Remote, parent: str) -> list[str]:
-    """Return the names of the folders in ``parent`` that were sent to the end, the last by name first.
+    """Return the names of the folders in ``parent`` that were sent to the end, the last step first.
+
+    Those of checkpoints only, ``step_`` and digits: the names become local paths, and whoever writes to a bucket could
+    have made up any.
 
     Raises:
         StorageError: the storage cannot be reached.
     """
-    names = [name.removeprefix(f"{parent}/") for name in remote.names(parent)]
-    found = [name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX) and "/" not in name]
+    pattern = re.compile(re.escape(f"{parent}/") + r"(step_[0-9]+)" + re.escape(_SUFFIX))
+    found = [match[1] for name in remote.names(parent) if (match := pattern.fullmatch(name))]
     return sorted(found, reverse=True)
 
 
@@ -107,8 +111,8 @@ def _manifest(remote: Remote, name: str) -> dict[str, tuple[int, str]]:
         files = {str(file): (int(size), str(digest)) for file, (size, digest) in json.loads(text)["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"is damaged ({type(error).__name__}: {error})", f"{remote.url}/{name}{_SUFFIX}") from error
-    if outside := [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]:
-        raise Damaged(f"names files outside of its folder ({outside[0]})", f"{remote.url}/{name}{_SUFFIX}")
+    if outside := [file for file in files if not is_inside(file)]:
+        raise Damaged(f"names files outside of its folder ({outside[0]!r})", f"{remote.url}/{name}{_SUFFIX}")
     return files
 
 

@@ -17,6 +17,14 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+def is_inside(name: str) -> bool:
+    """Say whether a name that was read from a storage is the path of a file below the folder that it is joined to.
+
+    In a bucket a name is any text: ``../x``, ``/x`` or one that no filesystem takes are names too.
+    """
+    return name.isprintable() and not {"", ".", ".."} & set(name.split("/"))
+
+
 class Remote:
     """A folder at a URL. Files in it are named by their path below it; pickles as the URL.
 
@@ -117,7 +125,7 @@ class Remote:
             raise self._failure("fetched", name, error) from error
 
     def names(self, below: str = "") -> list[str]:
-        """Return the names of all files, or of those in one folder, sorted.
+        """Return the names of all files, or of those in one folder, sorted; without such as are no path below it.
 
         Raises:
             StorageError: the storage cannot be reached.
@@ -131,7 +139,7 @@ class Remote:
         except Exception as error:
             raise self._failure("listed", below, error) from error
         start = folder.strip("/") + "/"
-        return sorted(path.strip("/").removeprefix(start) for path in found)
+        return sorted(name for path in found if is_inside(name := path.strip("/").removeprefix(start)))
 
     def delete(self, name: str) -> None:
         """Delete a file; that it is not there is no error.

@@ -77,12 +77,21 @@ class ShardedEncode:
         self._batch_size = batch_size
 
     def __call__(self, texts: list[str]) -> NDArray[np.float32]:
-        """Embed N texts; ``[N, D]`` float32 on every rank."""
+        """Embed N texts; ``[N, D]`` float32 on every rank.
+
+        Raises:
+            HncseError: a rank's vectors cannot be used; every rank raises it.
+        """
         rows = self._encoder.tokenize(texts)
         out_ND = np.zeros((len(rows), self._encoder.dimension), dtype=np.float32)
-        for number, index in enumerate(length_batches(rows, self._batch_size)):
-            if number % world_size() == rank():
-                out_ND[index] = self._encoder.encode_rows([rows[i] for i in index])
+        error: HncseError | None = None
+        try:
+            for number, index in enumerate(length_batches(rows, self._batch_size)):
+                if number % world_size() == rank():
+                    out_ND[index] = self._encoder.encode_rows([rows[i] for i in index])
+        except HncseError as caught:  # of this rank's batches alone: the others are on their way to the sum below
+            error = caught
+        raise_together(error)
         if world_size() > 1:
             total = torch.from_numpy(out_ND).to(self._encoder.device)
             dist.all_reduce(total)  # each row was written by one rank, the others hold zeros: the sum is exact

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from hncse_ray.config import RETRIEVAL_METRICS, CorpusSettings, EvaluationSettings
+from hncse_ray.config import CorpusSettings, EvaluationSettings
 from hncse_ray.corpus import documentation_pairs
-from hncse_ray.evaluation import Encode, StsPairs, evaluate_retrieval, read_pairs, read_sts, spearman
+from hncse_ray.errors import DataError
+from hncse_ray.evaluation import (
+    Difference,
+    Encode,
+    RetrievalSet,
+    StsPairs,
+    compare_retrieval,
+    compare_sts,
+    evaluate_retrieval,
+    paired_set,
+    read_collection,
+    read_pairs,
+    read_sts,
+    spearman,
+)
+from hncse_ray.evaluation.collection import LAYOUT
 from hncse_ray.training.senteval import senteval_folder
 
 Split = Literal["dev", "test"]
@@ -15,44 +32,64 @@ Scores = dict[str, float]
 
 
 @dataclass(frozen=True)
-class RetrievalPairs:
-    """Sentence pairs: ``answers[i]`` is what ``queries[i]`` should find among all answers."""
-
-    queries: tuple[str, ...]
-    answers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class EvaluationSets:
-    """Everything a run is scored on, by suite and split; plain data that travels to the workers."""
+    """Everything a run is scored on, by name and split; plain data that travels to the workers.
 
-    sets: dict[tuple[str, Split], RetrievalPairs | StsPairs]
+    A set's name is its suite, or ``suite/name`` where a suite has several sets.
+    """
+
+    sets: dict[tuple[str, Split], RetrievalSet | StsPairs]
 
     def score(self, encode: Encode, split: Split) -> Scores:
-        """Score an encoder on all suites of a split; keys are ``suite/metric``.
+        """Score an encoder on all sets of a split; keys are ``name/metric``, and ``suite/metric`` for means of several.
 
         Raises:
             DataError: the encoder returned vectors that cannot be scored.
         """
         scores: Scores = {}
-        for (suite, its_split), data in self.sets.items():
+        several: dict[str, list[float]] = {}
+        for (name, its_split), data in self.sets.items():
             if its_split != split:
                 continue
-            if isinstance(data, RetrievalPairs):
-                found = evaluate_retrieval(encode, list(data.queries), list(data.answers))
-                scores |= {f"{suite}/{metric}": found[metric] for metric in RETRIEVAL_METRICS}
+            if isinstance(data, StsPairs):
+                found = {"spearman": spearman(encode, data)}
             else:
-                scores[f"{suite}/spearman"] = spearman(encode, data)
-        return scores
+                found = evaluate_retrieval(encode, data)
+            suite, slash, _ = name.partition("/")
+            for metric, score in found.items():
+                scores[f"{name}/{metric}"] = score
+                if slash:
+                    several.setdefault(f"{suite}/{metric}", []).append(score)
+        return scores | {name: sum(of_sets) / len(of_sets) for name, of_sets in several.items()}
+
+    def compare(self, first: Encode, second: Encode, suite: str) -> list[Difference]:
+        """Compare two encoders on a suite's test sets, or on those of dev where it has no test.
+
+        Raises:
+            DataError: an encoder returned vectors that cannot be scored.
+        """
+        own = {key: data for key, data in self.sets.items() if key[0].partition("/")[0] == suite}
+        split = "test" if any(split == "test" for _, split in own) else "dev"
+        named = {name: data for (name, its_split), data in own.items() if its_split == split}
+        scored = {f"{name}/spearman": data for name, data in named.items() if isinstance(data, StsPairs)}
+        searched = {name: data for name, data in named.items() if isinstance(data, RetrievalSet)}
+        return [*compare_sts(first, second, scored), *compare_retrieval(first, second, searched, mean=suite)]
 
 
-def load_evaluation_sets(settings: EvaluationSettings, corpus: CorpusSettings) -> EvaluationSets:
+def load_evaluation_sets(
+    settings: EvaluationSettings, corpus: CorpusSettings, *, dev_needed: bool = True
+) -> EvaluationSets:
     """Read the dev and test sets that a run needs.
+
+    Args:
+        settings: which sets.
+        corpus: of the run; its packages are those of the documentation pairs.
+        dev_needed: refuse a collection that has nothing to choose a checkpoint by.
 
     Raises:
         DataError: a set is missing or damaged.
     """
-    sets: dict[tuple[str, Split], RetrievalPairs | StsPairs] = {}
+    sets: dict[tuple[str, Split], RetrievalSet | StsPairs] = {}
     splits: tuple[Split, ...] = ("dev", "test") if settings.test else ("dev",)
     for suite in settings.suites:
         if suite == "stsb":
@@ -66,10 +103,29 @@ def load_evaluation_sets(settings: EvaluationSettings, corpus: CorpusSettings) -
             )
             for split in splits:
                 chosen = [p for p in pairs if p.split == split]
-                sets[suite, split] = RetrievalPairs(tuple(p.query for p in chosen), tuple(p.answer for p in chosen))
+                sets[suite, split] = paired_set([p.query for p in chosen], [p.answer for p in chosen])
+        elif suite == "retrieval":
+            sets |= _collections(settings.collection, splits, dev_needed=dev_needed)
         else:
             for split, path in (("dev", settings.pairs_dev), ("test", settings.pairs_test)):
                 if path is not None and split in splits:
-                    queries, answers = read_pairs(path)
-                    sets[suite, split] = RetrievalPairs(tuple(queries), tuple(answers))
+                    sets[suite, split] = paired_set(*read_pairs(path))
     return EvaluationSets(sets)
+
+
+def _collections(
+    folders: Sequence[str], splits: tuple[Split, ...], *, dev_needed: bool
+) -> dict[tuple[str, Split], RetrievalSet | StsPairs]:
+    """The sets of the suite retrieval, named after their folders where these are several."""
+    names = [Path(folder).expanduser().resolve().name for folder in folders]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"two collections are called {twice[0]!r}", ", ".join(folders), "Rename a folder")
+    sets: dict[tuple[str, Split], RetrievalSet | StsPairs] = {}
+    for name, folder in zip(names, folders, strict=True):
+        found = read_collection(folder, splits)
+        if dev_needed and "dev" not in found:
+            raise DataError("has no qrels/dev.tsv, which chooses the checkpoint", folder, LAYOUT)
+        for split in splits:
+            if split in found:
+                sets["retrieval" if len(folders) == 1 else f"retrieval/{name}", split] = found[split]
+    return sets

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hncse_ray.config import Settings
-from hncse_ray.corpus import BatchPlan, Corpus, rank_slice
+from hncse_ray.corpus import Corpus, rank_slice
 from hncse_ray.encoder import SentenceEncoder
 from hncse_ray.errors import HncseError, StorageError
 from hncse_ray.evaluation import uniformity
@@ -26,7 +26,7 @@ from hncse_ray.training.export import write_model
 from hncse_ray.training.guards import Guards
 from hncse_ray.training.negatives import GlobalNegatives, to_step
 from hncse_ray.training.objective import Metrics, Objective
-from hncse_ray.training.schedule import build_optimizer, build_schedule
+from hncse_ray.training.schedule import build_optimizer, build_schedule, count_steps, plan_batches
 from hncse_ray.training.step import LocalBatch, StepContext, StepNegatives, train_step
 
 Emit = Callable[[Event], None]
@@ -72,15 +72,8 @@ class _Trainer:
         self.settings, self.encoder, self.sets, self.corpus = job.settings, job.encoder, job.sets, job.corpus
         self.store, self.emit = store, emit
         train = self.settings.train
-        self.plan = BatchPlan(
-            self.corpus.lengths,
-            batch_size=train.batch_size,
-            seed=self.settings.run.seed,
-            bucket_by_length=train.bucket_by_length,
-            min_batch=max(2, self.settings.cluster.num_workers),
-        )
-        epoch_steps = self.plan.batches_per_epoch * train.epochs / train.accumulation_steps
-        self.total_steps = train.max_steps or max(1, math.ceil(round(epoch_steps, 6)))  # 25 * 0.28 is a little over 7
+        self.plan = plan_batches(self.settings, self.corpus.lengths)
+        self.total_steps = count_steps(train, self.plan)
         self.optimizer = build_optimizer(self.encoder, train)
         self.schedule = build_schedule(self.optimizer, train, self.total_steps)
         self.objective = Objective(

@@ -66,7 +66,7 @@ def check_candidates(settings: Settings, corpus: Corpus) -> None:
         raise DataError(
             f"has {len(corpus)} sentences, so an anchor has {len(corpus) - 1} neighbours, fewer than"
             f" negatives.candidates = {settings.negatives.candidates}",
-            f"corpus {settings.corpus.source}",
+            f"corpus {settings.corpus.place}",
             "Lower negatives.candidates or give a larger corpus",
         )
 

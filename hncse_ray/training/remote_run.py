@@ -153,7 +153,7 @@ def _refuse(remote: Remote, settings: Settings) -> bool:
     if stored is not None:
         refuse_other_settings(stored.decode("utf-8", errors="replace"), settings, remote.url)
         return False
-    if left := [name for name in remote.names() if name != "lease.json"]:
+    if left := [name for name in remote.names() if not name.startswith("lease.")]:
         raise StorageError(f"is not empty and holds no run (there is {left[0]})", remote.url, OTHER)
     return True
 
@@ -174,7 +174,7 @@ def _take_up(remote: Remote, work: Path, token: str, settings: Settings, *, is_n
         return RemoteRunFolder(work, remote, token)
     for name in ("settings.yaml", "result.json"):
         if (content := remote.read(name)) is not None:
-            write_atomically(work / name, content.decode())
+            write_atomically(work / name, content.decode(errors="replace"))
     log, stored = work / "log.txt", remote.read("log.txt")
     if stored is not None and (not log.exists() or log.stat().st_size < len(stored)):
         log.write_bytes(stored)
@@ -210,7 +210,7 @@ def bring_run(remote: Remote, work: Path, notify: Callable[[str], None]) -> None
 def _fetch_records(remote: Remote, work: Path) -> None:
     shutil.rmtree(work / "tensorboard", ignore_errors=True)
     for name in remote.names():
-        if name == "metrics.jsonl" or (name.startswith("tensorboard/") and ".." not in Path(name).parts):
+        if name == "metrics.jsonl" or name.startswith("tensorboard/"):
             partial = work / ".record"
             remote.download(name, partial)
             (work / name).parent.mkdir(parents=True, exist_ok=True)

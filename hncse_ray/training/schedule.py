@@ -1,14 +1,46 @@
-"""Optimiser and learning-rate schedule."""
+"""How long a run is, its batches, optimiser and learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from hncse_ray.config import TrainSettings
+from hncse_ray.config import Settings, TrainSettings
+from hncse_ray.corpus import BatchPlan
+from hncse_ray.errors import SettingsError
+
+
+def plan_batches(settings: Settings, lengths: npt.NDArray[np.integer]) -> BatchPlan:
+    """Return the batches of a run over a corpus whose rows have these lengths `[N]`."""
+    return BatchPlan(
+        lengths,
+        batch_size=settings.train.batch_size,
+        seed=settings.run.seed,
+        bucket_by_length=settings.train.bucket_by_length,
+        min_batch=max(2, settings.cluster.num_workers),
+    )
+
+
+def count_steps(settings: TrainSettings, plan: BatchPlan) -> int:
+    """Return the optimiser steps of a run.
+
+    Raises:
+        SettingsError: they are over before the warm-up is.
+    """
+    epoch_steps = plan.batches_per_epoch * settings.epochs / settings.accumulation_steps
+    steps = settings.max_steps or max(1, math.ceil(round(epoch_steps, 6)))  # 25 * 0.28 is a little over 7
+    if settings.warmup_steps >= steps:
+        raise SettingsError(
+            f"{settings.warmup_steps} is not less than the {steps} steps of this run",
+            "train.warmup_steps",
+            "Lower it, or raise train.epochs",
+        )
+    return steps
 
 
 def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
@@ -30,7 +62,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, to
             return (step + 1) / (settings.warmup_steps + 1)
         if settings.schedule == "constant":
             return 1.0
-        done = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
+        done = (step - settings.warmup_steps) / (total_steps - settings.warmup_steps)
         return max(0.0, 1 - done) if settings.schedule == "linear" else (1 + math.cos(math.pi * min(1.0, done))) / 2
 
     return LambdaLR(optimizer, factor)

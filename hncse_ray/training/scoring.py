@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,21 +15,22 @@ from hncse_ray.config import EncoderSettings, Settings
 from hncse_ray.encoder import Progress, load_encoder, resolve_model
 from hncse_ray.errors import SettingsError
 from hncse_ray.evaluation import (
+    STS_TASKS,
     Difference,
     Encode,
     SimilarityHistogram,
-    compare_retrieval,
     compare_sts,
     evaluate_geometry,
     evaluate_sts,
     evaluate_transfer,
     mean_and_spread,
+    read_sts,
 )
-from hncse_ray.training.evaluator import RetrievalPairs, load_evaluation_sets
+from hncse_ray.training.evaluator import EvaluationSets, load_evaluation_sets
 from hncse_ray.training.senteval import senteval_folder
 
 TEST_SUITES = ("sts", "transfer", "geometry")
-SUITES = ("sts", "transfer", "geometry", "python-docs", "pairs", "stsb")
+SUITES = ("sts", "transfer", "geometry", "python-docs", "pairs", "retrieval", "stsb")
 FULL = ("sts", "transfer", "geometry", "python-docs")
 
 Tell = Callable[[str, int, int | None], None]
@@ -126,7 +127,7 @@ def score_models(
     members = [tuple(name for name in group.split(",") if name) for group in groups]
     for model in itertools.chain(*members):
         resolve_model(model)  # the last one's absence should not show after an hour with the others
-    sets = load_evaluation_sets(settings.evaluation, settings.corpus)
+    sets = load_evaluation_sets(settings.evaluation, settings.corpus, dev_needed=False)
     data_dir = senteval_folder(settings.evaluation) if set(suites) & set(TEST_SUITES) else ""
     found, encodes = [], []
     for group, models in zip(groups, members, strict=True):
@@ -145,8 +146,7 @@ def score_models(
         encodes.append(encode)
     differences: list[Difference] = []
     if len(found) == 2 and all(len(group.models) == 1 for group in found):
-        tell("comparing", 0, None)
-        differences = _compare(encodes[0], encodes[1], suites, data_dir, sets.sets)
+        differences = _compare(encodes[0], encodes[1], suites, data_dir, sets, tell)
     return Scoreboard(tuple(found), tuple(differences))
 
 
@@ -164,17 +164,16 @@ def _score_suite(
 
 
 def _compare(
-    first: Encode, second: Encode, suites: Sequence[str], data_dir: str, sets: dict[Any, Any]
+    first: Encode, second: Encode, suites: Sequence[str], data_dir: str, sets: EvaluationSets, tell: Tell
 ) -> list[Difference]:
-    differences: list[Difference] = []
+    """Compare two encoders on all suites that are made of pairs or queries; the others have nothing to draw again."""
+    found: list[Difference] = []
     if "sts" in suites:
-        differences += [_named("sts", d) for d in compare_sts(first, second, data_dir)]
-    for (suite, split), data in sets.items():
-        if split == "test" and isinstance(data, RetrievalPairs):
-            found = compare_retrieval(first, second, list(data.queries), list(data.answers))
-            differences += [_named(suite, d) for d in found]
-    return differences
-
-
-def _named(suite: str, d: Difference) -> Difference:
-    return Difference(f"{suite}/{d.name}", d.first, d.second, d.low, d.high, d.p_value)
+        tell("comparing on sts", 0, None)
+        of_task = {task: read_sts(task, "test", data_dir) for task in STS_TASKS}
+        found += [replace(d, name=f"sts/{d.name}") for d in compare_sts(first, second, of_task)]
+    for suite in suites:
+        if suite not in TEST_SUITES:
+            tell(f"comparing on {suite}", 0, None)
+            found += sets.compare(first, second, suite)
+    return found

@@ -28,7 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from hncse_ray.config import Settings, load_settings
 from hncse_ray.errors import SettingsError, StorageError
-from hncse_ray.recipe import find_space, read_yaml
+from hncse_ray.recipe import find_space, read_yaml, write_yaml
 from hncse_ray.storage import write_atomically
 from hncse_ray.tuning.space import SearchSpace, apply_values, parse_space
 from hncse_ray.tuning.study import Stopping
@@ -81,13 +81,11 @@ class Sweep:
     Attributes:
         settings: of the recipe; trials differ from it by the values of the space.
         space: what is varied.
-        space_tree: the same as the file gives it.
         options: how many trials, and so on.
     """
 
     settings: Settings
     space: SearchSpace
-    space_tree: Mapping[str, Any]
     options: SweepOptions = field(default_factory=SweepOptions)
 
     @property
@@ -104,10 +102,10 @@ class Sweep:
         """Return it as the text of ``sweep.yaml``."""
         tree = {
             "options": asdict(self.options),
-            "space": dict(self.space_tree),
+            "space": self.space.to_tree(),
             "settings": self.settings.model_dump(mode="json"),
         }
-        return yaml.safe_dump(tree, sort_keys=False)
+        return write_yaml(tree)
 
 
 def load_sweep(
@@ -128,8 +126,7 @@ def load_sweep(
         SettingsError: one of them cannot be read or does not fit the settings.
     """
     settings, path = load_settings(recipe, overrides), find_space(space)
-    tree = read_yaml(path)
-    sweep = Sweep(settings, parse_space(tree, str(path)), tree, SweepOptions(**options))
+    sweep = Sweep(settings, parse_space(read_yaml(path), str(path)), SweepOptions(**options))
     sweep.space.check(settings)
     return sweep
 
@@ -146,7 +143,7 @@ def read_sweep(folder: Path) -> Sweep:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         options = TypeAdapter(SweepOptions).validate_python(tree["options"])
-        return Sweep(load_settings(tree["settings"]), parse_space(tree["space"], str(path)), tree["space"], options)
+        return Sweep(load_settings(tree["settings"]), parse_space(tree["space"], str(path)), options)
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, ValidationError, SettingsError) as error:
         raise StorageError(f"cannot be read ({' '.join(str(error).split())})", str(path)) from error
 

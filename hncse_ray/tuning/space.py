@@ -21,16 +21,16 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Annotated, Any, TypeVar
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
-from hncse_ray.config import Settings, load_settings
+from hncse_ray.config import Section, Settings, load_settings, read_setting, setting_kinds
 from hncse_ray.errors import SettingsError
 
 Value = None | bool | int | float | str
@@ -40,33 +40,27 @@ Values = dict[str, Value]
 _FIXED = ("run.", "cluster.", "evaluation.", "corpus.cache_dir", "corpus.num_processes")
 _KINDS = {"uniform": "uniform", "loguniform": "loguniform", "int": "whole", "categorical": "categorical"}
 _MOST_BRANCHES = 10_000
+_MOST = 2**53  # whole numbers above it are not exact in a sampler's floats
 
 
-def _as_choices(value: object) -> object:
-    """Let ``when: {a.b: x}`` stand for ``when: {a.b: [x]}``."""
-    if isinstance(value, Mapping):
-        return {key: item if isinstance(item, list) else [item] for key, item in value.items()}
-    return value
+class _Spec(Section):
+    """One parameter as the file gives it: exactly one of the four distributions; choices are read as its setting."""
 
+    model_config = ConfigDict(strict=True)
 
-class _Spec(BaseModel):
-    """One parameter as the file gives it: exactly one of the four distributions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    uniform: list[float | int] | None = None
-    loguniform: list[float | int] | None = None
-    whole: list[int] | None = Field(None, alias="int")
-    categorical: list[Value] | None = None
+    uniform: list[float] | None = None
+    loguniform: list[float] | None = None
+    whole: list[Annotated[int, Field(ge=-_MOST, le=_MOST)]] | None = Field(None, alias="int")
+    categorical: list[Any] | None = None
     step: float | None = None
-    when: Annotated[dict[str, list[Value]], BeforeValidator(_as_choices)] = {}
+    when: dict[str, Any] = {}
 
 
-class _File(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+class _File(Section):
+    model_config = ConfigDict(strict=True)
 
     parameters: dict[str, _Spec]
-    first: list[dict[str, Value]] = []
+    first: list[dict[str, Any]] = []
 
 
 @dataclass(frozen=True)
@@ -95,8 +89,21 @@ class Parameter:
             case IntDistribution() as d:
                 return trial.suggest_int(self.key, d.low, d.high, step=d.step)
             case FloatDistribution() as d:
-                return trial.suggest_float(self.key, d.low, d.high, step=d.step, log=d.log)
+                value = trial.suggest_float(self.key, d.low, d.high, step=d.step, log=d.log)
+                return value if d.step is None else _on_grid(value, d.low, d.step)
         raise AssertionError(self.distribution)
+
+    def to_tree(self) -> dict[str, Any]:
+        """Return it as a search space's file gives it."""
+        match self.distribution:
+            case CategoricalDistribution() as d:
+                tree: dict[str, Any] = {"categorical": list(d.choices)}
+            case IntDistribution() as d:
+                tree = {"int": [d.low, d.high], "step": d.step}
+            case FloatDistribution() as d:
+                tree = {"loguniform" if d.log else "uniform": [d.low, d.high]}
+                tree |= {} if d.step is None else {"step": d.step}
+        return tree | ({"when": {key: list(choices) for key, choices in self.when.items()}} if self.when else {})
 
     def ends(self) -> tuple[Value, ...]:
         """The values at the edge of what is allowed; all of them for a categorical one."""
@@ -114,6 +121,10 @@ class SearchSpace:
 
     parameters: tuple[Parameter, ...]
     first: tuple[Values, ...] = ()
+
+    def to_tree(self) -> dict[str, Any]:
+        """Return the space as its file gives it; :func:`parse_space` reads that back."""
+        return {"parameters": {p.key: p.to_tree() for p in self.parameters}, "first": [dict(p) for p in self.first]}
 
     def suggest(self, trial: optuna.Trial) -> Values:
         """Sample the values of one trial, define-by-run: a parameter whose condition fails is not asked for."""
@@ -204,8 +215,10 @@ def parse_space(tree: Mapping[str, Any], where: str) -> SearchSpace:
     if not file.parameters:
         raise SettingsError("varies nothing: parameters is empty", where)
     try:
-        parameters = [_parameter(key, spec, file.parameters) for key, spec in file.parameters.items()]
-        return SearchSpace(tuple(_in_order(parameters)), tuple(file.first))
+        choices = {key: _choices(key, spec.categorical) for key, spec in file.parameters.items()}
+        parameters = [_parameter(key, spec, choices) for key, spec in file.parameters.items()]
+        points = ({key: read_setting(key, value) for key, value in point.items()} for point in file.first)
+        return SearchSpace(tuple(_in_order(parameters)), tuple(points))
     except SettingsError as error:
         raise SettingsError(f"{error.where}: {error.what}", where, error.hint) from None
 
@@ -221,57 +234,80 @@ def apply_values(base: Settings, values: Mapping[str, Value], **fixed: Value) ->
     return load_settings(base.model_dump(mode="json"), dict(ordered) | fixed)
 
 
-def _parameter(key: str, spec: _Spec, all_specs: Mapping[str, _Spec]) -> Parameter:
+def _choices(key: str, given: list[Any] | None) -> list[Value] | None:
+    """Read the choices of a categorical parameter, or of a condition, as their setting says."""
+    if given is None:
+        return None
+    choices = [read_setting(key, value) for value in given]
+    for choice in choices:
+        if not isinstance(choice, Value):
+            raise SettingsError(f"the choice {choice!r} is not a single value", key)
+    return choices
+
+
+def _parameter(key: str, spec: _Spec, choices: Mapping[str, list[Value] | None]) -> Parameter:
     if key.startswith(_FIXED):
         raise SettingsError("is the same for all trials of a sweep and cannot be varied", key)
     given = [kind for kind, field in _KINDS.items() if getattr(spec, field) is not None]
     if len(given) != 1:
         raise SettingsError(f"has {len(given) or 'no'} distributions" if given else "has no distribution", key,
                             f"Give one of {', '.join(_KINDS)}")  # fmt: skip
-    for other, choices in spec.when.items():
-        if other not in all_specs:
-            raise SettingsError(f"its condition asks for {other!r}, which is not a parameter{_near(other, all_specs)}",
+    when = {}
+    for other, wanted in spec.when.items():
+        if other not in choices:
+            raise SettingsError(f"its condition asks for {other!r}, which is not a parameter{_near(other, choices)}",
                                 key)  # fmt: skip
-        known = all_specs[other].categorical
+        known = choices[other]
         if known is None:
             raise SettingsError(f"its condition asks for {other}, which is not categorical", key)
-        for choice in choices:
+        when[other] = tuple(_choices(other, wanted if isinstance(wanted, list) else [wanted]) or ())
+        for choice in when[other]:
             if choice not in known:
                 raise SettingsError(f"its condition asks for {other} = {choice!r}, which is no choice of it", key,
                                     f"Choose from {known}")  # fmt: skip
-    return Parameter(key, _distribution(key, spec, given[0]), {k: tuple(v) for k, v in spec.when.items()})
+    return Parameter(key, _distribution(key, spec, given[0], choices[key]), when)
 
 
-def _distribution(key: str, spec: _Spec, kind: str) -> BaseDistribution:
-    if kind == "categorical":
-        assert spec.categorical is not None
+def _distribution(key: str, spec: _Spec, kind: str, choices: list[Value] | None) -> BaseDistribution:
+    if choices is not None:
         if spec.step is not None:
             raise SettingsError("a categorical parameter has no step", key)
-        if not spec.categorical or len(set(spec.categorical)) < len(spec.categorical):
+        if not choices or len(set(choices)) < len(choices):
             raise SettingsError("its choices are empty or given twice", key)
-        return CategoricalDistribution(spec.categorical)
+        return CategoricalDistribution(choices)
     ends = getattr(spec, _KINDS[kind])
     if len(ends) != 2:
         raise SettingsError(f"{kind} takes [low, high], not {ends}", key)
     if kind == "loguniform" and spec.step is not None:
         raise SettingsError("loguniform takes no step", key, "Use uniform, or categorical with the values wanted")
-    low, high = ends
+    low, high = map(_exact, ends)
     if not low < high:
         raise SettingsError(f"its range [{low:g}, {high:g}] is empty", key, "The first must be smaller")
-    if spec.step is not None and not 0 < spec.step <= high - low:
-        raise SettingsError(f"step {spec.step:g} does not fit the range [{low:g}, {high:g}]", key)
+    kinds = setting_kinds(key)
+    if kind != "int" and int in kinds and float not in kinds:
+        raise SettingsError(f"is an integer, and {kind} draws fractions", key, "Use int, or categorical")
+    step = None if spec.step is None else _exact(spec.step)
+    if step is not None:
+        if not 0 < step <= high - low:
+            raise SettingsError(f"step {step:g} does not fit the range [{low:g}, {high:g}]", key)
+        if kind == "int" and step % 1:
+            raise SettingsError(f"step {step:g} of an int parameter is not whole", key)
+        high = low + (high - low) // step * step
     if kind == "int":
-        if spec.step is not None and spec.step % 1:
-            raise SettingsError(f"step {spec.step:g} of an int parameter is not whole", key)
-        step = int(spec.step or 1)
-        return IntDistribution(low, low + (high - low) // step * step, step=step)
-    if kind == "loguniform":
-        if low <= 0:
-            raise SettingsError(f"loguniform from {low:g}: zero and less have no logarithm", key)
-        return FloatDistribution(low, high, log=True)
-    if spec.step is not None:
-        high = low + math.floor(round((high - low) / spec.step, 9)) * spec.step
-    return FloatDistribution(low, high, step=spec.step)
+        return IntDistribution(int(low), int(high), step=int(step or 1))
+    if kind == "loguniform" and low <= 0:
+        raise SettingsError(f"loguniform from {low:g}: zero and less have no logarithm", key)
+    return FloatDistribution(float(low), float(high), log=kind == "loguniform", step=spec.step)
+
+
+def _exact(number: float) -> Decimal:
+    """A number as it is written: 0.9 is three times 0.3, which it is not in binary."""
+    return Decimal(str(number))
+
+
+def _on_grid(value: float, low: float, step: float) -> float:
+    """The number on the grid that a sampled one stands for, without the rounding of binary fractions."""
+    return float(_exact(low) + round((value - low) / step) * _exact(step))
 
 
 def _in_order(parameters: list[Parameter]) -> Iterator[Parameter]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
+import sqlite3
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -187,7 +189,9 @@ def open_study(folder: Path, *, pruner: BasePruner | None = None, create: bool =
         raise StorageError("is not the folder of a sweep: it has no study.db", str(folder))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        storage = RDBStorage(f"sqlite:///{path.absolute()}", engine_kwargs={"connect_args": {"timeout": 60}})
+        # The path goes to sqlite itself: in a URL its `?` and `%` would mean something else.
+        connect = partial(sqlite3.connect, path.absolute(), timeout=60)
+        storage = RDBStorage("sqlite:///study.db", engine_kwargs={"creator": connect})
         return optuna.create_study(storage=storage, study_name="sweep", direction="maximize",
                                    pruner=pruner or NopPruner(), load_if_exists=True)  # fmt: skip
     except Exception as error:  # SQLAlchemy's, sqlite's or Optuna's own, by what is wrong with the file

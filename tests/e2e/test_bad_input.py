@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from invoke import assert_refused, hncse
-from tiny import make_model, make_sentences
+from tiny import make_collection, make_model, make_sentences
 
 from hncse_ray.config import EncoderSettings, load_settings
 from hncse_ray.encoder import load_encoder, save_encoder
@@ -79,7 +79,7 @@ BAD_RUNS: dict[str, Case] = {
     "a pattern without files": (overrides("corpus.path=HERE/*.none"), ("*.none: matches no file", "Paths are")),
     "empty corpus": (text_file("empty.txt", b""), ("empty.txt: is empty",)),
     "only short lines": (
-        text_file("short.txt", b"one two\nword\n\n"),
+        lambda folder: ["corpus.min_words=3", *text_file("short.txt", b"one two\nword\n\n")(folder)],
         ("short.txt", "no sentence is left of 3 lines", "too_short 2", "corpus.min_words"),
     ),
     "fewer sentences than a batch": (
@@ -92,12 +92,20 @@ BAD_RUNS: dict[str, Case] = {
     ),
     "no gzip at all": (text_file("fake.gz", LINES), ("fake.gz: is not a whole gzip file",)),
     "missing column": (
-        lambda folder: ["corpus.source=jsonl", *text_file("rows.jsonl", b'{"sentence": "a b c"}\n')(folder)],
+        text_file("rows.jsonl", b'{"sentence": "a b c"}\n'),
         ("rows.jsonl: has no column 'text'", "It has: sentence"),
+    ),
+    "a source that contradicts the ending": (
+        lambda folder: ["corpus.source=csv", *text_file("rows.jsonl", b'{"text": "a b c"}\n')(folder)],
+        ("rows.jsonl: ends in .jsonl, which is JSONL", "corpus.source is 'csv'", "corpus.source=auto"),
+    ),
+    "a quote that is not closed": (
+        text_file("rows.csv", b'id,text\n1,"a b c\n2,"d e f"\n'),
+        ("rows.csv:2: a quote that is opened here is not closed",),
     ),
     "hub data set": (
         overrides("corpus.source=hub", "corpus.path=nobody/no-such-data-set"),
-        ("nobody/no-such-data-set", "hub cannot be reached", "corpus.source=text", "corpus.source=python-docs"),
+        ("nobody/no-such-data-set", "hub cannot be reached", "corpus.source=auto", "corpus.source=python-docs"),
     ),
     "a cache that cannot be written": (unwritable_cache, ("file/cache", "corpus.cache_dir")),
     "hub model": (
@@ -129,7 +137,21 @@ BAD_RUNS: dict[str, Case] = {
         overrides("evaluation.suites=[stsb]", "evaluation.metric=stsb/spearman"),
         ("$HNCSE_DATA", "hncse data sts", "set evaluation.senteval_path"),
     ),
-    "pairs missing": (overrides("evaluation.pairs_dev=HERE/none.tsv"), ("none.tsv: cannot be read (No such file",)),
+    "pairs missing": (overrides("evaluation.pairs_dev=HERE/none.tsv"), ("none.tsv: no such file",)),
+    "no collection": (overrides("evaluation.suites=[retrieval]"), ("suite 'retrieval' needs collection",)),
+    "collection missing": (
+        overrides(
+            "evaluation.suites=[retrieval]", "evaluation.metric=retrieval/mrr@10", "evaluation.collection=HERE/x"
+        ),
+        ("/x: no such folder", "corpus.jsonl, queries.jsonl and qrels"),
+    ),
+    "collection without dev": (
+        lambda folder: [
+            f"evaluation.collection={make_collection(folder / 'c', splits=('test',))}",
+            *("evaluation.suites=[retrieval]", "evaluation.metric=retrieval/mrr@10"),
+        ],
+        ("has no qrels/dev.tsv, which chooses the checkpoint",),
+    ),
     "unknown storage": (overrides("run.storage_path=nosuch://x"), ("nosuch://x", "Give a URL such as s3://")),
 }
 
@@ -253,7 +275,7 @@ def test_bad_lines_are_dropped_and_counted(recipe: Path, tmp_path: Path) -> None
     ]
     path = tmp_path / "mixed.txt"
     path.write_bytes(b"\n".join(lines) + b"\n")
-    result = hncse("prepare", recipe, f"corpus.path={path}", "--json")
+    result = hncse("prepare", recipe, f"corpus.path={path}", "corpus.min_words=3", "--json")
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
     assert (report["rows"], report["read"]) == (20, 29)
@@ -342,7 +364,7 @@ class TestEvaluate:
     def test_pairs_that_are_missing(self, saved_model: Path, tmp_path: Path) -> None:
         assert_refused(hncse("evaluate", saved_model, "--suite", "pairs"), "pairs")
         result = hncse("evaluate", saved_model, "--suite", "pairs", "--pairs", tmp_path / "none.tsv")
-        assert_refused(result, "none.tsv: cannot be read")
+        assert_refused(result, "none.tsv: no such file")
 
     def test_scores_are_the_last_line(self, saved_model: Path, pairs_file: Path) -> None:
         result = hncse("evaluate", saved_model, "--suite", "pairs", "--pairs", pairs_file, "--json")

@@ -1,14 +1,16 @@
-"""``hncse evaluate`` with the suite geometry: numbers, lines, picture; and what is refused."""
+"""``hncse evaluate``: geometry with lines and picture, pairs, comparisons; and what is refused."""
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_sentences
+from safetensors.torch import load_file, save_file
+from tiny import make_collection, make_sentences
 from typer.testing import CliRunner
 
 from hncse_ray.cli import app
@@ -73,6 +75,10 @@ def test_two_models_side_by_side_have_one_each(model: Path, senteval: Path, tiny
         (["--suite", "geometry", "--plots", "HERE/file/plots"], "cannot be written"),
         (["--suite", "geometry", "--senteval", "HERE/none"], "no such folder"),
         (["--suite", "geometry"], "hncse data sts"),
+        (["--suite", "pairs"], "--pairs: the suite pairs needs data"),
+        (["--suite", "retrieval"], "--data: the suite retrieval needs data"),
+        (["--data", "HERE/none"], "none: no such folder. A collection is a folder with corpus.jsonl"),
+        (["--data", "HERE"], "has no dev.tsv and no test.tsv"),
         (["--suite", "geometry", "--workers", "2"], "hncse data sts"),  # said before Ray is started
     ],
 )
@@ -82,6 +88,72 @@ def test_what_is_refused(model: Path, tmp_path: Path, args: list[str], said: str
     assert isinstance(result.exception, SystemExit) and result.exit_code == 2
     assert result.stderr.count("error: ") == 1 and said in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.fixture(scope="module")
+def other(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights, pooled otherwise."""
+    folder = tmp_path_factory.mktemp("other")
+    save_encoder(load_encoder(tiny_model, EncoderSettings(model=str(tiny_model), pooling="cls")), folder)
+    return folder
+
+
+@pytest.mark.parametrize("suite", [[], ["--suite", "pairs"]])
+def test_a_pairs_file_is_scored_and_two_models_are_compared_on_it(
+    model: Path, other: Path, pairs_file: Path, suite: list[str]
+) -> None:
+    result = evaluate(model, other, *suite, "--pairs", pairs_file, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    names = [f"pairs/{metric}" for metric in ("recall@1", "recall@10", "mrr", "ndcg@10")]
+    assert [list(group["runs"][0]["dev"]) for group in found["groups"]] == [names, names]
+    assert [d["name"] for d in found["differences"]] == names
+    for difference in found["differences"]:
+        first, second = (group["runs"][0]["dev"][difference["name"]] for group in found["groups"])
+        assert (difference["first"], difference["second"]) == pytest.approx((first, second))
+        assert difference["p_value"] >= 2 / 1001
+    assert "ndcg@10" in result.stderr and "paired bootstrap" in result.stderr
+    assert "comparing on pairs" in result.stderr and "python-docs" not in result.stderr
+
+
+def test_a_p_value_below_what_the_resamples_show_is_printed_as_such(model: Path, tmp_path: Path) -> None:
+    """Every query is its own answer, which the one model always finds, and the other, blind to its input, never."""
+    sentences = make_sentences(120, seed=3)
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("".join(f"{s}\t{s}\n" for s in sentences), encoding="utf-8")
+    blind = tmp_path / "blind"
+    shutil.copytree(model, blind)
+    (weights,) = blind.rglob("*.safetensors")
+    tensors = load_file(weights)
+    for name, tensor in tensors.items():
+        if "embeddings.LayerNorm" in name:
+            tensor.fill_(float(name.endswith("bias")))
+    save_file(tensors, weights, metadata={"format": "pt"})
+    result = evaluate(blind, model, "--pairs", pairs)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("< 0.002") == 4 and "0.001" not in result.stdout
+
+
+def test_collections_are_scored_and_two_models_are_compared_on_them(model: Path, other: Path, tmp_path: Path) -> None:
+    one, two = make_collection(tmp_path / "one"), make_collection(tmp_path / "two", seed=5, splits=("test",))
+    result = evaluate(model, other, "--data", one, "--data", two, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    names = [f"retrieval{of}/{metric}" for of in ("/one", "/two", "") for metric in ("ndcg@10", "mrr@10", "recall@100")]
+    runs = [group["runs"][0] for group in found["groups"]]
+    assert list(runs[0]["test"]) == names and len(runs[0]["dev"]) == 6
+    assert [d["name"] for d in found["differences"]] == names
+    for difference in found["differences"]:
+        first, second = (run["test"][difference["name"]] for run in runs)
+        assert (difference["first"], difference["second"]) == pytest.approx((first, second))
+    for title in ("retrieval/one, dev", "retrieval/one, test", "retrieval/two, test", "retrieval, test"):
+        assert title in result.stderr
+
+
+def test_two_models_are_not_compared_where_nothing_can_be_drawn_again(model: Path, other: Path, senteval: Path) -> None:
+    result = evaluate(model, other, "--suite", "geometry", "--senteval", senteval, "--json")
+    assert json.loads(result.stdout.splitlines()[-1])["differences"] == []
+    assert "comparing" not in result.stderr and "bootstrap" not in result.stderr
 
 
 def test_no_workers_at_all(model: Path) -> None:

@@ -28,7 +28,7 @@ def run_folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def sweep_folder(tmp_path: Path) -> Path:
     """A sweep whose second trial is the better one, as the tune command keeps it."""
-    sweep = Sweep(load_settings("quickstart"), parse_space(SPACE, "space"), SPACE, SweepOptions(trials=2))
+    sweep = Sweep(load_settings("quickstart"), parse_space(SPACE, "space"), SweepOptions(trials=2))
     with claim_sweep_folder(tmp_path / "sweep", sweep):
         study = SweepStudy(
             tmp_path / "sweep", sweep.space, seed=0, stopping="none", grace=10, accepts=lambda values: None

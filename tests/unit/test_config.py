@@ -72,7 +72,7 @@ def test_another_objective_keeps_what_it_knows() -> None:
         ("evaluation.suites=[pairs]", "needs pairs_dev"),
         ("train", "is not an override"),
         ("=3", "is not an override"),
-        ("train.batch_size=[", "not valid YAML"),
+        ("train.batch_size=[", "train.batch_size = '[': input should be a valid integer"),
         ("corpus.source.x=1", "is a value, not a section"),
     ],
 )
@@ -165,7 +165,7 @@ def test_several_mistakes_are_all_named() -> None:
         ("- a\n- b\n", "holds no mapping"),
         ("", "holds no mapping"),
         ("corpus: {source: python-docs}\ncorpus: {source: text}\n", "given twice"),
-        ("corpus: 3\n", "corpus = 3"),
+        ("corpus: 3\n", "corpus = '3': it is a section"),
         ("run: {name: x}\n", "'corpus' is missing"),
     ],
 )

@@ -48,7 +48,7 @@ def test_paper_recipes_hold_the_published_values(name: str) -> None:
     backbone, _, objective = PAPERS[name]
     model, batch_size, learning_rate = BACKBONES[backbone]
     assert settings.objective.model_dump() == {"temperature": 0.05} | objective
-    assert settings.corpus.source == "text"
+    assert settings.corpus.source == "auto"
     assert settings.corpus.path == ("wiki1m_for_simcse.txt",)
     assert settings.corpus.min_words == 1 and settings.corpus.max_sentences is None
     encoder = settings.encoder

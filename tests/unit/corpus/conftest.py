@@ -24,14 +24,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def prepare(tokenizer, tmp_path):
+    default = tokenizer
+
     from hncse_ray.config import CorpusSettings
     from hncse_ray.corpus import prepare_corpus
 
-    def run(*, max_length=16, seed=0, tokenizer_digest="tiny", progress=None, **settings):
+    def run(*, max_length=16, seed=0, tokenizer_digest="tiny", progress=None, tokenizer=None, **settings):
         settings.setdefault("cache_dir", str(tmp_path / "cache"))
         return prepare_corpus(
             CorpusSettings(**settings),
-            tokenizer=tokenizer,
+            tokenizer=tokenizer or default,
             tokenizer_digest=tokenizer_digest,
             max_length=max_length,
             seed=seed,

@@ -1,3 +1,4 @@
+import copy
 import json
 import multiprocessing
 import os
@@ -11,10 +12,10 @@ import numpy as np
 import pytest
 
 from hncse_ray.config import CorpusSettings
-from hncse_ray.corpus import Corpus, content_hash
+from hncse_ray.corpus import Corpus, row_hash
 from hncse_ray.errors import DataError
 
-LINES = [f"the cat sat on mat number {i}" for i in range(50)]
+LINES = [f"{i} the cat sat on mat number {i}" for i in range(50)]
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_rows_tokens_hashes_and_lengths(prepare, text_file, tokenizer):
     assert [row.tolist() for row in corpus.token_rows(ids)] == expected
     assert corpus.lengths[ids].tolist() == [len(row) for row in expected]
     assert corpus.lengths.max() == 9
-    assert corpus.hashes.tolist() == [content_hash(line) for line in LINES]
+    assert corpus.hashes.tolist() == [row_hash(row) for row in corpus.token_rows(range(50))]
     assert (corpus.lengths.dtype, corpus.hashes.dtype) == (np.int32, np.int64)
     assert len(corpus) == corpus.report.rows == 50
     assert corpus.report.mean_tokens == pytest.approx(corpus.lengths.mean())
@@ -68,11 +69,54 @@ def test_a_row_that_is_not_there(prepare, text_file, ids):
 
 def test_duplicates_go_also_across_unicode_forms_and_files(prepare, tmp_path):
     (tmp_path / "a.txt").write_text("caf\u00e9 au lait\nplain old text\n", encoding="utf-8")
-    (tmp_path / "b.txt").write_text("cafe\u0301  au lait\nPlain old text\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("cafe\u0301  au lait\nfine new text\n", encoding="utf-8")
     corpus = prepare(path=(f"{tmp_path}/a.txt", f"{tmp_path}/b.txt"))
-    assert corpus.texts(range(3)) == ["caf\u00e9 au lait", "plain old text", "Plain old text"]
+    assert corpus.texts(range(3)) == ["caf\u00e9 au lait", "plain old text", "fine new text"]
     assert corpus.report.dropped == {"duplicate": 1}
     assert corpus.report.read == 4
+
+
+def test_rows_are_unique_by_what_the_model_sees(prepare, tmp_path):
+    lines = ["The cat sat", "the CAT sat", "sat on the cat a", "sat on the cat b", "sat on the"]
+    (tmp_path / "a.txt").write_text("\n".join(lines), encoding="utf-8")
+    cut = prepare(path=f"{tmp_path}/a.txt", max_length=6)
+    assert cut.texts(range(len(cut))) == [lines[0], lines[2]]  # [CLS] sat o ##n the [SEP] is all that is left of three
+    assert cut.report.dropped == {"duplicate": 3}
+    assert len(set(cut.hashes.tolist())) == 2
+    whole = prepare(path=f"{tmp_path}/a.txt", max_length=16)
+    assert whole.texts(range(len(whole))) == [lines[0], *lines[2:]]
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_rows_without_a_token_of_their_own_are_dropped_and_counted(prepare, tmp_path, tokenizer, special):
+    from tokenizers import normalizers, processors
+
+    bare = copy.deepcopy(tokenizer)
+    strip = [normalizers.Replace("~", ""), normalizers.Lowercase()]
+    bare.backend_tokenizer.normalizer = normalizers.Sequence(strip)
+    if not special:
+        bare.backend_tokenizer.post_processor = processors.Sequence([])
+    (tmp_path / "a.txt").write_text("the cat sat\n~~~\n~ ~\n\u200b\n\n", encoding="utf-8")
+    corpus = prepare(path=f"{tmp_path}/a.txt", tokenizer=bare)
+    assert corpus.report.dropped == {"empty": 2, "no_token": 2}
+    assert corpus.texts([0]) == ["the cat sat"] and corpus.lengths.min() > 2 * special
+    (tmp_path / "b.txt").write_text("~~~\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"b.txt: no sentence is left of 1 lines \(dropped: no_token 1\)"):
+        prepare(path=f"{tmp_path}/b.txt", tokenizer=bare)
+
+
+def test_chinese_and_japanese_lines_are_kept(prepare, tmp_path):
+    (tmp_path / "a.txt").write_text("\u6211\u559c\u6b22\u8bfb\u4e66\n\u732b\u304c\u5ea7\u308b\n", encoding="utf-8")
+    report = prepare(path=f"{tmp_path}/a.txt").report
+    assert report.read == 2 and "too_short" not in report.dropped
+
+
+def test_a_corpus_of_an_earlier_format_is_not_read(prepare, text_file):
+    path = prepare(path=text_file).path
+    facts = json.loads((path / "corpus.json").read_text()) | {"format": 1}
+    (path / "corpus.json").write_text(json.dumps(facts))
+    with pytest.raises(DataError, match="has format 1, not 2"):
+        Corpus.open(path)
 
 
 def test_second_use_reads_and_tokenises_nothing(prepare, text_file, monkeypatch):
@@ -145,7 +189,7 @@ def test_the_datasets_library_opens_it(prepare, text_file):
 def test_nothing_left_tells_the_counts(prepare, tmp_path):
     (tmp_path / "short.txt").write_text("one\ntwo words\n\n")
     with pytest.raises(DataError, match=r"short.txt: no sentence is left of 3 lines \(dropped: empty 1, too_short 2\)"):
-        prepare(path=f"{tmp_path}/short.txt")
+        prepare(path=f"{tmp_path}/short.txt", min_words=3)
     assert folders(tmp_path) == []
 
 

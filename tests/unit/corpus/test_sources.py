@@ -38,7 +38,7 @@ def test_text_lines_are_filtered_and_every_drop_is_counted(tmp_path):
         b"a nul \0 in it",
     ]
     lines += [b"word " * 50, B.encode() + b"\r"]
-    texts, counts = read(path=write(tmp_path / "a.txt", b"\n".join(lines)), max_chars=100)
+    texts, counts = read(path=write(tmp_path / "a.txt", b"\n".join(lines)), max_chars=100, min_words=3)
     assert texts == [A, B]
     assert counts == {"read": 8, "empty": 2, "too_short": 1, "undecodable": 2, "too_long": 1}
 
@@ -90,35 +90,121 @@ def test_lines_at_the_limit(tmp_path, end):
 def test_jsonl(tmp_path):
     rows = [json.dumps({"text": A, "n": 1}), "{broken", "", '["list"]', json.dumps({"text": None})]
     rows += [json.dumps({"text": 3}), json.dumps({"text": B}), '{"text": "lone \\ud800 surrogate here"}']
-    texts, counts = read(source="jsonl", path=write(tmp_path / "a.jsonl", "\n".join(rows)))
+    texts, counts = read(path=write(tmp_path / "a.jsonl", "\n".join(rows)))
     assert texts == [A, B]
     assert counts == {"read": 8, "undecodable": 4, "empty": 2}
 
 
-@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.tsv", "\t")])
-def test_csv(tmp_path, name, delimiter):
-    with open(tmp_path / name, "w", newline="", encoding="utf-8-sig") as stream:
-        writer = csv.writer(stream, delimiter=delimiter)
+def test_csv(tmp_path):
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8-sig") as stream:
+        writer = csv.writer(stream)
         writer.writerows([["body", "id"], [f"{A}, {B}\t1", "1"], ["two\nlines in one", "2"], []])
-    texts, _ = read(source="csv", column="body", path=str(tmp_path / name))
-    assert texts == [f"{A}, {B} 1", "two lines in one"]
+    assert read(column="body", path=str(tmp_path / "a.csv")) == (
+        [f"{A}, {B} 1", "two lines in one"],
+        {"read": 3, "empty": 1},
+    )
 
 
-def test_a_csv_with_an_open_quote_goes_on_in_bounded_memory(tmp_path):
-    data = 'text\n"' + "word " * 200_000 + "\n" + A + "\n"
-    texts, counts = read(source="csv", path=write(tmp_path / "a.csv", data))
-    assert counts["too_long"] >= 1
-    assert texts in ([A], [])
+def test_a_stray_quote_in_tsv_swallows_no_row(tmp_path):
+    rows = ["id\ttext", f'1\t"{A}', f'2\t5" disk and {B}', f'3\t""{A}""', "4", "5\ta\tb", f"6\t{B}"]
+    texts, counts = read(path=write(tmp_path / "a.tsv", "\n".join(rows)))
+    assert texts == [f'"{A}', f'5" disk and {B}', f'""{A}""', B]
+    assert counts == {"read": 6, "malformed": 2}
+
+
+def test_bad_bytes_drop_their_record_and_no_other(tmp_path):
+    data = b'id,text\n1,"first line\nwith \xff inside\nand an end"\n2,' + A.encode() + b'\n3,"\xfe"\n4,' + B.encode()
+    assert read(path=write(tmp_path / "a.csv", data)) == ([A, B], {"read": 4, "undecodable": 2})
+    header = b"i\xffd,text\n1," + A.encode() + b"\n"
+    assert read(path=write(tmp_path / "b.csv", header))[0] == [A]
+
+
+def test_a_record_with_other_columns_than_the_header_is_not_torn(tmp_path):
+    data = f"text\nbread, butter and jam\n{A}\n"
+    assert read(path=write(tmp_path / "a.csv", data)) == ([A], {"read": 2, "malformed": 1})
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ('text\n"' + "word " * 200_000 + "\n" + A + "\n", 2),
+        (f'id,text\n1,{A}\n2,"{B}\n3,{A}\n4,"{B}"\n', 3),
+        (f'id,text\n1,{A}\n2,"{B}', 3),
+    ],
+)
+def test_a_quote_that_is_not_closed_names_its_line(tmp_path, data, line):
+    with pytest.raises(DataError, match=rf"a\.csv:{line}: a quote that is opened here is not closed"):
+        read(path=write(tmp_path / "a.csv", data))
+
+
+def test_a_csv_with_an_open_quote_is_refused_in_bounded_memory(tmp_path):
+    path = tmp_path / "a.csv"
+    with open(path, "wb") as stream:
+        stream.write(b'text\n"')
+        for _ in range(64):
+            stream.write(b"words and words\n" * 2**16)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"a\.csv:2: a quote"):
+        read(path=str(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 256 * 2**20  # a field of 16 M characters, four bytes each, and its copy
+
+
+def test_jsonl_whose_first_objects_lack_the_column(tmp_path):
+    rows = [{"title": "x"}, {"title": "y", "text": A}, {"text": B}, {"other": 1}]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    assert read(path=path) == ([A, B], {"read": 4, "empty": 2})
+    with pytest.raises(DataError, match=r"no column 'titel'. Did you mean 'title'\? It has: title, text, other"):
+        read(path=path, column="titel")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.ndjson", "a.json", "a.JSONL", "a.Json.GZ"])
+def test_the_ending_says_how_a_file_is_read(tmp_path, name):
+    data = json.dumps({"text": A}).encode()
+    assert read(path=write(tmp_path / name, gzip.compress(data) if name.lower().endswith("gz") else data))[0] == [A]
+
+
+def test_files_of_several_kinds_make_one_corpus(tmp_path):
+    write(tmp_path / "a.jsonl", json.dumps({"text": A}))
+    write(tmp_path / "b.csv.gz", gzip.compress(f"text\n{B}\n".encode()))
+    write(tmp_path / "c.tab", "id\ttext\n1\tthird one here\n")
+    write(tmp_path / "d", "fourth one here")
+    pq.write_table(pa.table({"text": ["fifth one here"]}), tmp_path / "e.parq")
+    assert read(path=f"{tmp_path}/*")[0] == [A, B, "third one here", "fourth one here", "fifth one here"]
+
+
+@pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.tsv"])
+def test_every_line_end_ends_a_line(tmp_path, end, name):
+    lines = {"a.jsonl": [json.dumps({"text": A}), json.dumps({"text": B})], "a.txt": [A, B]}.get(name, ["text", A, B])
+    assert read(path=write(tmp_path / name, end.join(lines) + end)) == ([A, B], {"read": 2})
+
+
+def test_what_cannot_be_seen_is_no_sentence(tmp_path):
+    lines = [
+        "\u200b\u200d",
+        "\ufeff\u2060 \u200e",
+        "\ue000\ue001",
+        "\u3164 \u2800",
+        "\u0301",
+        "\x01\x02",
+        A,
+        "\u4f60\u597d",
+    ]
+    texts, counts = read(path=write(tmp_path / "a.txt", "\n".join(lines)))
+    assert texts == [A, "\u4f60\u597d"]
+    assert counts == {"read": 8, "empty": 6}
 
 
 def test_parquet(tmp_path):
     pq.write_table(pa.table({"n": [1, 2, 3], "text": [A, None, B]}), tmp_path / "a.parquet")
-    assert read(source="parquet", path=f"{tmp_path}/*.parquet") == ([A, B], {"read": 3, "empty": 1})
+    assert read(path=f"{tmp_path}/*.parquet") == ([A, B], {"read": 3, "empty": 1})
 
 
 def test_a_parquet_file_that_is_none(tmp_path):
     with pytest.raises(DataError, match=r"a\.parquet: is not a readable Parquet"):
-        read(source="parquet", path=write(tmp_path / "a.parquet", A))
+        read(path=write(tmp_path / "a.parquet", A))
 
 
 @pytest.mark.parametrize("source", ["jsonl", "csv", "parquet"])
@@ -131,7 +217,7 @@ def test_a_wrong_column_names_the_right_ones(tmp_path, source):
     else:
         pq.write_table(pa.table({"sentence": [A], "id": [1]}), path)
     with pytest.raises(DataError, match=r"no column 'sentense'.*Did you mean 'sentence'\? It has: sentence, id"):
-        read(source=source, column="sentense", path=str(path))
+        read(column="sentense", path=str(path))
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.99])
@@ -202,4 +288,7 @@ def test_identity_follows_contents_not_names(tmp_path):
     other = write(tmp_path / "c.txt", B)
     assert identity(path=a) == identity(path=b) == identity(path=a, column="ignored")
     assert len({identity(path=a), identity(path=other), identity(path=(a, other)), identity(path=(other, a))}) == 4
-    assert identity(path=a, source="csv", column="x") != identity(path=a, source="csv", column="y")
+    table = write(tmp_path / "a.csv", "x,y\n1,2\n")
+    assert identity(path=table, column="x") != identity(path=table, column="y")
+    assert identity(path=table) == identity(path=table, source="csv")
+    assert identity(path=a) != identity(path=write(tmp_path / "a.tsv", A))

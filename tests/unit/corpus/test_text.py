@@ -1,9 +1,12 @@
+import hashlib
+
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hncse_ray.corpus import content_hash, normalise
-
-HELLO = -1410706843886609406  # int.from_bytes(blake2b(b'hello world')[:8], 'little', signed)
+from hncse_ray.corpus import normalise, row_hash
+from hncse_ray.corpus.text import is_blank
 
 
 def test_white_space_and_nfc():
@@ -11,13 +14,26 @@ def test_white_space_and_nfc():
     assert normalise("cafe\u0301") == "caf\u00e9"
 
 
-def test_hash_is_fixed_for_all_time_and_of_the_normalised_text():
-    assert content_hash("cafe\u0301  au lait ") == content_hash("caf\u00e9 au lait")
-    assert content_hash("a b") != content_hash("a c")
-    assert content_hash("hello world") == HELLO
+def test_a_row_hash_is_fixed_for_all_time_and_of_the_tokens_alone():
+    ids = [101, 2**31 - 1, 0]
+    bytes_ = b"".join(i.to_bytes(4, "little") for i in ids)
+    expected = int.from_bytes(hashlib.blake2b(bytes_).digest()[:8], "little", signed=True)
+    assert row_hash(np.array(ids, np.int32)) == row_hash(np.array([9, *ids], np.int32)[1:]) == expected
+    assert row_hash(np.array(ids[:2], np.int32)) != expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "\u200b", "\ufeff\u2060", "\ue000", "\u3164", "\u2800", "\u0301", "\x01\x7f", "\u00ad"]
+)
+def test_nothing_to_see(text):
+    assert is_blank(text)
+
+
+@pytest.mark.parametrize("text", ["a", "\u200ba", "1", ".", "\u4f60", "\U0001f600", "\u0915\u094d", "+"])
+def test_something_to_see(text):
+    assert not is_blank(text)
 
 
 @given(st.text())
-def test_normalise_is_idempotent_and_hash_fits_int64(text):
+def test_normalise_is_idempotent(text):
     assert normalise(normalise(text)) == normalise(text)
-    assert -(2**63) <= content_hash(text) < 2**63

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hncse_ray.errors import DataError
-from hncse_ray.evaluation import compare_retrieval, compare_sts, evaluate_retrieval, evaluate_sts, mean_and_spread
+from hncse_ray.evaluation import (
+    Difference,
+    Encode,
+    RetrievalSet,
+    compare_retrieval,
+    compare_sts,
+    evaluate_retrieval,
+    evaluate_sts,
+    mean_and_spread,
+    paired_set,
+    read_sts,
+)
 
 DIMENSION = 16
 
@@ -28,30 +40,38 @@ class Noisy:
         return np.array(rows)
 
 
-QUERIES, ANSWERS = [f"query {i}" for i in range(300)], [f"an-answer {i}" for i in range(300)]
+def numbered(numbers: Iterable[int]) -> RetrievalSet:
+    numbers = list(numbers)
+    return paired_set([f"query {n}" for n in numbers], [f"an-answer {n}" for n in numbers])
+
+
+DATA = numbered(range(300))
+
+
+def compare(first: Encode, second: Encode, data: RetrievalSet = DATA, *, resamples: int = 1000) -> list[Difference]:
+    return compare_retrieval(first, second, {"pairs": data}, resamples=resamples)
 
 
 def test_retrieval_scores_are_those_of_the_evaluation_and_a_better_encoder_is_found() -> None:
     first, second = Noisy(1.5, 1), Noisy(0.7, 2)
-    found = {d.name: d for d in compare_retrieval(first, second, QUERIES, ANSWERS)}
+    found = {d.name: d for d in compare(first, second)}
     for encode, side in ((first, "first"), (second, "second")):
-        scores = evaluate_retrieval(encode, QUERIES, ANSWERS)
-        assert {name: getattr(d, side) for name, d in found.items()} == pytest.approx(scores)
+        scores = evaluate_retrieval(encode, DATA)
+        assert {name: getattr(d, side) for name, d in found.items()} == pytest.approx(
+            {f"pairs/{metric}": score for metric, score in scores.items()}
+        )
     for d in found.values():
-        assert 0 < d.low < d.second - d.first < d.high and d.p_value <= 0.002
+        assert 0 < d.low < d.second - d.first < d.high and d.p_value == d.resolution == 2 / 1001
 
 
 def test_two_encoders_that_differ_by_luck_are_not_told_apart_more_often_than_they_should() -> None:
-    values = [
-        compare_retrieval(Noisy(1.0, 2 * seed), Noisy(1.0, 2 * seed + 1), QUERIES, ANSWERS, resamples=200)[2].p_value
-        for seed in range(40)
-    ]
+    values = [compare(Noisy(1.0, 2 * seed), Noisy(1.0, 2 * seed + 1), resamples=200)[2].p_value for seed in range(40)]
     assert np.mean(np.array(values) < 0.05) < 0.2
     assert np.median(values) > 0.2
 
 
 def test_an_encoder_does_not_differ_from_itself() -> None:
-    for d in compare_retrieval(Noisy(1, 1), Noisy(1, 1), QUERIES, ANSWERS, resamples=50):
+    for d in compare(Noisy(1, 1), Noisy(1, 1), resamples=50):
         assert (d.low, d.high, d.p_value) == (0, 0, 1)
 
 
@@ -61,17 +81,38 @@ def test_the_interval_covers_the_true_difference_as_often_as_it_says() -> None:
     covered = 0
     for _ in range(60):
         numbers = rng.integers(0, 100_000, 120)
-        queries, answers = [f"query {n}" for n in numbers], [f"an-answer {n}" for n in numbers]
-        if len(set(answers)) < 120:
+        if len(set(numbers)) < 120:
             continue
-        d = compare_retrieval(Noisy(1.2, 5), Noisy(1.2, 6), queries, answers, resamples=300)[2]
+        d = compare(Noisy(1.2, 5), Noisy(1.2, 6), numbered(numbers), resamples=300)[2]
         covered += d.low <= 0 <= d.high  # equally noisy encoders: no difference in the population
     assert covered >= 50
 
 
+@pytest.mark.parametrize("resamples", [20, 200])
+def test_a_p_value_says_no_more_than_the_resamples_can_show(resamples: int) -> None:
+    """Twice the share of one side: of n resamples at least two in n, and one more for the set as it was."""
+    for d in compare(Noisy(3.0, 1), Noisy(0.1, 2), resamples=resamples):
+        assert d.p_value == d.resolution == 2 / (resamples + 1)
+    for d in compare(Noisy(1.0, 1), Noisy(1.0, 2), resamples=resamples):
+        assert (d.p_value / d.resolution) == pytest.approx(round(d.p_value / d.resolution)) or d.p_value == 1
+
+
+def test_several_sets_are_compared_one_by_one_and_by_their_mean() -> None:
+    first, second = Noisy(1.5, 1), Noisy(1.0, 2)
+    sets = {"retrieval/large": DATA, "retrieval/small": numbered(range(1000, 1030))}
+    found = {d.name: d for d in compare_retrieval(first, second, sets, mean="retrieval")}
+    assert len(found) == 3 * 4
+    for metric in DATA.metrics:
+        large, small, mean = (found[f"{name}/{metric}"] for name in (*sets, "retrieval"))
+        assert mean.first == pytest.approx((large.first + small.first) / 2)
+        assert mean.second == pytest.approx((large.second + small.second) / 2)
+        assert large.high - large.low < mean.high - mean.low < small.high - small.low  # as its widest half allows
+
+
 def test_sts_is_compared_task_by_task_and_on_average(sts_folder: Path) -> None:
     first, second = Lengths(1), Lengths(3)
-    found = {d.name: d for d in compare_sts(first, second, sts_folder, ["STSBenchmark"], resamples=50)}
+    data = {"STSBenchmark": read_sts("STSBenchmark", "test", sts_folder)}
+    found = {d.name: d for d in compare_sts(first, second, data, resamples=50)}
     assert set(found) == {"STSBenchmark"}
     for encode, side in ((first, "first"), (second, "second")):
         assert (

@@ -14,6 +14,7 @@ from hncse_ray.evaluation import (
     anisotropy,
     evaluate_geometry,
     evaluate_retrieval,
+    paired_set,
     similarity_histogram,
     uniformity,
 )
@@ -186,7 +187,7 @@ def test_an_encoder_that_cannot_be_scored(case: str, suite: str, senteval: Path)
     broken, said = BROKEN[case]
     score: dict[str, Callable[[], object]] = {
         "geometry": lambda: evaluate_geometry(broken, senteval),
-        "retrieval": lambda: evaluate_retrieval(broken, TEXTS[:30], TEXTS[30:]),
+        "retrieval": lambda: evaluate_retrieval(broken, paired_set(TEXTS[:30], TEXTS[30:])),
     }
     with pytest.raises(DataError, match=said) as caught:
         score[suite]()
@@ -203,4 +204,4 @@ def test_a_constant_encoder(noise: float, senteval: Path) -> None:
 
     with pytest.raises(DataError, match="all 59 sentences the same vector"):
         evaluate_geometry(constant, senteval)
-    assert evaluate_retrieval(constant, TEXTS[:30], TEXTS[30:])["mrr"] == pytest.approx(1 / 30)
+    assert evaluate_retrieval(constant, paired_set(TEXTS[:30], TEXTS[30:]))["mrr"] == pytest.approx(1 / 30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -108,7 +109,7 @@ class TestFinishedRun:
 
     def test_the_settings_are_those_of_the_run(self, page: str, tmp_path: Path) -> None:
         text = page[page.index('<pre id="settings">') + len('<pre id="settings">') :]
-        shown = yaml.safe_load(text[: text.index("</pre>")])
+        shown = yaml.safe_load(html.unescape(text[: text.index("</pre>")]))
         assert shown == yaml.safe_load((tmp_path / "settings.yaml").read_text())
 
 

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import random
+import socket
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +22,7 @@ BEAT_S, STALE_S = 0.2, 3.0
 
 
 def lease(remote: Remote, folder: Path) -> Lease:
-    return Lease(remote, folder, beat_s=BEAT_S, stale_s=STALE_S, settle_s=0.1)
+    return Lease(remote, folder, beat_s=BEAT_S, stale_s=STALE_S)
 
 
 def leave(remote: Remote, **facts: object) -> None:
@@ -105,19 +111,95 @@ def test_one_that_was_read_by_half_is_not_a_sign_that_another_took_over(
     mine.release()
 
 
-def test_of_two_who_take_over_at_once_one_gives_way(
-    remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class Turns:
+    """Lets two threads use the storage in an order that is given, one operation at a time; later as it comes."""
+
+    def __init__(self, order: list[int]) -> None:
+        self._order, self._ended = order, set[int]()
+        self._changed = threading.Condition()
+
+    def remote(self, remote: Remote, number: int) -> Remote:
+        """The same place for one of the threads."""
+        copy = Remote(remote.url)
+        for name in ("read", "write", "names", "delete"):
+            setattr(copy, name, self._in_turn(getattr(copy, name), number))
+        return copy
+
+    def _in_turn(self, operation: Callable[..., Any], number: int) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with self._changed:
+                assert self._changed.wait_for(
+                    lambda: not self._order or self._order[0] == number or self._order[0] in self._ended, 60
+                )
+                if self._order:
+                    self._order.pop(0)
+                try:
+                    return operation(*args)
+                finally:
+                    self._changed.notify_all()
+
+        return run
+
+    def end(self, number: int) -> None:
+        with self._changed:
+            self._ended.add(number)
+            self._changed.notify_all()
+
+
+def start_two(remote: Remote, folder: Path, order: list[int]) -> list[Lease | StorageError]:
+    """Have two processes of different machines start at once; return the lease of each, or why it was refused."""
+    turns, results = Turns(order), list[Lease | StorageError | None]([None, None])
+
+    def start(number: int) -> None:
+        mine = lease(turns.remote(remote, number), folder / str(number))
+        try:
+            mine.acquire()
+            results[number] = mine
+        except StorageError as error:
+            results[number] = error
+        finally:
+            turns.end(number)
+
+    threads = [threading.Thread(target=start, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert None not in results
+    return results  # type: ignore[return-value]
+
+
+# In which order two starters read, write and look: in step, one far ahead, and at random.
+ORDERS = [[0, 1] * 20, [0] + [1] * 20, [0, 0] + [1] * 20, [0] * 3 + [1] * 20, [0] * 4 + [1] * 20]
+ORDERS += [random.Random(seed).choices([0, 1], k=40) for seed in range(8)]
+
+
+@pytest.mark.parametrize("is_left", [False, True], ids=["nobody has it", "a dead one has it"])
+def test_of_two_who_start_at_once_one_gets_it(
+    remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_left: bool
 ) -> None:
-    leave(remote, time=0)
-    mine, really = lease(remote, tmp_path), Lease._write
+    monkeypatch.setattr("hncse_ray.storage.lease._POLL_S", 0.02)
+    for number, order in enumerate(ORDERS):
+        if is_left:
+            leave(remote, time=0)
+        results = start_two(remote, tmp_path / str(number), list(order))
+        held = [result for result in results if isinstance(result, Lease)]
+        refused = [str(result) for result in results if isinstance(result, StorageError)]
+        assert len(held) == len(refused) == 1, (order, results)
+        assert f"is in use by another process on {socket.gethostname()} (process {os.getpid()})" in refused[0]
+        check_lease(remote, held[0].token)
+        assert remote.names() == ["lease.json"]
+        held[0].release()
+        assert remote.names() == []
 
-    def write_then_be_overwritten(self: Lease) -> None:
-        really(self)
-        leave(remote, token="other", host="rival")
 
-    monkeypatch.setattr(Lease, "_write", write_then_be_overwritten)
-    with pytest.raises(StorageError, match="in use by another process on rival"):
+def test_the_claim_of_a_process_that_died_while_it_started_is_removed(remote: Remote, tmp_path: Path) -> None:
+    for name in ("0", "g"):  # before and after any other by name
+        remote.write(f"lease.claim-{name}.json", b"")
+        mine = lease(remote, tmp_path)
         mine.acquire()
+        assert remote.names() == ["lease.json"]
+        mine.release()
 
 
 def test_a_holder_that_was_taken_over_learns_it_and_leaves_the_other_s_alone(remote: Remote, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -90,13 +91,30 @@ class TestFolders:
         assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith((".", "there"))) == []
 
     @pytest.mark.parametrize(
-        "manifest", [b"", b"{", b"[]", b'{"files": {"a": 1}}', b'{"files": {"../a": [1, "x"]}}', b"\xff"]
+        "manifest",
+        [
+            b"",
+            b"{",
+            b"[]",
+            b'{"files": {"a": 1}}',
+            b"\xff",
+            *(
+                json.dumps({"files": {name: [1, "x"]}}).encode()
+                for name in ("../a", "/a", "", ".", "a//b", "a/./b", "a\0", "\ud800")
+            ),
+        ],
     )
     def test_a_damaged_manifest_is_told(self, remote: Remote, tmp_path: Path, manifest: bytes) -> None:
         send_folder(remote, "model", fill(tmp_path / "here", weights="one"))
         remote.write("model.manifest.json", manifest)
         with pytest.raises(Damaged):
             fetch_folder(remote, "model", tmp_path / "there")
+
+    @pytest.mark.parametrize("name", ["", ".", "..", "step_", "step_x", "step_1x", "a/step_1"])
+    def test_what_others_have_named_otherwise_is_none(self, remote: Remote, tmp_path: Path, name: str) -> None:
+        send_folder(remote, "checkpoints/step_1", fill(tmp_path / "one", weights="one"))
+        remote.write(f"checkpoints/{name}.manifest.json", b'{"files": {}}')
+        assert whole_folders(remote, "checkpoints") == ["step_1"]
 
     def test_a_deleted_one_leaves_nothing(self, remote: Remote, tmp_path: Path) -> None:
         for number in (1, 2, 10):

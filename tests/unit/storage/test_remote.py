@@ -32,6 +32,15 @@ def test_what_is_written_is_read_back(remote: Remote, tmp_path: Path) -> None:
     assert remote.names("a") == ["a/b.txt"]
 
 
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "..", ".", "a//b", "/x", "a\nb", "\ud800"])
+def test_a_name_that_is_no_path_below_is_not_listed(remote: Remote, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No client writes such keys, but a bucket may hold them."""
+    remote.write("a.txt", b"1")
+    root = remote.names.__globals__["_find"](*remote._opened)[0].removesuffix("a.txt")
+    monkeypatch.setitem(remote.names.__globals__, "_find", lambda *args: [f"{root}{name}", f"{root}a.txt"])
+    assert remote.names() == ["a.txt"]
+
+
 def test_it_travels_as_its_url(remote: Remote) -> None:
     remote.write("a.txt", b"1")
     assert pickle.loads(pickle.dumps(remote)).read("a.txt") == b"1"

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import make_sentences
+from tiny import make_collection, make_sentences
 
 from hncse_ray.config import CorpusSettings, EncoderSettings, EvaluationSettings
 from hncse_ray.encoder import SentenceEncoder, load_encoder
 from hncse_ray.errors import DataError
-from hncse_ray.evaluation import evaluate_retrieval, read_pairs
+from hncse_ray.evaluation import evaluate_retrieval, paired_set, read_collection, read_pairs
 from hncse_ray.training import EvaluationSets, load_evaluation_sets
 from hncse_ray.training.distributed import ShardedEncode
 
+PAIRS = ("recall@1", "recall@10", "mrr", "ndcg@10")
 CORPUS = CorpusSettings(source="text", path=("unused.txt",))
 
 
@@ -60,11 +61,10 @@ def test_pairs_are_scored_as_retrieval(pairs_file: Path, encoder: SentenceEncode
     test_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sets = load_pairs(pairs_file, test_file)
     for split, path in (("dev", pairs_file), ("test", test_file)):
-        queries, answers = read_pairs(path)
-        expected = evaluate_retrieval(encoder.encode, queries, answers)
+        expected = evaluate_retrieval(encoder.encode, paired_set(*read_pairs(path)))
         scores = sets.score(encoder.encode, split)
-        assert list(scores) == ["pairs/recall@1", "pairs/recall@10", "pairs/mrr"]
-        assert scores == {f"pairs/{name}": expected[name] for name in ("recall@1", "recall@10", "mrr")}
+        assert list(scores) == [f"pairs/{name}" for name in PAIRS]
+        assert scores == {f"pairs/{name}": expected[name] for name in PAIRS}
 
 
 def test_without_a_test_file_the_test_split_has_no_scores(pairs_file: Path, encoder: SentenceEncoder) -> None:
@@ -91,9 +91,62 @@ def test_the_setting_wins_over_the_environment(senteval: Path, monkeypatch: pyte
 def test_several_suites_are_scored_side_by_side(senteval: Path, pairs_file: Path, encoder: SentenceEncoder) -> None:
     sets = load(suites=["stsb", "pairs"], senteval_path=str(senteval), pairs_dev=str(pairs_file))
     assert list(sets.score(encoder.encode, "dev")) == [
-        "stsb/spearman", "pairs/recall@1", "pairs/recall@10", "pairs/mrr",
+        "stsb/spearman", *(f"pairs/{name}" for name in PAIRS),
     ]  # fmt: skip
     assert list(sets.score(encoder.encode, "test")) == ["stsb/spearman"]
+
+
+COLLECTION = ("ndcg@10", "mrr@10", "recall@100")
+
+
+def load_collections(*folders: Path, **settings: object) -> EvaluationSets:
+    names = [str(folder) for folder in folders]
+    return load(suites="retrieval", metric="retrieval/ndcg@10", collection=names, **settings)
+
+
+def test_a_collection_is_scored(encoder: SentenceEncoder, tmp_path: Path) -> None:
+    folder = make_collection(tmp_path / "tiny")
+    sets = load_collections(folder)
+    for split, data in read_collection(folder, ("dev", "test")).items():
+        expected = evaluate_retrieval(encoder.encode, data)
+        assert sets.score(encoder.encode, split) == {f"retrieval/{name}": expected[name] for name in COLLECTION}
+    assert not load_collections(folder, test=False).score(encoder.encode, "test")
+
+
+def test_several_collections_are_scored_by_name_and_by_their_mean(encoder: SentenceEncoder, tmp_path: Path) -> None:
+    one, two = make_collection(tmp_path / "one"), make_collection(tmp_path / "two", seed=5)
+    scores = load_collections(one, two).score(encoder.encode, "test")
+    assert set(scores) == {
+        f"{of}/{name}" for of in ("retrieval", "retrieval/one", "retrieval/two") for name in COLLECTION
+    }
+    for name in COLLECTION:
+        mean = (scores[f"retrieval/one/{name}"] + scores[f"retrieval/two/{name}"]) / 2
+        assert scores[f"retrieval/{name}"] == pytest.approx(mean)
+    assert scores["retrieval/one/ndcg@10"] != scores["retrieval/two/ndcg@10"]
+
+
+def test_collections_of_one_name_are_refused(tmp_path: Path) -> None:
+    one, two = make_collection(tmp_path / "a" / "same"), make_collection(tmp_path / "b" / "same")
+    with pytest.raises(DataError, match="two collections are called 'same'"):
+        load_collections(one, two)
+
+
+def test_a_run_needs_something_to_choose_by(tmp_path: Path) -> None:
+    folder = make_collection(tmp_path / "tiny", splits=("test",))
+    with pytest.raises(DataError, match=r"has no qrels/dev\.tsv, which chooses"):
+        load_collections(folder)
+
+
+def test_two_encoders_are_compared_on_test_or_else_on_dev(pairs_file: Path, encoder: SentenceEncoder) -> None:
+    for sets, split in ((load_pairs(pairs_file), "dev"), (load_pairs(pairs_file, pairs_file), "test")):
+        found = sets.compare(encoder.encode, lambda texts: -encoder.encode(texts)[:, ::2], "pairs")
+        assert {d.name: d.first for d in found} == pytest.approx(sets.score(encoder.encode, split))
+
+
+def test_two_encoders_are_compared_on_stsb(senteval: Path, encoder: SentenceEncoder) -> None:
+    sets = load(senteval_path=str(senteval))
+    (d,) = sets.compare(encoder.encode, lambda texts: encoder.encode(texts)[:, ::2], "stsb")
+    assert d.name == "stsb/spearman" and d.first == pytest.approx(sets.score(encoder.encode, "test")[d.name])
 
 
 def test_no_suites_give_no_scores(encoder: SentenceEncoder) -> None:

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import make_collection
 
 from hncse_ray.config import OBJECTIVES, Settings, load_settings
 from hncse_ray.corpus import prepare_corpus
 from hncse_ray.encoder import load_encoder, tokenizer_digest
 from hncse_ray.errors import HncseError, StorageError, TrainingError
+from hncse_ray.evaluation import evaluate_retrieval, read_collection
 from hncse_ray.reporting import Event, MetricsFile, Notice, RunFinished, RunStarted
 from hncse_ray.reporting.events import CheckpointSaved, Evaluated, StepsLogged
 from hncse_ray.storage import write_folder
@@ -606,6 +608,26 @@ def test_early_stopping_waits_for_so_many_evaluations_and_no_more(tree: Tree, tm
 def test_a_run_that_ends_as_planned_was_not_stopped_early(tree: Tree, tmp_path: Path) -> None:
     finished, _, _ = best_of(tree, tmp_path, [0.1 * i for i in range(7)], "train.early_stopping_evaluations=2")
     assert not finished.stopped_early and finished.step == 12
+
+
+# ------------------------------------------------------------------------------------------------ what chooses
+
+
+def test_judged_queries_choose_the_checkpoint_and_others_are_reported(tree: Tree, tmp_path: Path) -> None:
+    metric, folder = "retrieval/ndcg@10", make_collection(tmp_path / "tiny")
+    settings = load_settings(
+        tree, ["evaluation.suites=[retrieval]", f"evaluation.metric={metric}", f"evaluation.collection={folder}"]
+    )
+    store = FolderStore(tmp_path / "run")
+    events, finished = run(settings, store)
+    assert finished is not None
+    scores = {event.step: event.scores[metric] for event in of(events, Evaluated) if event.split == "dev"}
+    assert list(scores) == [0, 4, 8, 12] and finished.best_step == max(scores, key=lambda step: scores[step])
+    exported = load_encoder(store.model)
+    for split, data in read_collection(folder, ("dev", "test")).items():
+        again = evaluate_retrieval(exported.encode, data)
+        told = {name.removeprefix("retrieval/"): score for name, score in finished.after[split].items()}
+        assert told == pytest.approx(again, abs=0.02)
 
 
 # ------------------------------------------------------------------------------------------------ guards

@@ -11,11 +11,11 @@ from rank_parity import BATCH, BUFFER, CASES, SENTENCES, Found, errors, free_por
 from tiny import make_sentences
 from torch.nn.parallel import DistributedDataParallel
 
-from hncse_ray.config import load_settings
+from hncse_ray.config import EncoderSettings, load_settings
 from hncse_ray.corpus import rank_slice
 from hncse_ray.encoder import load_encoder
-from hncse_ray.errors import DataError
-from hncse_ray.evaluation import StsPair, StsPairs, evaluate_retrieval, spearman
+from hncse_ray.errors import DataError, ModelError
+from hncse_ray.evaluation import StsPair, StsPairs, evaluate_retrieval, paired_set, spearman
 from hncse_ray.training.distributed import ShardedEncode, broadcast, gather_rows, raise_together
 from hncse_ray.training.objective import Objective
 from hncse_ray.training.step import LocalBatch, StepContext, StepNegatives, train_step
@@ -100,7 +100,21 @@ def sharded_scores(model: str | Path) -> dict[str, float]:
     whole = make_sentences(40, seed=7)
     parts = [" ".join(sentence.split()[::3]) for sentence in whole]
     pairs = tuple(StsPair(w, p, i % 6) for i, (w, p) in enumerate(zip(whole, parts, strict=True)))
-    return {"spearman": spearman(encode, StsPairs("pairs", pairs)), **evaluate_retrieval(encode, whole, parts)}
+    return {
+        "spearman": spearman(encode, StsPairs("pairs", pairs)),
+        **evaluate_retrieval(encode, paired_set(whole, parts)),
+    }
+
+
+def broken_on_the_last_rank(model: str, broken: bool) -> None:
+    encoder = load_encoder(model, EncoderSettings(model=model, pooling="mean"))
+
+    def refuse(rows: object) -> np.ndarray:
+        raise ModelError("its vectors are not numbers")
+
+    if broken:
+        encoder.encode_rows = refuse  # type: ignore[method-assign]
+    ShardedEncode(encoder, batch_size=5)(SENTENCES)
 
 
 def work(rank: int, world: int, port: int, model: str, out: str) -> None:
@@ -115,6 +129,10 @@ def work(rank: int, world: int, port: int, model: str, out: str) -> None:
         raise_together(DataError("only the last rank has met this") if rank == world - 1 else None)
     except DataError as error:
         found["error"] = str(error)
+    try:
+        broken_on_the_last_rank(model, rank == world - 1)
+    except ModelError as error:
+        found["encoding error"] = str(error)
     torch.save(found, f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -197,6 +215,11 @@ def test_sharded_evaluation_gives_the_scores_of_one_process(ranks: list[dict], t
 def test_gathering_takes_ranks_of_any_size_even_none(ranks: list[dict]) -> None:
     expected = [float(r) for r in range(len(ranks)) for _ in range(r)]
     assert all(found["gathered"] == expected for found in ranks)
+
+
+def test_vectors_that_one_rank_refuses_are_refused_by_all(ranks: list[dict]) -> None:
+    """None of them waits in the sum over ranks for one that does not come."""
+    assert all(found["encoding error"] == "its vectors are not numbers" for found in ranks)
 
 
 def test_an_error_of_one_rank_is_raised_on_all(ranks: list[dict]) -> None:

@@ -209,6 +209,17 @@ class TestTravelling:
         assert [path.name for path in (tmp_path / "there/checkpoints").iterdir()] == ["step_000000004"]
         assert len(said) == 1 and "encoder.safetensors differs" in said[0] and "step_000000008" in said[0]
 
+    def test_a_name_in_the_bucket_that_leads_elsewhere_is_not_followed(self, remote: Remote, tmp_path: Path) -> None:
+        work = tmp_path / "there"
+        checkpoint(work, 8)
+        before = listing(tmp_path)
+        remote.write("checkpoints/...manifest.json", b'{"files": {}}')  # of the folder ".."
+        store = listing(tmp_path).keys() - before.keys()
+        bring_run(remote, work, pytest.fail)
+        assert {name: data for name, data in listing(tmp_path).items() if name not in store} == before | {
+            "there/.fetch.lock": b""
+        }
+
     def test_what_is_here_and_newer_stays(self, remote: Remote, tmp_path: Path) -> None:
         send_folder(remote, "checkpoints/step_000000004", checkpoint(tmp_path / "here", 4))
         checkpoint(tmp_path / "there", 8)

@@ -57,7 +57,7 @@ class TestClaiming:
         [
             ("train.batch_size=32", "train.batch_size was 64, now 32"),
             ("run.seed=5", "run.seed was 0, now 5"),
-            ("corpus.min_words=4", "corpus.min_words was 3, now 4"),
+            ("corpus.min_words=4", "corpus.min_words was 1, now 4"),
             ("objective.name=three_view", "objective.name was 'info_nce', now 'three_view'"),
             ("objective.name=hybrid", "objective.k was None, now 10"),
             ("corpus.path=[a, b]", "corpus.path was ['sentences.txt'], now ['a', 'b']"),

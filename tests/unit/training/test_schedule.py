@@ -51,12 +51,6 @@ def test_warm_up_rises_evenly_to_the_full_rate_and_never_starts_at_zero(schedule
     assert all(left >= right for left, right in zip(found[4:], found[5:], strict=False))
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_run_shorter_than_its_warm_up_only_rises(schedule: str) -> None:
-    found = rates(3, schedule=schedule, warmup_steps=10)
-    assert found == sorted(found) and 0 < found[0] and found[-1] <= 0.1
-
-
 def test_matrices_decay_and_biases_and_norms_do_not(tiny_model: Path) -> None:
     settings = load_settings(
         {"corpus": {"source": "python-docs"}},

@@ -39,13 +39,29 @@ first:
 
 
 def make_sweep(*overrides: str, **options: int) -> Sweep:
-    return Sweep(load_settings("quickstart", overrides), parse_space(TREE, "space"), TREE, SweepOptions(**options))
+    return Sweep(load_settings("quickstart", overrides), parse_space(TREE, "space"), SweepOptions(**options))
 
 
 def test_a_sweep_is_read_back_as_it_was(tmp_path: Path) -> None:
     sweep = make_sweep("train.max_steps=7", trials=3, seeds=2)
     with claim_sweep_folder(tmp_path / "s", sweep):
         assert read_sweep(tmp_path / "s") == sweep
+
+
+def test_a_sweep_over_words_that_yaml_takes_for_others_is_read_back_as_it_was(tmp_path: Path) -> None:
+    tree = {"parameters": {"corpus.subset": {"categorical": ["none", "1.10", "007", "on", None]}}}
+    sweep = Sweep(load_settings("quickstart", ["run.name=1.10"]), parse_space(tree, ""), SweepOptions())
+    with claim_sweep_folder(tmp_path / "s", sweep):
+        assert read_sweep(tmp_path / "s") == sweep
+    study = SweepStudy(tmp_path, sweep.space, seed=0, stopping="none", grace=5, accepts=lambda values: None)
+    for _ in range(12):
+        task = study.next()
+        study.report(task.number, 5, 0.5)
+        study.complete(task.number, {})
+    for trial in study.finished():
+        settings = load_settings(write_best(tmp_path, sweep, trial))
+        assert settings.corpus.subset == trial.user_attrs["values"]["corpus.subset"]
+        assert settings.run.name == "1.10-best"
 
 
 def test_more_trials_and_another_share_of_the_cluster_are_the_same_sweep(tmp_path: Path) -> None:

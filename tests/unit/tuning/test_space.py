@@ -11,7 +11,7 @@ import yaml
 
 from hncse_ray.config import Settings, load_settings
 from hncse_ray.errors import SettingsError
-from hncse_ray.recipe import find_space, read_yaml, shipped_folder
+from hncse_ray.recipe import find_space, parse_yaml, read_yaml, shipped_folder, write_yaml
 from hncse_ray.tuning import SearchSpace, apply_values, parse_space
 
 SPACES = sorted(path.stem for path in shipped_folder("search_spaces").glob("*.yaml"))
@@ -40,7 +40,7 @@ def base(*overrides: str) -> Settings:
 
 
 def space(text: str) -> SearchSpace:
-    return parse_space(yaml.safe_load(text), "space.yaml")
+    return parse_space(parse_yaml(text, "space.yaml"), "space.yaml")
 
 
 def test_values_are_sampled_from_their_ranges_and_only_where_their_condition_holds() -> None:
@@ -64,6 +64,53 @@ def test_loguniform_is_uniform_in_the_logarithm() -> None:
     text = "parameters: {objective.temperature: {loguniform: [0.01, 1.0]}}"
     values = [space(text).suggest(study.ask())["objective.temperature"] for _ in range(400)]
     assert sum(v < 0.1 for v in values) == pytest.approx(200, abs=40)  # type: ignore[operator]
+
+
+def test_numbers_and_choices_are_read_as_their_settings_are() -> None:
+    found = space("""
+parameters:
+  train.learning_rate: {loguniform: [1e-5, 1e-3]}
+  train.max_steps: {categorical: [1e2, 200]}
+  negatives.source: {categorical: [none, pool]}
+  negatives.max_score: {categorical: [none, 0.7], when: {negatives.source: pool}}
+  negatives.skip_hardest: {int: [0, 1e1], when: {negatives.max_score: null}}
+  corpus.split: {categorical: [1.10, 007, on]}
+first:
+  - {train.learning_rate: 3e-5, train.max_steps: 1E2, negatives.source: none, corpus.split: 1.10}
+  - {train.learning_rate: 1e-3, train.max_steps: 200, negatives.source: pool, negatives.max_score: None,
+     negatives.skip_hardest: 1e1, corpus.split: 007}
+""")
+    found.check(base())
+    choices = {p.key: p.ends() for p in found.parameters}
+    assert choices == {
+        "train.learning_rate": (1e-5, 1e-3), "train.max_steps": (100, 200), "negatives.source": ("none", "pool"),
+        "negatives.max_score": (None, 0.7), "negatives.skip_hardest": (0, 10), "corpus.split": ("1.10", "007", "on"),
+    }  # fmt: skip
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for point in found.first:
+        study.enqueue_trial(point)
+        assert found.suggest(study.ask()) == point
+    again = write_yaml(found.to_tree())
+    assert parse_space(parse_yaml(again, ""), "") == parse_space(yaml.safe_load(again), "") == found
+
+
+LOWS, STEPS = (0, 0.05, 0.1, 0.2, 0.5, 1), (0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+
+
+@pytest.mark.parametrize("low", LOWS)
+@pytest.mark.parametrize("step", STEPS)
+def test_a_range_in_steps_is_sampled_to_its_top(low: float, step: float) -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for count in range(1, 16):
+        grid = [round(low + k * step, 9) for k in range(count + 1)]
+        text = f"parameters: {{train.epochs: {{uniform: [{low}, {grid[-1]}], step: {step}}}}}"
+        (parameter,) = space(text).parameters
+        assert parameter.ends() == (low, grid[-1])
+        study.enqueue_trial({"train.epochs": grid[-1]})
+        seen = {parameter.suggest(study.ask()) for _ in range(60)}
+        assert seen <= set(grid) and grid[-1] in seen
+        between = f"parameters: {{train.epochs: {{uniform: [{low}, {round(grid[-1] + step / 2, 9)}], step: {step}}}}}"
+        assert space(between).parameters[0].ends() == (low, grid[-1])
 
 
 @pytest.mark.parametrize("name", SPACES)
@@ -106,6 +153,14 @@ def test_there_is_a_space_for_every_objective() -> None:
         ("parameters: {train.batch_size: {int: [8, 16], step: 1.5}}", "not whole"),
         ("parameters: {train.batch_size: {int: [8.5, 16]}}", "parameters.train.batch_size.int.0"),
         ("parameters: {train.batch_size: {categorical: []}}", "empty or given twice"),
+        ("parameters: {train.batch_size: {uniform: [32, 64]}}", "train.batch_size: is an integer, and uniform draws"),
+        ("parameters: {train.batch_size: {loguniform: [32, 64]}}", "Use int, or categorical"),
+        ("parameters: {train.max_steps: {uniform: [1, 9], step: 1}}", "train.max_steps: is an integer"),
+        ("parameters: {train.batch_size: {int: [2, 0100]}}", "parameters.train.batch_size.int: input should be"),
+        ("parameters: {train.epochs: {uniform: [1, 12:30]}}", "parameters.train.epochs.uniform: input should be"),
+        ("parameters: {train.batch_size: {int: [2, 1e30]}}", "less than or equal to 9007199254740992"),
+        ("parameters: {train.batch_size: {categorical: [8, 1e1, 0x20]}}", "train.batch_size: '0x20': input should be"),
+        ("parameters: {corpus.subset: {categorical: [[a, b]]}}", "is not a single value"),
         ("parameters: {train.batch_size: {categorical: [8, 8]}}", "empty or given twice"),
         ("parameters: {train.batch_size: {categorical: [8], step: 1}}", "has no step"),
         ("parameters: {objective.k: {int: [2, 9]}}", "unknown setting 'objective.k'"),

@@ -180,3 +180,13 @@ def test_a_damaged_or_missing_study_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "study.db").write_bytes(b"this is no database" * 100)
     with pytest.raises(StorageError, match=r"study.db: cannot be opened"):
         open_study(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a?b", "a%20b", "a%2Fb", "a#b", "{SCHEMA_VERSION}", "file:x", "ä b"])
+def test_a_study_lies_in_its_folder_whatever_that_is_called(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    run_trials(open_sweep(folder), 1)
+    assert [path.name for path in folder.iterdir()] == ["study.db"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert len(open_study(folder).trials) == 1

@@ -1,0 +1,79 @@
+"""What kind a file is: told by its ending, here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from hncse_ray.errors import DataError
+
+Kind = Literal["text", "jsonl", "csv", "tsv", "parquet"]
+
+ENDINGS: dict[str, Kind] = {
+    ".txt": "text", ".text": "text",
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv", ".tab": "tsv",
+    ".parquet": "parquet", ".parq": "parquet", ".pq": "parquet",
+}  # fmt: skip
+"""Lower case; ``.gz`` may follow each but Parquet's, which is compressed within. Any other ending is plain text."""
+
+_READ = "Text (a sentence a line), JSONL, CSV, TSV (each also as .gz) and Parquet are read"
+# Read as lines they would give nonsense. Who knows better says which source it is.
+_FOREIGN = {
+    ".7z", ".arrow", ".bz2", ".doc", ".docx", ".feather", ".lz4", ".npy", ".npz", ".orc", ".pdf", ".pickle", ".pkl",
+    ".pt", ".safetensors", ".tar", ".tgz", ".xls", ".xlsx", ".xz", ".zip", ".zst",
+}  # fmt: skip
+
+
+def kind_of(path: str | Path, source: str = "auto") -> Kind:
+    """Return how a file is read.
+
+    Args:
+        path: the file; only its name is looked at.
+        source: ``auto`` goes by the ending; ``text``, ``jsonl``, ``csv`` (TSV among it) or ``parquet`` is what the
+            user says that the file is, for names whose ending says nothing.
+
+    Raises:
+        DataError: the ending contradicts the source, or is that of a file which is not read.
+    """
+    path = Path(path)
+    packed = path.suffix.lower() == ".gz"
+    suffix = (path.with_suffix("") if packed else path).suffix.lower()
+    if suffix not in ENDINGS:
+        if source == "auto" and suffix in _FOREIGN:
+            raise DataError(f"is of an unknown kind {suffix!r}", str(path), _READ)
+        return _OF_SOURCE.get(source, "text")
+    kind = ENDINGS[suffix]
+    if source not in ("auto", kind) and (source, kind) != ("csv", "tsv"):
+        raise DataError(
+            f"ends in {suffix}, which is {_NAMES[kind]}, and corpus.source is {source!r}",
+            str(path),
+            "Set corpus.source=auto, or rename the file",
+        )
+    if kind == "parquet" and packed:
+        raise DataError("is Parquet inside gzip", str(path), "Unpack it: Parquet is compressed within")
+    return kind
+
+
+_OF_SOURCE: dict[str, Kind] = {"jsonl": "jsonl", "csv": "csv", "parquet": "parquet"}
+_NAMES: dict[Kind, str] = {"text": "plain text", "jsonl": "JSONL", "csv": "CSV", "tsv": "TSV", "parquet": "Parquet"}
+
+
+def check_file(path: Path) -> None:
+    """See that a file is there, readable, and not empty.
+
+    Raises:
+        DataError: it is not.
+    """
+    try:
+        if path.is_dir():
+            raise DataError("is a directory, not a file", str(path), f"Name its files, such as {path}/*.txt")
+        if not path.exists():
+            raise DataError("no such file", str(path), f"Paths are relative to {os.getcwd()}")
+        with path.open("rb") as stream:
+            if not stream.read(1):
+                raise DataError("is empty", str(path))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise DataError(f"cannot be read ({getattr(error, 'strerror', None) or error})", str(path)) from None

@@ -1,0 +1,103 @@
+"""The lines of a text file, plain or .gz, in bounded memory."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from hncse_ray.errors import DataError
+from hncse_ray.reading.kinds import check_file
+
+_CHUNK = 2**16
+_MOST = 2**31 - 2  # what a stream's readline takes on every platform
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into a DataError that names it."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"is not a whole gzip file ({error})", str(path), "Copy or download it again") from None
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror or error})", str(path)) from None
+
+
+def text_lines(path: Path | None, *, limit: int | None = None, encoding: str = "utf-8-sig") -> Iterator[str | None]:
+    r"""Yield every line without its end; a line ends at ``\n``, ``\r\n`` or ``\r``, and nowhere else.
+
+    Args:
+        path: the file; ``.gz`` is unpacked. None = standard input.
+        limit: characters of a line at most.
+        encoding: of the text.
+
+    Yields:
+        The line. Bytes that are not of the encoding stand in it as lone surrogates, so that nothing moves; see
+        :func:`is_unicode`. None for a line above the limit, which is never held whole.
+
+    Raises:
+        DataError: the file is missing, a folder, empty or cannot be read.
+    """
+    if path is not None:
+        check_file(path)
+    most = min(limit if limit is not None else _MOST, _MOST)
+    with explained(path or Path("standard input")), _open(path) as stream:
+        text = io.TextIOWrapper(stream, encoding=encoding, errors="surrogateescape", newline=None)
+        try:
+            while line := text.readline(most + 1):
+                if line.endswith("\n"):
+                    yield line[:-1]
+                elif len(line) <= most:
+                    yield line
+                else:
+                    while line and not line.endswith("\n"):
+                        line = text.readline(_CHUNK)
+                    yield None
+        finally:
+            text.detach()  # the wrapper would close standard input when it is collected
+
+
+def read_lines(path: str | Path | None, *, encoding: str = "utf-8-sig") -> list[str]:
+    """Return every line of a text, none dropped or changed, so that rows keep their place.
+
+    Args:
+        path: a text file, plain or .gz; None = standard input.
+        encoding: of the text.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not in the encoding.
+    """
+    lines = []
+    for number, line in enumerate(text_lines(Path(path).expanduser() if path else None, encoding=encoding), start=1):
+        if line is None or not is_unicode(line):
+            where = f"{path or 'standard input'}:{number}"
+            raise DataError("is not UTF-8", where, "Convert it, for example with iconv")
+        lines.append(line)
+    return lines
+
+
+def is_unicode(text: str) -> bool:
+    """Return False for a text with a lone surrogate: from JSON escapes, or a byte that was no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _open(path: Path | None) -> Iterator[BinaryIO | gzip.GzipFile]:
+    if path is None:
+        yield sys.stdin.buffer
+    elif path.suffix.lower() == ".gz":
+        with gzip.open(path, "rb") as packed:
+            yield packed
+    else:
+        with path.open("rb") as plain:
+            yield plain
