@@ -8,7 +8,8 @@ from collections.abc import Iterable
 
 from pydantic_core import ErrorDetails
 
-from hncse_ray.config.sections import OBJECTIVES, Section, Settings
+from hncse_ray.config.sections import OBJECTIVES, Settings
+from hncse_ray.config.values import is_section, kinds_of
 
 _shown = reprlib.Repr()
 _shown.maxstring, _shown.maxother = 200, 200
@@ -63,5 +64,11 @@ def _setting_paths() -> Iterable[str]:
         yield section
         classes = OBJECTIVES.values() if section == "objective" else [field.annotation]
         for cls in classes:
-            assert isinstance(cls, type) and issubclass(cls, Section)
-            yield from (f"{section}.{name}" for name in cls.model_fields)
+            yield from _paths_below(section, cls)
+
+
+def _paths_below(section: str, kind: object) -> Iterable[str]:
+    for cls in filter(is_section, kinds_of(kind)):
+        for name, field in cls.model_fields.items():
+            yield f"{section}.{name}"
+            yield from _paths_below(f"{section}.{name}", field.annotation)
