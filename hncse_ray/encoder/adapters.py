@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,7 +37,8 @@ def add_adapters(model: SentenceTransformer, settings: LoraSettings, *, seed: in
         lora_dropout=settings.dropout,
         target_modules=list(settings.target_modules) or "all-linear",
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft's own use of transformers
         torch.manual_seed(seed)
         try:
             model[0].model = get_peft_model(model[0].model, config)
