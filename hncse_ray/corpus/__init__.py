@@ -1,6 +1,6 @@
 """Text to unique rows to token rows on disk, and from there to batches."""
 
-from hncse_ray.corpus.batches import BatchPlan, pad_rows, rank_slice
+from hncse_ray.corpus.batches import BatchPlan, batch_mask, pad_rows, rank_slice
 from hncse_ray.corpus.corpus import Corpus, PrepareReport
 from hncse_ray.corpus.prepare import prepare_corpus
 from hncse_ray.corpus.python_docs import DocPair, docstring_sentences, documentation_pairs
@@ -11,6 +11,7 @@ __all__ = [
     "Corpus",
     "DocPair",
     "PrepareReport",
+    "batch_mask",
     "docstring_sentences",
     "documentation_pairs",
     "normalise",

@@ -60,6 +60,7 @@ class Objective:
         views: Sequence[Tensor],
         neighbours: Neighbours | None = None,
         *,
+        batch_mask: Tensor | None = None,
         step: int,
         total_steps: int,
         generator: torch.Generator,
@@ -69,6 +70,7 @@ class Objective:
         Args:
             views: ``views`` tensors ``[B, D]``, unit-norm rows.
             neighbours: of the anchors, from the whole corpus; what they are used for depends on the objective.
+            batch_mask: bool ``[B, B]``, which rows of the batch may repel each other; None = all.
             step: optimiser steps taken so far.
             total_steps: optimiser steps of the run; schedules of the objective end there.
             generator: decides random pairs; seeded alike on every rank.
@@ -78,8 +80,8 @@ class Objective:
         """
         s = self.settings
         if isinstance(s, InstanceSmoothing):
-            return self._smooth(s, views, neighbours, step=step, total_steps=total_steps)
-        arguments = s.model_dump(exclude={"name"})
+            return self._smooth(s, views, neighbours, batch_mask=batch_mask, step=step, total_steps=total_steps)
+        arguments = s.model_dump(exclude={"name"}) | {"batch_mask": batch_mask}
         if neighbours is not None:
             arguments |= {
                 "negatives": neighbours.vectors_BmD,
@@ -98,6 +100,7 @@ class Objective:
         views: Sequence[Tensor],
         neighbours: Neighbours | None,
         *,
+        batch_mask: Tensor | None,
         step: int,
         total_steps: int,
     ) -> tuple[Tensor, Metrics]:
@@ -114,6 +117,7 @@ class Objective:
             weight=weight,
             neighbours=None if neighbours is None else neighbours.vectors_BmD,
             neighbours_mask=None if neighbours is None else neighbours.mask_Bm,
+            batch_mask=batch_mask,
         )
         return loss, metrics
 

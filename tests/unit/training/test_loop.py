@@ -187,6 +187,15 @@ def test_a_short_last_batch_is_trained_on(tree: Tree, tmp_path: Path, objective:
     assert all(np.isfinite(event.metrics["loss"]) for event in of(events, StepsLogged))
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_rows_of_equal_tokens_are_no_negatives_of_each_other(tree: Tree, tmp_path: Path, objective: str) -> None:
+    job = build_job(load_settings(tree, [f"objective.name={objective}", "train.max_steps=2", "train.batch_size=16"]))
+    job.corpus.hashes = np.zeros_like(job.corpus.hashes)
+    events: list[Event] = []
+    fit(job, FolderStore(tmp_path), events.append)
+    assert [event.metrics["loss"] for event in of(events, StepsLogged)] == [0, 0]  # an anchor has no other column
+
+
 def test_batches_need_not_be_bucketed_by_length(tree: Tree, tmp_path: Path) -> None:
     losses = {}
     for choice in ("true", "false"):
