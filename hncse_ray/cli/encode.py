@@ -23,6 +23,7 @@ from hncse_ray.cli.app import (
 )
 from hncse_ray.config import load_settings
 from hncse_ray.errors import DataError, StorageError
+from hncse_ray.storage import check_outlasts_job
 
 
 @app.command()
@@ -43,6 +44,7 @@ def encode(
         from hncse_ray.evaluation import unit_rows
         from hncse_ray.reading import kind_of, read_lines
 
+        check_outlasts_job(out, "--out")
         if not out.parent.is_dir() or out.is_dir() or out.suffix != ".npy":
             raise StorageError("cannot be written: name a .npy file in an existing folder", str(out))
         if texts != "-" and (kind := kind_of(texts)) != "text":

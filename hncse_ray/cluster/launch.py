@@ -31,7 +31,7 @@ from hncse_ray.cluster.placement import place_pool, place_workers, survey, witho
 from hncse_ray.cluster.pool import PoolClient, negative_pool
 from hncse_ray.cluster.resources import PoolPlan, WorkerPlan, pool_advice
 from hncse_ray.cluster.run_store import run_store
-from hncse_ray.cluster.session import ray_session
+from hncse_ray.cluster.session import named_cluster, ray_session
 from hncse_ray.cluster.visible import check_visible, unseen
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus, prepare_corpus
@@ -179,6 +179,7 @@ def check_run(settings: Settings, reporter: Reporter) -> tuple[SentenceEncoder, 
 
 def _train(settings: Settings, folder: RunFolder, reporter: Reporter) -> RunFinished:
     """Check everything that can be checked, then start Ray and train."""
+    named_cluster()
     encoder, sets, corpus = check_run(settings, reporter)
     reporter.on(StageProgress("starting Ray and the workers", 0, None))
     with ray_session():
