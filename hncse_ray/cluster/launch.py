@@ -55,6 +55,7 @@ from hncse_ray.storage import keep_trying
 from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets
 from hncse_ray.training.distributed import raise_together, rank
 from hncse_ray.training.negatives import check_candidates
+from hncse_ray.training.objective_check import check_objective
 from hncse_ray.training.remote_run import (
     PATIENCE_S,
     MirrorPlan,
@@ -164,16 +165,20 @@ def check_run(settings: Settings, reporter: Reporter) -> tuple[SentenceEncoder, 
                          "Set encoder.dropout=0.1")  # fmt: skip
     if settings.encoder.max_length > (limit := length_limit(encoder)):
         raise ModelError(f"it takes {limit} tokens at most", model, "Lower encoder.max_length")
+    batch_size = settings.train.batch_size
+    check_objective(settings, dimension=encoder.dimension, batch_size=batch_size)
     sets = load_evaluation_sets(settings.evaluation, settings.corpus)
     corpus = prepare(settings, encoder, reporter)
-    if len(corpus) < settings.train.batch_size:
+    if len(corpus) < batch_size:
         raise DataError(
-            f"has {len(corpus)} sentences, fewer than train.batch_size = {settings.train.batch_size}",
+            f"has {len(corpus)} sentences, fewer than train.batch_size = {batch_size}",
             f"corpus {settings.corpus.place}",
             "Lower train.batch_size or give a larger corpus",
         )
     count_steps(settings.train, plan_batches(settings, corpus.lengths))  # refuses a warm-up that does not end
     check_candidates(settings, corpus)
+    if (last_batch := len(corpus) % batch_size) >= settings.smallest_batch:
+        check_objective(settings, dimension=encoder.dimension, batch_size=last_batch)
     return encoder, sets, corpus
 
 

@@ -38,6 +38,7 @@ from hncse_ray.reporting import LineReporter, Reporter
 from hncse_ray.reporting.sweep import SweepLines, SweepReporter, TrialUpdate
 from hncse_ray.storage import check_outlasts_job, write_folder
 from hncse_ray.training import load_evaluation_sets
+from hncse_ray.training.objective_check import check_objectives
 from hncse_ray.tuning import (
     STATE_NAMES,
     SeedScores,
@@ -119,7 +120,8 @@ def tune(
     if not ray.is_initialized() and named_cluster() is None:  # what Ray started here will have
         here = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
         plan_sweep(extremes, here, max_concurrent=options.max_concurrent)
-    check_run(base, progress or LineReporter())  # prepares the corpus that the trials share, too
+    encoder, _, _ = check_run(base, progress or LineReporter())  # prepares the corpus that the trials share, too
+    check_objectives(extremes, model=base.encoder.model, dimension=encoder.dimension)
     with claim_sweep_folder(folder, sweep):
         study = SweepStudy(
             folder,

@@ -283,6 +283,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "objective.weight_start=0.5",
     ),
     "three_view": ("objective.name=three_view",),
+    "an objective of one's own, at several widths": (
+        "objective={name: own_losses:noisy, settings: {noise: 0.3}, dimensions: [16, 8]}",
+        "train.grad_cache_chunk_size=5",
+    ),
     "accumulation": ("train.accumulation_steps=2", "train.schedule=cosine", "train.warmup_steps=3"),
     "gradient caching": ("train.grad_cache_chunk_size=5",),
     "a head in training only": ("encoder.head=tanh", "encoder.pooling=cls_before_head"),

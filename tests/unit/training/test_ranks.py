@@ -38,6 +38,24 @@ GLOBAL: dict[str, tuple[str, str, str, int | None, int, str]] = {
     "instance_smoothing, stored": ("instance_smoothing", "stored", "own", None, 1, "most"),
     **{f"{name}, twins": (name, "fresh", "own", None, 1, "most") for name in OBJECTIVES},
     **{f"{name}, twins, cached": (name, "fresh", "own", 2, 1, "most") for name in OBJECTIVES},
+    "own, stored": ("own_losses:noisy", "stored", "own", None, 1, "most"),
+    "own, fresh, all, cached": ("own_losses:noisy", "fresh", "all", 2, 2, "most"),
+    "own, twins": ("own_losses:noisy", "fresh", "own", None, 1, "most"),
+}
+# The same with their embeddings cut to these widths too.
+WIDTHS = (20, 9)
+GLOBAL |= {
+    f"{case}, cut": GLOBAL[case]
+    for case in (
+        "info_nce, fresh, few, cached",
+        "hybrid, fresh, all, accumulated",
+        "hybrid, stored, all, cached",
+        "positive_mixing, fresh, only mixed",
+        "hard_negative_mixing, fresh, cached",
+        "instance_smoothing, stored",
+        "own, fresh, all, cached",
+        "instance_smoothing, twins, cached",
+    )
 }
 TWINS = [2, 7, 16]  # in batches with twins these rows are the first one again, on each rank of two and three of four
 
@@ -69,6 +87,10 @@ def global_gradients(model: str, rank: int, world: int) -> Found:
         overrides += [f"encoder.model={model}", "encoder.precision=fp32"]
         if name == "instance_smoothing":
             overrides += [f"objective.buffer_size={BUFFER}", "objective.group_size=4", "objective.weight=2"]
+        if name == "own_losses:noisy":
+            overrides.append("objective.settings.noise=0.2")
+        if case.endswith(", cut"):
+            overrides.append(f"objective.dimensions={list(WIDTHS)}")
         settings = load_settings({"corpus": {"source": "python-docs"}}, overrides)
         encoder = load_encoder(model, settings.encoder)
         wrapped = encoder if world == 1 else DistributedDataParallel(encoder, broadcast_buffers=False)
@@ -192,8 +214,10 @@ def test_the_cases_with_global_negatives_differ_as_they_should(global_reference:
     fresh, stored = global_reference["info_nce, fresh"], global_reference["info_nce, stored"]
     assert fresh[0] == pytest.approx(stored[0], rel=1e-5)
     assert (fresh[1] - stored[1]).norm() > 0.1 * stored[1].norm()
-    names = ("info_nce, fresh", "info_nce, fresh, all", "info_nce, fresh, few", "info_nce, fresh, none")
-    assert len({round(loss[name], 3) for name in names}) == 4
+    names = ("info_nce, fresh", "info_nce, fresh, all", "info_nce, fresh, few", "info_nce, fresh, none", "own, stored")
+    assert len({round(loss[name], 3) for name in names}) == 5
+    for name in loss:
+        assert name.endswith(", cut") or abs(loss[name] - loss.get(f"{name}, cut", 0)) > 1e-3
 
 
 def test_the_first_rank_s_word_is_taken_by_all(ranks: list[dict]) -> None:
