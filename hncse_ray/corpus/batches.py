@@ -65,7 +65,8 @@ def batch_mask(*keys_B: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_] | None
     twice = [key_B for key_B in keys_B if len(np.unique(key_B)) < len(key_B)]
     if not twice:
         return None
-    return np.all([key_B[:, None] != key_B for key_B in twice], axis=0)
+    mask_BB: npt.NDArray[np.bool_] = np.all([key_B[:, None] != key_B for key_B in twice], axis=0)
+    return mask_BB
 
 
 class BatchPlan:
