@@ -84,6 +84,13 @@ def search(
         settings = load_settings(recipe)
         import numpy as np
 
+        from hncse_ray.corpus import is_blank
+
+        if blank := [number for number, query in enumerate(queries, start=1) if is_blank(query)]:
+            raise DataError(
+                "is empty, or of characters that cannot be seen", f"query {blank[0]}", "Say what to look for"
+            )
+
         from hncse_ray.cluster import prepare as prepare_corpus
         from hncse_ray.encoder import load_encoder
         from hncse_ray.evaluation import unit_rows

@@ -359,6 +359,11 @@ class TestEncode:
         self.assert_refusal(tmp_path / "v.npy", "no such model folder", model=tmp_path / "none", texts=texts)
 
 
+@pytest.mark.parametrize("query", ["", "  ", "\u200b\u2060", "\ue000"])
+def test_a_query_with_nothing_to_see(saved_model: Path, recipe: Path, query: str) -> None:
+    assert_refused(hncse("search", saved_model, recipe, "a dog", query), "query 2: is empty")
+
+
 class TestEvaluate:
     def test_an_unknown_suite(self, saved_model: Path) -> None:
         assert_refused(hncse("evaluate", saved_model, "--suite", "stsx"), "--suite", "stsx", "full, sts, transfer")
