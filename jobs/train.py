@@ -1,4 +1,4 @@
-"""Train a recipe: ``ray job submit --working-dir . -- python jobs/train.py RECIPE [KEY=VALUE ...] [--json]``."""
+"""Train a recipe: ``ray job submit --working-dir . -- python jobs/train.py RECIPE run.storage_path=URL ...``."""
 
 from hncse_ray.cli import run_job
 

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from hncse_ray.cli.app import JsonOption, app, command, console_reporter
+from hncse_ray.storage import check_outlasts_job
 
 data = typer.Typer(no_args_is_help=True, help="Fetch evaluation sets.", rich_markup_mode=None)
 app.add_typer(data, name="data")
@@ -26,6 +27,8 @@ def sts(
         from hncse_ray.reporting import StageProgress
         from hncse_ray.training.senteval import default_folder, fetch_senteval
 
+        if out is not None:
+            check_outlasts_job(out, "--out")
         with console_reporter(console) as reporter:
             found = fetch_senteval(out, tell=lambda *facts: reporter.on(StageProgress(*facts)))
         verb = "fetched" if found.fetched else "there already"

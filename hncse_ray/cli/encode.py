@@ -23,6 +23,7 @@ from hncse_ray.cli.app import (
 )
 from hncse_ray.config import load_settings
 from hncse_ray.errors import DataError, StorageError
+from hncse_ray.storage import check_outlasts_job
 
 
 @app.command()
@@ -40,8 +41,10 @@ def encode(
         import numpy as np
 
         from hncse_ray.encoder import load_encoder
+        from hncse_ray.evaluation import unit_rows
         from hncse_ray.reading import kind_of, read_lines
 
+        check_outlasts_job(out, "--out")
         if not out.parent.is_dir() or out.is_dir() or out.suffix != ".npy":
             raise StorageError("cannot be written: name a .npy file in an existing folder", str(out))
         if texts != "-" and (kind := kind_of(texts)) != "text":
@@ -51,7 +54,7 @@ def encode(
             raise DataError("holds no text", texts)
         encoder = load_encoder(model, encoder_settings(model, pooling))
         with console_reporter(console) as reporter:
-            vectors = encoder.encode(lines, batch_size=batch_size, progress=counter(reporter, "encoding"))
+            vectors = unit_rows(encoder.encode(lines, batch_size=batch_size, progress=counter(reporter, "encoding")))
         partial = out.with_name(f".{out.name}.partial.npy")
         try:
             np.save(partial, vectors)
@@ -81,8 +84,16 @@ def search(
         settings = load_settings(recipe)
         import numpy as np
 
+        from hncse_ray.corpus import is_blank
+
+        if blank := [number for number, query in enumerate(queries, start=1) if is_blank(query)]:
+            raise DataError(
+                "is empty, or of characters that cannot be seen", f"query {blank[0]}", "Say what to look for"
+            )
+
         from hncse_ray.cluster import prepare as prepare_corpus
         from hncse_ray.encoder import load_encoder
+        from hncse_ray.evaluation import unit_rows
 
         names = [name for name in (compare, model) if name is not None]
         encoders = [load_encoder(name) for name in names]
@@ -94,8 +105,8 @@ def search(
             sentences = corpus.texts(chosen)
             for name, encoder in zip(names, encoders, strict=True):
                 progress = counter(reporter, f"encoding {len(sentences):,} sentences with {name}")
-                vectors_ND = encoder.encode(sentences, progress=progress)
-                scores_QN = encoder.encode(queries) @ vectors_ND.T
+                vectors_ND = unit_rows(encoder.encode(sentences, progress=progress))
+                scores_QN = unit_rows(encoder.encode(queries)) @ vectors_ND.T
                 for query, scores_N in zip(queries, scores_QN, strict=True):
                     found[query][name] = [sentences[i] for i in np.argsort(-scores_N)[:top]]
         for query, by_model in found.items():

@@ -14,6 +14,7 @@ from rich.table import Table
 from hncse_ray.cli.app import JsonOption, PoolingOption, app, command, console_reporter
 from hncse_ray.config import SUITE_METRICS, load_settings
 from hncse_ray.errors import SettingsError, StorageError
+from hncse_ray.storage import check_outlasts_job
 
 if TYPE_CHECKING:
     from hncse_ray.reporting.similarity import Similarities
@@ -66,6 +67,7 @@ def evaluate(
         tree = {"corpus": {"source": "python-docs"}, "encoder": {"pooling": pooling}, "evaluation": evaluation}
         settings = load_settings(tree)
         if plots is not None:
+            check_outlasts_job(plots, "--plots")
             _prepare_plots(plots, suites)
         open_encoder: OpenEncoder = load_encoder
         with ExitStack() as stack:

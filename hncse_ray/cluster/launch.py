@@ -31,7 +31,7 @@ from hncse_ray.cluster.placement import place_pool, place_workers, survey, witho
 from hncse_ray.cluster.pool import PoolClient, negative_pool
 from hncse_ray.cluster.resources import PoolPlan, WorkerPlan, pool_advice
 from hncse_ray.cluster.run_store import run_store
-from hncse_ray.cluster.session import ray_session
+from hncse_ray.cluster.session import named_cluster, ray_session
 from hncse_ray.cluster.visible import check_visible, unseen
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus, prepare_corpus
@@ -55,6 +55,7 @@ from hncse_ray.storage import keep_trying
 from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets
 from hncse_ray.training.distributed import raise_together, rank
 from hncse_ray.training.negatives import check_candidates
+from hncse_ray.training.objective_check import check_objective
 from hncse_ray.training.remote_run import (
     PATIENCE_S,
     MirrorPlan,
@@ -162,23 +163,28 @@ def check_run(settings: Settings, reporter: Reporter) -> tuple[SentenceEncoder, 
     if not has_dropout(encoder):
         raise ModelError("it has no dropout, so both views of a sentence would be the same", model,
                          "Set encoder.dropout=0.1")  # fmt: skip
-    if settings.encoder.max_length > encoder.length_limit:
-        raise ModelError(f"it takes {encoder.length_limit} tokens at most", model, "Lower encoder.max_length")
+    if settings.encoder.max_length > (limit := encoder.length_limit):
+        raise ModelError(f"it takes {limit} tokens at most", model, "Lower encoder.max_length")
+    batch_size = settings.train.batch_size
+    check_objective(settings, dimension=encoder.dimension, batch_size=batch_size)
     sets = load_evaluation_sets(settings.evaluation, settings.corpus)
     corpus = prepare(settings, encoder, reporter)
-    if len(corpus) < settings.train.batch_size:
+    if len(corpus) < batch_size:
         raise DataError(
-            f"has {len(corpus)} sentences, fewer than train.batch_size = {settings.train.batch_size}",
+            f"has {len(corpus)} sentences, fewer than train.batch_size = {batch_size}",
             f"corpus {settings.corpus.place}",
             "Lower train.batch_size or give a larger corpus",
         )
     count_steps(settings.train, plan_batches(settings, corpus.lengths))  # refuses a warm-up that does not end
     check_candidates(settings, corpus)
+    if (last_batch := len(corpus) % batch_size) >= settings.smallest_batch:
+        check_objective(settings, dimension=encoder.dimension, batch_size=last_batch)
     return encoder, sets, corpus
 
 
 def _train(settings: Settings, folder: RunFolder, reporter: Reporter) -> RunFinished:
     """Check everything that can be checked, then start Ray and train."""
+    named_cluster()
     encoder, sets, corpus = check_run(settings, reporter)
     reporter.on(StageProgress("starting Ray and the workers", 0, None))
     with ray_session():

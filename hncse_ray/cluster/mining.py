@@ -19,14 +19,14 @@ import pyarrow.parquet as pq
 from hncse_ray.cluster.launch import prepare
 from hncse_ray.cluster.placement import place_pool, survey
 from hncse_ray.cluster.pool import PoolClient, negative_pool
-from hncse_ray.cluster.session import ray_session
+from hncse_ray.cluster.session import named_cluster, ray_session
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import SentenceEncoder, load_encoder
 from hncse_ray.errors import ClusterError, ModelError, StorageError
 from hncse_ray.negatives import Hits, NegativeSource, SelectionRules, SourceUnavailable, select, weights_digest
 from hncse_ray.reporting import LineReporter, Reporter, StageProgress
-from hncse_ray.storage import write_atomically
+from hncse_ray.storage import check_outlasts_job, write_atomically
 from hncse_ray.training.negatives import check_candidates
 
 _BLOCK_ROWS, _IN_FLIGHT = 2048, 4
@@ -71,6 +71,7 @@ def mine(settings: Settings, out: Path, *, reporter: Reporter | None = None) -> 
     started = time.monotonic()
     reporter = reporter or LineReporter()
     _check_out(out)
+    named_cluster()
     encoder = load_encoder(settings.encoder.model, settings.encoder)
     if settings.encoder.max_length > (limit := encoder.length_limit):
         raise ModelError(f"it takes {limit} tokens at most", settings.encoder.model, "Lower encoder.max_length")
@@ -250,6 +251,7 @@ def _fingerprint(settings: Settings, encoder: SentenceEncoder, corpus: Corpus) -
 
 
 def _check_out(out: Path) -> None:
+    check_outlasts_job(out, "--out")
     if out.suffix != ".parquet" or not out.parent.is_dir():
         raise StorageError("cannot be written: name a .parquet file in an existing folder", str(out))
     if out.exists():

@@ -9,9 +9,24 @@ from contextlib import contextmanager
 
 import ray
 
+from hncse_ray.cluster.address import find_head
 from hncse_ray.errors import ClusterError
 
 logger = logging.getLogger(__name__)
+
+
+def named_cluster() -> str | None:
+    """Return the address of the cluster that ``RAY_ADDRESS`` names, once it has answered; None = start one here.
+
+    For those who work before they connect, so that they learn at once if they cannot.
+
+    Raises:
+        ClusterError: nothing answers there, or nothing that can be joined.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if ray.is_initialized() or not address or address == "local":
+        return None
+    return find_head(address, named=f"RAY_ADDRESS={address}")
 
 
 @contextmanager
@@ -27,11 +42,8 @@ def ray_session() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS")
-    if address and address.startswith(("http://", "https://")):
-        raise ClusterError("it names the job server, which takes jobs but cannot be joined", f"RAY_ADDRESS={address}",
-                           "Submit the command with `hncse submit`, or name HOST:6379 of the head")  # fmt: skip
-    if not address:
+    address = named_cluster()
+    if address is None:
         # If this process is killed, Ray's agents learn it from a GCS that no longer answers: after more than a minute
         # by default, after seconds so. A local GCS never comes back.
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")

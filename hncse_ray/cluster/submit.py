@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import shlex
-import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from urllib.parse import urlsplit
 import aiohttp
 import requests
 from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, _dir_travel, _get_excludes
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from hncse_ray.cluster.address import TOKEN_HINT, find_job_server, proxy_hint
 from hncse_ray.errors import ClusterError, SettingsError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,7 @@ EXCLUDES = (".git", ".venv", "venv", "/runs", "__pycache__", ".*_cache", ".hypot
 _SECRET = re.compile(r"token|secret|passw|credential|(^|_)key($|_)|authorization", re.IGNORECASE)
 # A job that is stopped gets what Ctrl-C would give it, and time to put its workers away; Ray's way is SIGTERM and 3 s.
 _STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "30"}
-_FAILURES = (RuntimeError, AuthenticationError, requests.RequestException)
-_CONNECT_S = 5.0
+_FAILURES = (RuntimeError, RayError, requests.RequestException)
 _NEWS_S = 20.0  # without a line of log for so long, the job's state is asked for
 _LOST_S = 180.0
 _AGENT_S = 120.0  # a head that was just started answers before it takes jobs
@@ -153,8 +152,9 @@ class Job:
             except (*_FAILURES, OSError, TimeoutError, aiohttp.ClientError) as error:
                 logger.warning("lost touch with the job (%s); trying again", error)
                 if time.monotonic() - last > _LOST_S:
-                    raise ClusterError("the cluster has not answered for minutes; the job may still run", self.id,
-                                       self.hint()) from error  # fmt: skip
+                    proxy = "; Ray asks for logs without a proxy" if proxy_hint(self.address) else ""
+                    raise ClusterError(f"the cluster has not answered for minutes{proxy}; the job may still run",
+                                       self.id, self.hint()) from error  # fmt: skip
             await asyncio.sleep(pause)
             pause = min(2 * pause, 15.0)
 
@@ -222,7 +222,8 @@ def submit_job(request: JobRequest, *, address: str | None = None) -> Job:
                 time.sleep(3)
                 continue
             reason = str(error).strip().splitlines()[-1]
-            raise ClusterError(f"the cluster did not take the job ({reason})", client.get_address()) from error
+            url = str(client.get_address())
+            raise ClusterError(f"the cluster did not take the job ({reason})", url, proxy_hint(url)) from error
 
 
 def _environment(names: Sequence[str]) -> dict[str, str]:
@@ -262,18 +263,18 @@ def _connect(address: str | None) -> JobSubmissionClient:
         raise ClusterError("no cluster is named", "",
                            "Give --address http://127.0.0.1:8265, or set RAY_API_SERVER_ADDRESS; `ray dashboard"
                            " cluster.yaml` or `kubectl port-forward` make a tunnel to it")  # fmt: skip
-    if asked != "auto":
-        asked = _probe(asked)
+    asked = find_job_server(asked)
+    if (url := urlsplit(asked)).scheme == "http" and not _is_here(url.hostname or ""):
+        logger.warning("the token and the job travel unencrypted to %s; a tunnel would protect them", url.hostname)
     os.environ["RAY_API_SERVER_ADDRESS"] = asked  # Ray prefers it to the argument
     try:
         return JobSubmissionClient(asked)
     except AuthenticationError as error:
         raise ClusterError(_refusal(error.message), asked,
-                           "Set RAY_AUTH_TOKEN_PATH to the file with the cluster's token, or RAY_AUTH_TOKEN to the"
-                           " token itself") from None  # fmt: skip
-    except (RuntimeError, ValueError, ConnectionError, KeyError, requests.RequestException) as error:
-        raise ClusterError(f"no Ray job server answers ({str(error).strip().splitlines()[0]})", asked,
-                           "The address is that of the dashboard, port 8265 by default") from error  # fmt: skip
+                           TOKEN_HINT) from None  # fmt: skip
+    except (*_FAILURES, ValueError, ConnectionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ClusterError(f"no Ray job server answers ({reason})", asked, proxy_hint(asked)) from error
 
 
 def _refusal(message: str) -> str:
@@ -284,32 +285,6 @@ def _refusal(message: str) -> str:
     if "required" in first or "couldn't find" in first:
         return "the Ray cluster asks for a token, and none was found"
     return "the Ray cluster does not accept the token"
-
-
-def _probe(address: str) -> str:
-    """Return the address with its scheme, if something listens there."""
-    url = urlsplit(address if "://" in address else f"//{address}")
-    try:
-        host, port = url.hostname, url.port
-    except ValueError:
-        host, port = None, None
-    if url.scheme not in ("", "http", "https", "ray") or not host or not address.rpartition("://")[2]:
-        raise ClusterError("is not an address", address, "Write http://HOST:8265")
-    port = port or {"https": 443, "ray": 10001}.get(url.scheme, 8265)
-    try:
-        socket.create_connection((host, port), timeout=_CONNECT_S).close()
-    except OSError as error:
-        raise ClusterError(f"nothing answers there ({error.strerror or error})", address,
-                           "Is the cluster up, and the tunnel to its dashboard?") from error  # fmt: skip
-    if url.scheme == "http" and not _is_here(host):
-        logger.warning("the token and the job travel unencrypted to %s; a tunnel would protect them", host)
-    if url.scheme:
-        return address.rstrip("/")
-    try:  # HOST:PORT may be the job server or, as in RAY_ADDRESS, the head itself
-        requests.get(f"http://{host}:{port}/api/version", timeout=_CONNECT_S)
-    except requests.RequestException:
-        return address
-    return f"http://{host}:{port}"
 
 
 def _is_here(host: str) -> bool:

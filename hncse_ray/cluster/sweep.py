@@ -28,7 +28,7 @@ from ray.tune.search import Searcher
 from hncse_ray.cluster.launch import check_run
 from hncse_ray.cluster.placement import without_orphaned_groups
 from hncse_ray.cluster.resources import SweepPlan, plan_sweep
-from hncse_ray.cluster.session import ray_session
+from hncse_ray.cluster.session import named_cluster, ray_session
 from hncse_ray.cluster.sweep_report import write_sweep_report
 from hncse_ray.cluster.trial import run_trial
 from hncse_ray.config import Settings
@@ -36,8 +36,9 @@ from hncse_ray.encoder import load_encoder
 from hncse_ray.errors import ClusterError, HncseError, TrainingError
 from hncse_ray.reporting import LineReporter, Reporter
 from hncse_ray.reporting.sweep import SweepLines, SweepReporter, TrialUpdate
-from hncse_ray.storage import write_folder
+from hncse_ray.storage import check_outlasts_job, write_folder
 from hncse_ray.training import load_evaluation_sets
+from hncse_ray.training.objective_check import check_objectives
 from hncse_ray.tuning import (
     STATE_NAMES,
     SeedScores,
@@ -113,12 +114,14 @@ def tune(
     """
     reporter = reporter or SweepLines()
     folder, base, options = Path(folder), sweep.settings, sweep.options
+    check_outlasts_job(folder, "--out")
     sweep.space.check(base)
     extremes = [base, *(apply_values(base, values) for values, _ in sweep.space.extremes(base))]
-    if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):  # what Ray started here will have
+    if not ray.is_initialized() and named_cluster() is None:  # what Ray started here will have
         here = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
         plan_sweep(extremes, here, max_concurrent=options.max_concurrent)
-    check_run(base, progress or LineReporter())  # prepares the corpus that the trials share, too
+    encoder, _, _ = check_run(base, progress or LineReporter())  # prepares the corpus that the trials share, too
+    check_objectives(extremes, model=base.encoder.model, dimension=encoder.dimension)
     with claim_sweep_folder(folder, sweep):
         study = SweepStudy(
             folder,

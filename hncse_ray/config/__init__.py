@@ -1,23 +1,20 @@
 """Every setting of a run, read from YAML, changed by ``a.b=c`` overrides, checked as a whole."""
 
+from hncse_ray.config.base import Section
 from hncse_ray.config.load import load_settings, read_setting, setting_kinds
+from hncse_ray.config.objective import OBJECTIVES, InfoNCE, InstanceSmoothing, ObjectiveSettings, OwnObjective
 from hncse_ray.config.sections import (
     COLLECTION_METRICS,
-    OBJECTIVES,
     RETRIEVAL_METRICS,
     SUITE_METRICS,
     ClusterSettings,
     CorpusSettings,
     EncoderSettings,
     EvaluationSettings,
-    InfoNCE,
-    InstanceSmoothing,
     LoraSettings,
     NegativesSettings,
-    ObjectiveSettings,
     Pooling,
     Precision,
-    Section,
     Settings,
     TrainSettings,
 )
@@ -34,6 +31,7 @@ __all__ = [
     "NegativesSettings",
     "OBJECTIVES",
     "ObjectiveSettings",
+    "OwnObjective",
     "Pooling",
     "Precision",
     "RETRIEVAL_METRICS",

@@ -8,20 +8,18 @@ from collections.abc import Iterable
 
 from pydantic_core import ErrorDetails
 
-from hncse_ray.config.sections import OBJECTIVES, Settings
+from hncse_ray.config.objective import OBJECTIVES
+from hncse_ray.config.sections import Settings
 from hncse_ray.config.values import is_section, kinds_of
 
+_CHOICE = f"choose from {', '.join(OBJECTIVES)}, or name a function of your own as MODULE:FUNCTION"
 _shown = reprlib.Repr()
 _shown.maxstring, _shown.maxother = 200, 200
 
 
 def explain(error: ErrorDetails) -> str:
     """Say which setting is wrong, what is wrong with it, and where there is one the setting that was meant."""
-    # A discriminated union puts the chosen name into the location; the user never wrote it there.
-    loc = [str(part) for part in error["loc"]]
-    if len(loc) > 1 and loc[0] == "objective" and loc[1] in OBJECTIVES:
-        del loc[1]
-    path = ".".join(loc)
+    path = ".".join(_location(error))
     match error["type"]:
         case "extra_forbidden":
             return f"unknown setting {path!r}{_nearest(path, error)}"
@@ -32,9 +30,9 @@ def explain(error: ErrorDetails) -> str:
         case "union_tag_invalid":
             near = difflib.get_close_matches(str(error["ctx"]["tag"]), OBJECTIVES, n=1, cutoff=0.4)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            return f"unknown objective.name {error['ctx']['tag']!r}{hint}; choose from {', '.join(OBJECTIVES)}"
+            return f"unknown objective.name {error['ctx']['tag']!r}{hint}; {_CHOICE}"
         case "union_tag_not_found":
-            return f"objective.name is missing; choose from {', '.join(OBJECTIVES)}"
+            return f"objective.name is missing; {_CHOICE}"
         case "model_type" | "model_attributes_type":
             return f"{path} = {_shown.repr(error['input'])}: it is a section with settings of its own, not a value"
         case _:
@@ -42,11 +40,23 @@ def explain(error: ErrorDetails) -> str:
             return f"{path} = {_shown.repr(error['input'])}: {message}"
 
 
+def _location(error: ErrorDetails) -> list[str]:
+    """The path of a setting without what unions put into it: whose the objective is, its name, the type of a value."""
+    loc = [str(part) for part in error["loc"]]
+    if loc[:1] != ["objective"]:
+        return loc
+    if loc[1:2] == ["own"]:
+        return ["objective", *loc[2:4]]
+    return ["objective", *loc[2 + (len(loc) > 2 and loc[2] in OBJECTIVES) :]]
+
+
 def _nearest(path: str, error: ErrorDetails) -> str:
     """Name the valid setting nearest to an unknown one: in its own section first, then anywhere."""
     section, _, key = path.rpartition(".")
     if section == "objective":
-        name = str(error["loc"][1])
+        if error["loc"][1] == "own":
+            return "; an objective of your own has its settings in objective.settings"
+        name = str(error["loc"][2])
         own, owner = list(OBJECTIVES[name].model_fields), f"objective {name!r}"
     else:
         own = [p.rpartition(".")[2] for p in _setting_paths() if p.rpartition(".")[0] == section]

@@ -10,7 +10,8 @@ from pydantic import JsonValue, ValidationError
 from pydantic_core import PydanticCustomError
 
 from hncse_ray.config.explain import explain
-from hncse_ray.config.sections import OBJECTIVES, InfoNCE, Settings
+from hncse_ray.config.objective import InfoNCE, objective_class
+from hncse_ray.config.sections import Settings
 from hncse_ray.config.values import Typed, is_section, kinds_of, read_kinds
 from hncse_ray.errors import SettingsError
 from hncse_ray.recipe import Nothing, find_recipe, parse_yaml, read_yaml
@@ -33,7 +34,9 @@ def load_settings(
         where, tree = "settings", dict(recipe)
     else:
         where, tree = str(recipe), read_yaml(find_recipe(recipe))
-    for key, value in overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides):
+    given = overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides)
+    # The name first: another objective keeps of the section only what it knows, and then refuses the rest.
+    for key, value in sorted(given, key=lambda item: item[0] != "objective.name"):
         _set(tree, key, value)
     objective = _mapping(tree.get("objective"), "objective", where)
     tree["objective"] = {"name": InfoNCE.model_fields["name"].default} | objective
@@ -90,10 +93,12 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
         child = _mapping(node.get(section), section, key)
         node[section] = child  # a copy: the recipe may be someone's own mapping
         node = child
-    if key == "objective.name" and isinstance(value, str) and value in OBJECTIVES:
-        # Another objective keeps of the recipe's section only what it knows itself.
-        for unknown in set(node) - set(OBJECTIVES[value].model_fields):
-            del node[unknown]
+    if key == "objective.name":
+        value = read_setting(key, value)
+        if node.get("name") != value and (section_of := objective_class(value)):
+            # What is in `settings` another objective of the user's knows only by chance.
+            for foreign in set(node) - (set(section_of.model_fields) - {"settings"}):
+                del node[foreign]
     node[name] = value
 
 

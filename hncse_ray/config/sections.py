@@ -1,19 +1,18 @@
 """Every setting of a run: frozen pydantic models.
 
-The defaults of ``encoder``, ``objective`` and ``train`` are those of unsupervised SimCSE on BERT-base
+The defaults of ``encoder`` and ``train`` are those of unsupervised SimCSE on BERT-base
 (Gao et al. 2021, arXiv 2104.08821, section 3 and appendix A) unless a comment names another source.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import BeforeValidator, Field, model_validator
 
-from hncse_ray.config.values import read_value
+from hncse_ray.config.base import Section, StrTuple, as_tuple
+from hncse_ray.config.objective import HardNegativeMixing, Hybrid, InfoNCE, InstanceSmoothing, ObjectiveSettings
 from hncse_ray.recipe import write_yaml
 
 Pooling = Literal[
@@ -42,36 +41,6 @@ SUITE_METRICS: dict[str, tuple[str, ...]] = {
     "python-docs": RETRIEVAL_METRICS,
     "retrieval": COLLECTION_METRICS,
 }
-
-
-def _as_tuple(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
-
-
-StrTuple = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
-
-
-class Section(BaseModel):
-    """Base of all settings: immutable, unknown keys refused, values read as the type of their setting says."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_values(cls, tree: Any) -> Any:
-        if not isinstance(tree, Mapping):
-            return tree
-        read, errors = dict(tree), []
-        for key, field in ((field.alias or name, field) for name, field in cls.model_fields.items()):
-            if key not in tree:
-                continue
-            try:
-                read[key] = read_value(tree[key], field.annotation)
-            except PydanticCustomError as error:
-                errors.append(InitErrorDetails(type=error, loc=(key,), input=tree[key]))
-        if errors:
-            raise ValidationError.from_exception_data(cls.__name__, errors)
-        return read
 
 
 class RunSettings(Section):
@@ -155,82 +124,6 @@ class EncoderSettings(Section):
     )
     compile: bool = Field(False, description="torch.compile the backbone")
     trust_remote_code: bool = False
-
-
-class InfoNCE(Section):
-    """Unsupervised SimCSE, arXiv 2104.08821."""
-
-    name: Literal["info_nce"] = "info_nce"
-    temperature: float = Field(0.05, gt=0, le=10)
-
-
-class _PositiveMixing(Section):
-    margin: float = Field(0.1, ge=0, le=1, description="relative gap below which the positive is mixed")
-    w_pos: float = Field(1.0, ge=0, le=2)
-    w_neg: float = Field(0.2, ge=0, le=2)
-
-
-class _HardNegativeMixing(Section):
-    k: int = Field(10, ge=2, le=1_048_575, description="hardest candidates that mixes are drawn from")
-    n_mixes: int = Field(40, ge=1, le=65_536)
-    alpha: float = Field(0.5, ge=0, le=1)
-
-
-class PositiveMixing(_PositiveMixing):
-    """HNCSE-PM, arXiv 2411.12156."""
-
-    name: Literal["positive_mixing"] = "positive_mixing"
-    temperature: float = Field(0.05, gt=0, le=10)
-
-
-class HardNegativeMixing(_HardNegativeMixing):
-    """HNCSE-HNM, arXiv 2411.12156."""
-
-    name: Literal["hard_negative_mixing"] = "hard_negative_mixing"
-    temperature: float = Field(0.05, gt=0, le=10)
-
-
-class Hybrid(_PositiveMixing, _HardNegativeMixing):
-    """HNCSE, both mixings, arXiv 2411.12156."""
-
-    name: Literal["hybrid"] = "hybrid"
-    temperature: float = Field(0.05, gt=0, le=10)
-
-
-class ThreeView(Section):
-    """Three dropout passes: info_nce(z1, z2) + info_nce(z2, z3)."""
-
-    name: Literal["three_view"] = "three_view"
-    temperature: float = Field(0.05, gt=0, le=10)
-
-
-class InstanceSmoothing(Section):
-    """IS-CSE, arXiv 2305.07424."""
-
-    name: Literal["instance_smoothing"] = "instance_smoothing"
-    temperature: float = Field(0.05, gt=0, le=10)
-    buffer_size: int = Field(1024, ge=2, le=1_048_576)
-    group_size: int = Field(16, ge=1, le=1_048_575)
-    attention_temperature: float = Field(2.0, gt=0, le=1000)
-    weight: float = Field(0.1, ge=0, le=10, description="weight of the smoothing loss")
-    weight_start: float | None = Field(
-        None, ge=0, le=10, description="if set, the weight rises on a cosine from here to `weight`"
-    )
-
-    @model_validator(mode="after")
-    def _group_fits_buffer(self) -> InstanceSmoothing:
-        if self.group_size > self.buffer_size - 1:
-            raise ValueError(f"group_size {self.group_size} does not fit a buffer of {self.buffer_size}")
-        return self
-
-
-ObjectiveSettings = Annotated[
-    InfoNCE | PositiveMixing | HardNegativeMixing | Hybrid | ThreeView | InstanceSmoothing,
-    Field(discriminator="name"),
-]
-OBJECTIVES: dict[str, type[Section]] = {
-    cls.model_fields["name"].default: cls for cls in get_args(get_args(ObjectiveSettings)[0])
-}
 
 
 class NegativesSettings(Section):
@@ -333,7 +226,7 @@ class TrainSettings(Section):
 class EvaluationSettings(Section):
     """Which sets are scored, and which dev metric chooses the checkpoint."""
 
-    suites: Annotated[tuple[Suite, ...], BeforeValidator(_as_tuple)] = ("stsb",)
+    suites: Annotated[tuple[Suite, ...], BeforeValidator(as_tuple)] = ("stsb",)
     metric: str = Field("stsb/spearman", description="the dev metric that chooses, as suite/metric")
     senteval_path: str | None = Field(None, description="default: $HNCSE_DATA/senteval")
     pairs_dev: str | None = Field(None, description="TSV, JSONL, CSV or Parquet file of query and answer")
@@ -410,7 +303,7 @@ class Settings(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Settings:
         batch, workers = self.train.batch_size, self.cluster.num_workers
-        if isinstance(self.objective, _HardNegativeMixing) and self.objective.k > batch - 1:
+        if isinstance(self.objective, HardNegativeMixing | Hybrid) and self.objective.k > batch - 1:
             raise ValueError(
                 f"objective.k = {self.objective.k} is larger than the {batch - 1} candidates of an anchor"
                 f" (train.batch_size - 1); lower objective.k or raise train.batch_size"
@@ -441,6 +334,11 @@ class Settings(Section):
         if isinstance(self.objective, InstanceSmoothing):
             return self.objective.group_size
         return self.negatives.per_anchor
+
+    @property
+    def smallest_batch(self) -> int:
+        """Rows that the last batch of an epoch must have, or it is left out."""
+        return max(2, self.cluster.num_workers)
 
     @property
     def run_dir(self) -> str:

@@ -1,18 +1,20 @@
 """Text to unique rows to token rows on disk, and from there to batches."""
 
-from hncse_ray.corpus.batches import BatchPlan, pad_rows, rank_slice
+from hncse_ray.corpus.batches import BatchPlan, batch_mask, pad_rows, rank_slice
 from hncse_ray.corpus.corpus import Corpus, PrepareReport
 from hncse_ray.corpus.prepare import prepare_corpus
 from hncse_ray.corpus.python_docs import DocPair, docstring_sentences, documentation_pairs
-from hncse_ray.corpus.text import normalise, row_hash
+from hncse_ray.corpus.text import is_blank, normalise, row_hash
 
 __all__ = [
     "BatchPlan",
     "Corpus",
     "DocPair",
     "PrepareReport",
+    "batch_mask",
     "docstring_sentences",
     "documentation_pairs",
+    "is_blank",
     "normalise",
     "pad_rows",
     "prepare_corpus",

@@ -55,6 +55,22 @@ def rank_slice(row_ids: Int64, rank: int, world: int) -> Int64:
     return row_ids[start : start + share + (rank < extra)]
 
 
+def batch_mask(*keys_B: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_] | None:
+    """Return which rows of a global batch may repel each other: those that differ in every key.
+
+    Args:
+        keys_B: what rows are known by, such as the hashes of their tokens `[B]`; as many keys as there are.
+
+    Returns:
+        Bool `[B, B]`, symmetric, False on the diagonal; None, which costs nothing, where all rows differ.
+    """
+    twice = [key_B for key_B in keys_B if len(np.unique(key_B)) < len(key_B)]
+    if not twice:
+        return None
+    mask_BB: npt.NDArray[np.bool_] = np.all([key_B[:, None] != key_B for key_B in twice], axis=0)
+    return mask_BB
+
+
 class BatchPlan:
     """Which rows make up each batch of each epoch: a function of the arguments alone.
 

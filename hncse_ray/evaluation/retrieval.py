@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hncse_ray.config import COLLECTION_METRICS, RETRIEVAL_METRICS
 from hncse_ray.errors import DataError
-from hncse_ray.evaluation.vectors import Encode, FloatArray, encode_unit
+from hncse_ray.evaluation.vectors import Encode, FloatArray, encode_unit, on_side
 from hncse_ray.reading import read_table
 
 logger = logging.getLogger(__name__)
@@ -34,18 +34,21 @@ class RetrievalSet:
         candidates: A texts, the same for every query.
         grades: for each query its right candidates, by position, and how right each is: a whole number from 1.
         metrics: those of :data:`METRICS` that are scored.
+        sides: whether queries and candidates are of two kinds, so that they get the prompts of queries and documents.
     """
 
     queries: tuple[str, ...]
     candidates: tuple[str, ...]
     grades: tuple[Mapping[int, int], ...]
     metrics: tuple[str, ...] = COLLECTION_METRICS
+    sides: bool = True
 
 
-def paired_set(queries: Sequence[str], answers: Sequence[str]) -> RetrievalSet:
+def paired_set(queries: Sequence[str], answers: Sequence[str], *, sides: bool = True) -> RetrievalSet:
     """Make a set of pairs: ``answers[i]`` is right for ``queries[i]``, and the candidates are all distinct answers.
 
-    A query text that comes several times is one query with several right answers.
+    A query text that comes several times is one query with several right answers. Without ``sides`` queries and answers
+    are texts of one kind.
 
     Raises:
         DataError: lists of unequal length.
@@ -56,7 +59,7 @@ def paired_set(queries: Sequence[str], answers: Sequence[str]) -> RetrievalSet:
     grades: dict[str, dict[int, int]] = {}
     for query, answer in zip(queries, answers, strict=True):
         grades.setdefault(query, {})[position[answer]] = 1
-    return RetrievalSet(tuple(grades), tuple(position), tuple(grades.values()), RETRIEVAL_METRICS)
+    return RetrievalSet(tuple(grades), tuple(position), tuple(grades.values()), RETRIEVAL_METRICS, sides)
 
 
 Metric = Callable[[Ints, Ints], float]  # of one query's right candidates: ranks from 1 [R], grades [R]
@@ -126,8 +129,8 @@ def query_scores(encode: Encode, data: RetrievalSet, *, max_scores: int = 2**24)
     count = len(data.candidates)
     if len(set(data.candidates)) < 2:
         raise DataError(f"retrieval needs two distinct candidates at least, and there are {len(set(data.candidates))}")
-    z_ND = encode_unit(encode, [*data.candidates, *data.queries])
-    candidate_AD, query_QD = z_ND[:count], z_ND[count:]
+    candidate_AD = encode_unit(on_side(encode, "document") if data.sides else encode, data.candidates)
+    query_QD = encode_unit(on_side(encode, "query") if data.sides else encode, data.queries)
     chunk = max(1, max_scores // count)
     scores_Q: dict[str, list[float]] = {name: [] for name in data.metrics}
     for start in range(0, len(query_QD), chunk):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 Encode = Callable[[list[str]], np.ndarray]
 """Sentences in, one vector a sentence out ``[N, D]``; rows need not be unit-norm."""
+
+Side = Literal["query", "document"]
 
 FloatArray = NDArray[np.floating[Any]]
 
@@ -41,6 +43,16 @@ def encode_unit(encode: Encode, texts: Sequence[str]) -> FloatArray:
     """:func:`encode_checked` for all that compares by cosine: rows ``[N, D]`` of norm 1."""
     rows_UD, index_N = _encode_distinct(encode, texts)
     return unit_rows(rows_UD)[index_N]
+
+
+def on_side(encode: Encode, side: Side) -> Encode:
+    """The encoder of queries, or of documents, where it tells them apart: it has a method ``on_side`` that returns it.
+
+    Models with prompts do (:class:`~hncse_ray.training.distributed.ShardedEncode` and what ``hncse evaluate`` scores
+    with); any other callable encodes both alike.
+    """
+    choose: Callable[[Side], Encode] | None = getattr(encode, "on_side", None)
+    return encode if choose is None else choose(side)
 
 
 def unit_rows(rows_ND: FloatArray) -> FloatArray:

@@ -34,7 +34,7 @@ class SelectionRules:
         sampling: `top` takes the hardest, `uniform` any with equal chance, `softmax` each with a probability
             in proportion to exp(score / temperature); always without replacement.
         temperature: of softmax sampling; above 0.
-        exclude_batch: drop hits with the content of a row of the batch.
+        exclude_batch: drop hits with the tokens of a row of the batch.
         unique: choose each row for one anchor of the batch only, the first that would take it.
 
     Raises:
@@ -85,7 +85,7 @@ class Selection:
         mask_Bm: bool [B, m], True where usable; the usable ones of an anchor stand first.
         columns_mask: with `rules.unique`, where every anchor sees everyone's negatives, bool [B, B*m]: column
             j*m + n is negative n of anchor j. False in row i where that negative is not usable, is row i
-            itself or has its content, or was among anchor i's hits and removed by `max_score` or
+            itself or has its tokens, or was among anchor i's hits and removed by `max_score` or
             `relative_margin`. None without `rules.unique`.
         removed: hits that each rule removed, a hit counted by the first rule that removes it. The keys in
             order: itself, same_content, in_batch, max_score, relative_margin, skip_hardest, chosen_twice.
@@ -124,8 +124,8 @@ def select(
             -inf), counted nowhere.
         scores_Bk: their scores [B, k].
         row_ids_B: row ids of the anchors [B].
-        hashes_Bk: content hash of each hit [B, k]; anything where there is none.
-        row_hashes_B: content hash of each anchor [B].
+        hashes_Bk: hash of each hit's tokens [B, k]; anything where there is none.
+        row_hashes_B: hash of each anchor's tokens [B].
         positive_score: what an anchor scores with its positive, the measure of `relative_margin`.
         rules: which hits may be negatives, and which of those are taken.
         seed: integers >= 0 that the sampling is drawn from, such as the run's seed and the batch's number.

@@ -6,6 +6,7 @@ the same device, so that nothing waits for the accelerator.
 """
 
 from hncse_ray.objectives.contrastive import info_nce, three_view
+from hncse_ray.objectives.matryoshka import matryoshka
 from hncse_ray.objectives.mixing import hard_negative_mixing, hybrid, positive_mixing
 from hncse_ray.objectives.similarity import Columns, Metrics
 from hncse_ray.objectives.smoothing import cosine_ramp, instance_smoothing
@@ -18,6 +19,7 @@ __all__ = [
     "hybrid",
     "info_nce",
     "instance_smoothing",
+    "matryoshka",
     "positive_mixing",
     "three_view",
 ]

@@ -66,6 +66,16 @@ def check_columns(columns: str, g_BmD: Tensor | None, columns_mask_BN: Tensor | 
     _check_bool("columns_mask", columns_mask_BN)
 
 
+def check_batch_mask(z1_BD: Tensor, repelled_BB: Tensor | None) -> None:
+    """Raise ValueError unless the mask of the batch's columns, if any, is bool [B, B]."""
+    if repelled_BB is None:
+        return
+    B = z1_BD.shape[0]
+    if tuple(repelled_BB.shape) != (B, B):
+        raise ValueError(f"batch_mask has shape {tuple(repelled_BB.shape)}; it must be [B, B] = {(B, B)}")
+    _check_bool("batch_mask", repelled_BB)
+
+
 def check_negatives_are_columns(columns: str) -> None:
     """Raise ValueError for the word that leaves negatives without a use where nothing is mixed."""
     if columns == "none":

@@ -24,6 +24,7 @@ def info_nce(
     negatives_mask: Tensor | None = None,
     columns: Columns = "own",
     columns_mask: Tensor | None = None,
+    batch_mask: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Contrast each anchor's positive with the batch and with global negatives.
 
@@ -42,6 +43,8 @@ def info_nce(
         columns: "own" or "all". "none" is refused: nothing is mixed here, so negatives would have no use.
         columns_mask: bool [B, B * m], only with "all": True where anchor i may repel column j * m + n. It
             leaves out further columns, and does not stand in for `negatives_mask`.
+        batch_mask: bool [B, B], True where anchor i may repel z2_j; the diagonal is not looked at. False for rows
+            that are the same, or belong together: such a z2_j is no column of row i, and no candidate for mixing.
 
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 inputs), and the metrics `positive_similarity`,
@@ -56,8 +59,10 @@ def info_nce(
     checks.check_positive("temperature", temperature)
     checks.check_negatives_are_columns(columns)
     with autocast_off(z1):
-        c = contrast(z1, z2, negatives, negatives_mask, columns=columns, columns_mask=columns_mask)
-        loss, accuracy = cross_entropy([c.s_BB, c.columns_BN], temperature=temperature)
+        c = contrast(
+            z1, z2, negatives, negatives_mask, columns=columns, columns_mask=columns_mask, batch_mask=batch_mask
+        )
+        loss, accuracy = cross_entropy([c.batch_columns(c.s_BB), c.columns_BN], temperature=temperature)
         return loss, shared_metrics(c, accuracy)
 
 
@@ -71,6 +76,7 @@ def three_view(
     negatives_mask: Tensor | None = None,
     columns: Columns = "own",
     columns_mask: Tensor | None = None,
+    batch_mask: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Chain three dropout views of each sentence: `info_nce(z1, z2) + info_nce(z2, z3)`.
 
@@ -85,6 +91,7 @@ def three_view(
         negatives_mask: see `info_nce`.
         columns: see `info_nce`.
         columns_mask: see `info_nce`.
+        batch_mask: see `info_nce`.
 
     Returns:
         The loss, and the metrics of `info_nce`, each the mean over the two terms.
@@ -100,6 +107,7 @@ def three_view(
         negatives_mask=negatives_mask,
         columns=columns,
         columns_mask=columns_mask,
+        batch_mask=batch_mask,
     )
     first, first_metrics = term(z1, z2)
     second, second_metrics = term(z2, z3)

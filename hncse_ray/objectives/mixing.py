@@ -38,6 +38,7 @@ def positive_mixing(
     negatives_mask: Tensor | None = None,
     columns: Columns = "own",
     columns_mask: Tensor | None = None,
+    batch_mask: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """HNCSE-PM: mix the hardest negative into a positive that it rivals.
 
@@ -53,8 +54,8 @@ def positive_mixing(
     case holds is a constant.
 
     Guards: the positive stays z2_i where p <= 0 (the relative gap has no meaning, and the mix would point
-    away from the positive), where p + q < 1e-6, and where the mix is shorter than 1e-6 (for instance
-    with opposite vectors, or with both weights 0).
+    away from the positive), where p + q < 1e-6, where the anchor has no candidate, and where the mix is
+    shorter than 1e-6 (for instance with opposite vectors, or with both weights 0).
 
     HNCSE-PM (arXiv 2411.12156); its published code has margin = 0.1.
 
@@ -70,6 +71,7 @@ def positive_mixing(
         columns: "own" or "all" as in `info_nce`, or "none": negatives are candidates for mixing and no
             columns. The candidates of an anchor are the batch's and its own in each case.
         columns_mask: see `info_nce`.
+        batch_mask: see `info_nce`.
 
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 inputs), and the metrics of `info_nce` (similarities of the
@@ -81,9 +83,13 @@ def positive_mixing(
     """
     _check_positive_mixing(temperature=temperature, margin=margin, w_pos=w_pos, w_neg=w_neg)
     with autocast_off(z1):
-        c = contrast(z1, z2, negatives, negatives_mask, columns=columns, columns_mask=columns_mask)
+        c = contrast(
+            z1, z2, negatives, negatives_mask, columns=columns, columns_mask=columns_mask, batch_mask=batch_mask
+        )
         positives_BD, shares = _mixed_positives(c, margin=margin, w_pos=w_pos, w_neg=w_neg)
-        loss, accuracy = cross_entropy([c.z1_BD @ positives_BD.T, c.columns_BN], temperature=temperature)
+        loss, accuracy = cross_entropy(
+            [c.batch_columns(c.z1_BD @ positives_BD.T), c.columns_BN], temperature=temperature
+        )
         return loss, shared_metrics(c, accuracy) | shares
 
 
@@ -101,6 +107,7 @@ def hard_negative_mixing(
     negatives_mask: Tensor | None = None,
     columns: Columns = "own",
     columns_mask: Tensor | None = None,
+    batch_mask: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """HNCSE-HNM: make harder negatives by mixing pairs of an anchor's hardest ones.
 
@@ -127,14 +134,15 @@ def hard_negative_mixing(
         alpha: weight of n_a; in [0, 1].
         pairs: the ranks (a, b) to mix, int64 [B, n_mixes, 2] in [0, k), taken as they are (a = b and a > b
             included). Their values are checked on the device they lie on, so pairs on an accelerator make the
-            host wait; pairs on the CPU do not. With `negatives_mask`, a pair beyond an anchor's candidates is
-            left out; without, it is an error.
+            host wait; pairs on the CPU do not. With a mask, a pair beyond an anchor's candidates is left
+            out; without, it is an error.
         generator: draws the pairs when `pairs` is None: uniformly, with replacement, a < b. The draw depends
             on the generator's state and on shapes alone, so ranks that hold equal generators draw equal
             pairs. It may live on another device than z1. None stands for the default one of z1's device.
         negatives_mask: bool [B, m], True where a negative is usable; the others take no part.
         columns: see `positive_mixing`.
         columns_mask: see `info_nce`.
+        batch_mask: see `info_nce`.
 
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 inputs), and the metrics of `info_nce` with
@@ -146,10 +154,13 @@ def hard_negative_mixing(
     """
     _check_negative_mixing(temperature=temperature, k=k, n_mixes=n_mixes, alpha=alpha)
     with autocast_off(z1):
-        c = contrast(z1, z2, negatives, negatives_mask, columns=columns, columns_mask=columns_mask)
-        pairs = _pairs_or_draw(c, k, n_mixes, pairs=pairs, generator=generator, masked=negatives_mask is not None)
+        c = contrast(
+            z1, z2, negatives, negatives_mask, columns=columns, columns_mask=columns_mask, batch_mask=batch_mask
+        )
+        masked = negatives_mask is not None or batch_mask is not None
+        pairs = _pairs_or_draw(c, k, n_mixes, pairs=pairs, generator=generator, masked=masked)
         mixes_Bs, mix_metrics = _mixed_negatives(c, pairs, k=k, alpha=alpha)
-        loss, accuracy = cross_entropy([c.s_BB, c.columns_BN, mixes_Bs], temperature=temperature)
+        loss, accuracy = cross_entropy([c.batch_columns(c.s_BB), c.columns_BN, mixes_Bs], temperature=temperature)
         return loss, shared_metrics(c, accuracy) | mix_metrics
 
 
@@ -170,6 +181,7 @@ def hybrid(
     negatives_mask: Tensor | None = None,
     columns: Columns = "own",
     columns_mask: Tensor | None = None,
+    batch_mask: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """HNCSE (arXiv 2411.12156): `positive_mixing` and `hard_negative_mixing` at once.
 
@@ -193,6 +205,7 @@ def hybrid(
         negatives_mask: bool [B, m], True where a negative is usable; the others take no part.
         columns: see `positive_mixing`.
         columns_mask: see `info_nce`.
+        batch_mask: see `info_nce`.
 
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 inputs), and the metrics of both parts.
@@ -203,11 +216,14 @@ def hybrid(
     _check_positive_mixing(temperature=temperature, margin=margin, w_pos=w_pos, w_neg=w_neg)
     _check_negative_mixing(temperature=temperature, k=k, n_mixes=n_mixes, alpha=alpha)
     with autocast_off(z1):
-        c = contrast(z1, z2, negatives, negatives_mask, columns=columns, columns_mask=columns_mask)
+        c = contrast(
+            z1, z2, negatives, negatives_mask, columns=columns, columns_mask=columns_mask, batch_mask=batch_mask
+        )
         positives_BD, shares = _mixed_positives(c, margin=margin, w_pos=w_pos, w_neg=w_neg)
-        pairs = _pairs_or_draw(c, k, n_mixes, pairs=pairs, generator=generator, masked=negatives_mask is not None)
+        masked = negatives_mask is not None or batch_mask is not None
+        pairs = _pairs_or_draw(c, k, n_mixes, pairs=pairs, generator=generator, masked=masked)
         mixes_Bs, mix_metrics = _mixed_negatives(c, pairs, k=k, alpha=alpha)
-        similarities = [c.z1_BD @ positives_BD.T, c.columns_BN, mixes_Bs]
+        similarities = [c.batch_columns(c.z1_BD @ positives_BD.T), c.columns_BN, mixes_Bs]
         loss, accuracy = cross_entropy(similarities, temperature=temperature)
         return loss, shared_metrics(c, accuracy) | shares | mix_metrics
 

@@ -49,9 +49,10 @@ class Contrast:
         usable_Bm: which of them are usable; None if no negatives were given.
         columns_BN: the similarities of the global negatives that are columns of the logits, -inf where a
             column takes no part: s_Bm for "own"; z1_i . g_jn in column j * m + n for "all"; none for "none".
-        candidates_BC: similarity of each anchor to its candidates N_i: slot j < B is z2_j (-inf for j = i),
-            slot B + j is the anchor's own negative j (-inf where not usable).
-        count_B: number of candidates of each anchor, at least B - 1 >= 1.
+        candidates_BC: similarity of each anchor to its candidates N_i: slot j < B is z2_j (-inf for j = i
+            or if i does not repel j), slot B + j is the anchor's own negative j (-inf where not usable).
+        count_B: number of candidates of each anchor; B - 1 + m where nothing is masked.
+        repelled_BB: True where anchor i repels column j of the batch, and on the diagonal; None if it is everywhere.
     """
 
     z1_BD: Tensor
@@ -63,6 +64,11 @@ class Contrast:
     columns_BN: Tensor
     candidates_BC: Tensor
     count_B: Tensor
+    repelled_BB: Tensor | None
+
+    def batch_columns(self, s_BB: Tensor) -> Tensor:
+        """Similarities to the batch's columns, mixed or not, as logits: -inf where an anchor does not repel one."""
+        return s_BB if self.repelled_BB is None else s_BB.masked_fill(~self.repelled_BB, -torch.inf)
 
     def hardest(self) -> tuple[Tensor, Tensor]:
         """Similarity q_i of each anchor's hardest candidate, and its slot; both [B]."""
@@ -88,6 +94,7 @@ def contrast(
     *,
     columns: Columns,
     columns_mask: Tensor | None,
+    batch_mask: Tensor | None,
 ) -> Contrast:
     """Check the embeddings, bring them to the working dtype and compare every anchor to its candidates.
 
@@ -101,6 +108,7 @@ def contrast(
     checks.check_views(z1, z2=z2)
     checks.check_negatives(z1, negatives, negatives_mask)
     checks.check_columns(columns, negatives, columns_mask)
+    checks.check_batch_mask(z1, batch_mask)
     B, D = z1.shape
     g_BmD = z1.new_empty(B, 0, D) if negatives is None else negatives
     dtype = working_dtype(z1, z2, g_BmD)
@@ -120,7 +128,12 @@ def contrast(
     if negatives_mask is not None:
         s_Bm = s_Bm.masked_fill(~negatives_mask, -torch.inf)
     itself_BB = torch.eye(B, dtype=torch.bool, device=z1.device)
-    candidates_BC = torch.cat([s_BB.masked_fill(itself_BB, -torch.inf), s_Bm], dim=1)
+    repelled_BB, no_candidate_BB = None, itself_BB
+    if batch_mask is not None:
+        repelled_BB = batch_mask | itself_BB
+        no_candidate_BB = ~batch_mask | itself_BB
+        count_B = count_B - (no_candidate_BB.sum(dim=1) - 1)
+    candidates_BC = torch.cat([s_BB.masked_fill(no_candidate_BB, -torch.inf), s_Bm], dim=1)
 
     if columns == "own":
         columns_BN = s_Bm
@@ -132,7 +145,7 @@ def contrast(
             columns_BN = columns_BN.masked_fill(~negatives_mask.reshape(B * m), -torch.inf)
         if columns_mask is not None:
             columns_BN = columns_BN.masked_fill(~columns_mask, -torch.inf)
-    return Contrast(z1_BD, z2_BD, g_BmD, s_BB, s_Bm, usable_Bm, columns_BN, candidates_BC, count_B)
+    return Contrast(z1_BD, z2_BD, g_BmD, s_BB, s_Bm, usable_Bm, columns_BN, candidates_BC, count_B, repelled_BB)
 
 
 def cross_entropy(columns: list[Tensor], *, temperature: float) -> tuple[Tensor, Tensor]:
@@ -159,13 +172,19 @@ def shared_metrics(c: Contrast, accuracy: Tensor) -> Metrics:
     """The metrics that every objective reports; their names depend on whether negatives were given alone."""
     metrics = {
         "positive_similarity": as_metric(c.s_BB.diagonal().mean()),
-        "hardest_negative_similarity": as_metric(c.candidates_BC.amax(dim=1).mean()),
+        "hardest_negative_similarity": as_metric(_mean_of_finite(c.candidates_BC.amax(dim=1))),
         "contrastive_accuracy": as_metric(accuracy),
     }
     if c.usable_Bm is not None:
         usable_s_Bm = torch.where(c.usable_Bm, c.s_Bm, 0.0)
         metrics["negative_similarity"] = as_metric(usable_s_Bm.sum() / c.usable_Bm.sum().clamp(min=1))
     return metrics
+
+
+def _mean_of_finite(q_B: Tensor) -> Tensor:
+    """The mean over the anchors that have a candidate, 0 if none has."""
+    has_B = q_B != -torch.inf
+    return torch.where(has_B, q_B, 0.0).sum() / has_B.sum().clamp(min=1)
 
 
 def as_metric(value: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ def instance_smoothing(
     weight: float,
     neighbours: Tensor | None = None,
     neighbours_mask: Tensor | None = None,
+    batch_mask: Tensor | None = None,
 ) -> tuple[Tensor, Metrics, Tensor | None]:
     """Contrast anchors with their positives, and with averages over each positive's neighbourhood.
 
@@ -61,6 +62,7 @@ def instance_smoothing(
         neighbours: each positive's neighbours, unit-norm [B, g, D], without the sentence itself; g may be 0.
         neighbours_mask: bool [B, g], True where a neighbour is usable; the others take no part, whatever they
             hold.
+        batch_mask: see `info_nce`; in both terms.
 
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 inputs); the metrics of `info_nce(z1, z2)` with
@@ -85,13 +87,13 @@ def instance_smoothing(
         group_BgD, usable_Bg = _nearest(z1, z2, buffer, group_size=group_size)
         active = (buffer[0] != 0).any()
 
-    base, metrics = info_nce(z1, z2, temperature=temperature)
+    base, metrics = info_nce(z1, z2, temperature=temperature, batch_mask=batch_mask)
     with autocast_off(z1):
         dtype = working_dtype(z1, z2, group_BgD)
         smoothed_BD = _average(
             z2.to(dtype), group_BgD.to(dtype), usable_Bg, attention_temperature=attention_temperature
         )
-    smoothed, _ = info_nce(z1, smoothed_BD, temperature=temperature)
+    smoothed, _ = info_nce(z1, smoothed_BD, temperature=temperature, batch_mask=batch_mask)
     # A choice on the device: asking for the flag here would make the host wait at every step.
     smoothed = torch.where(active > 0, smoothed, 0.0)
     metrics["smoothing_active"] = as_metric(active)

@@ -1,4 +1,4 @@
-"""Writing files and folders so that nobody ever finds half of one."""
+"""Writing files and folders so that nobody ever finds half of one, and where they stay."""
 
 from __future__ import annotations
 
@@ -11,6 +11,31 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hncse_ray.errors import StorageError
+
+_OF_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the command of a submitted job
+
+
+def check_outlasts_job(path: str | Path, setting: str) -> None:
+    """Refuse a place for results that is gone when this process, a job that was submitted to a cluster, has ended.
+
+    Such a job starts in a copy of the folder that was uploaded, which Ray removes after it.
+
+    Args:
+        path: a path, or a URL.
+        setting: what names it, for the message.
+
+    Raises:
+        StorageError: it is relative, or within that copy.
+    """
+    scheme, separator, below = str(path).rpartition("://")
+    if _OF_A_JOB not in os.environ or (separator and scheme not in ("file", "local")):
+        return
+    if not Path(below).is_absolute() or "working_dir_files" in Path(below).parts:
+        raise StorageError(
+            "lies in the folder of a submitted job, which is removed when the job ends",
+            f"{setting} {path}" if setting.startswith("-") else f"{setting}={path}",
+            "Give an absolute path that the nodes keep, such as /mnt/runs, or for a run s3://BUCKET/runs",
+        )
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -103,7 +103,7 @@ def load_evaluation_sets(
             )
             for split in splits:
                 chosen = [p for p in pairs if p.split == split]
-                sets[suite, split] = paired_set([p.query for p in chosen], [p.answer for p in chosen])
+                sets[suite, split] = paired_set([p.query for p in chosen], [p.answer for p in chosen], sides=False)
         elif suite == "retrieval":
             sets |= _collections(settings.collection, splits, dev_needed=dev_needed)
         else:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hncse_ray.config import Settings
-from hncse_ray.corpus import Corpus, rank_slice
+from hncse_ray.corpus import Corpus, batch_mask, rank_slice
 from hncse_ray.encoder import SentenceEncoder
 from hncse_ray.errors import HncseError, StorageError
 from hncse_ray.evaluation import uniformity
@@ -175,7 +175,7 @@ class _Trainer:
             ids = self.plan.batch(number)
             sizes = tuple(len(rank_slice(ids, r, world_size())) for r in range(world_size()))
             rows = self.corpus.token_rows(rank_slice(ids, rank(), world_size()))
-            batches.append(LocalBatch(number, rows, sizes, own))
+            batches.append(LocalBatch(number, rows, sizes, own, batch_mask(self.corpus.hashes[ids])))
         return batches
 
     def _write_log(self) -> None:

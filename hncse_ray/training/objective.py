@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hncse_ray import objectives
-from hncse_ray.config import InstanceSmoothing, ObjectiveSettings
+from hncse_ray.config import InstanceSmoothing, ObjectiveSettings, OwnObjective
+from hncse_ray.errors import SettingsError
+from hncse_ray.training.own_objective import OwnFunction
 
 Metrics = dict[str, Tensor]
+
+GIVEN = ("negatives", "negatives_mask", "columns", "columns_mask", "batch_mask", "generator", "step", "total_steps")
+"""What a run gives to an objective whose signature names it, beside its settings."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,7 @@ class Neighbours:
     """Global neighbours of a batch's anchors.
 
     Attributes:
-        vectors_BmD: unit norm; anything where not usable.
+        vectors_BmD: unit norm; zero where not usable.
         mask_Bm: which are usable.
         columns_mask: ``[B, B * m]``, where every anchor is repelled from everyone's: from which of them.
     """
@@ -38,6 +45,15 @@ class Objective:
         columns: whose global neighbours an anchor is repelled from.
         dimension: width D of the embeddings.
         device: where the views are.
+
+    Attributes:
+        views: how many views of a sentence it takes.
+        function: computes the loss.
+        takes: which of :data:`GIVEN` the function takes.
+
+    Raises:
+        SettingsError: there is no such function of the user's, or it cannot be called so; or ``dimensions`` has a width
+            above D.
     """
 
     def __init__(
@@ -51,6 +67,16 @@ class Objective:
         self.settings = settings
         self.columns = columns
         self.views = 3 if settings.name == "three_view" else 2
+        if settings.dimensions is not None and (widest := max(settings.dimensions)) > dimension:
+            raise SettingsError(f"{widest} is more than the {dimension} numbers of an embedding of this model",
+                                "objective.dimensions")  # fmt: skip
+        self.function: Callable[..., tuple[Any, ...]]
+        if isinstance(settings, OwnObjective):
+            self.function = OwnFunction(settings.name, settings.settings, given=GIVEN)
+            self.takes = self.function.takes
+        else:
+            self.function = getattr(objectives, settings.name)
+            self.takes = frozenset(inspect.signature(self.function).parameters) & set(GIVEN)
         self._buffer_KD: Tensor | None = None
         if isinstance(settings, InstanceSmoothing):
             self._buffer_KD = torch.zeros(settings.buffer_size, dimension, device=device)
@@ -60,6 +86,7 @@ class Objective:
         views: Sequence[Tensor],
         neighbours: Neighbours | None = None,
         *,
+        batch_mask: Tensor | None = None,
         step: int,
         total_steps: int,
         generator: torch.Generator,
@@ -69,6 +96,7 @@ class Objective:
         Args:
             views: ``views`` tensors ``[B, D]``, unit-norm rows.
             neighbours: of the anchors, from the whole corpus; what they are used for depends on the objective.
+            batch_mask: bool ``[B, B]``, which rows of the batch may repel each other; None = all.
             step: optimiser steps taken so far.
             total_steps: optimiser steps of the run; schedules of the objective end there.
             generator: decides random pairs; seeded alike on every rank.
@@ -77,45 +105,49 @@ class Objective:
             Loss (scalar) and detached metrics.
         """
         s = self.settings
+        given = self._given(neighbours) | {"batch_mask": batch_mask}
+        given |= {"generator": generator, "step": step, "total_steps": total_steps}
+        arguments = {name: given[name] for name in self.takes}
         if isinstance(s, InstanceSmoothing):
-            return self._smooth(s, views, neighbours, step=step, total_steps=total_steps)
-        arguments = s.model_dump(exclude={"name"})
-        if neighbours is not None:
-            arguments |= {
-                "negatives": neighbours.vectors_BmD,
-                "negatives_mask": neighbours.mask_Bm,
-                "columns": self.columns,
-                "columns_mask": neighbours.columns_mask,
-            }
-        if s.name in ("hard_negative_mixing", "hybrid"):
-            arguments["generator"] = generator
-        loss, metrics = getattr(objectives, s.name)(*views, **arguments)
+            arguments |= self._smoothing(s, neighbours, step=step, total_steps=total_steps)
+        elif isinstance(s, OwnObjective):
+            torch.manual_seed(generator.initial_seed())  # whatever else draws from here draws alike on every rank too
+        else:
+            arguments |= s.model_dump(exclude={"name", "dimensions"})
+        compute = self.function
+        if s.dimensions is not None:
+            compute = partial(objectives.matryoshka, compute, dimensions=s.dimensions)
+        loss, metrics, *state = compute(*views, **arguments)
+        if state:
+            self._buffer_KD = state[0]
         return loss, metrics
 
-    def _smooth(
-        self,
-        s: InstanceSmoothing,
-        views: Sequence[Tensor],
-        neighbours: Neighbours | None,
-        *,
-        step: int,
-        total_steps: int,
-    ) -> tuple[Tensor, Metrics]:
+    def _given(self, neighbours: Neighbours | None) -> dict[str, Any]:
+        """What an objective may ask for of global negatives."""
+        if neighbours is None:
+            return {"negatives": None, "negatives_mask": None, "columns": "own", "columns_mask": None}
+        return {
+            "negatives": neighbours.vectors_BmD,
+            "negatives_mask": neighbours.mask_Bm,
+            "columns": self.columns,
+            "columns_mask": neighbours.columns_mask,
+        }
+
+    def _smoothing(
+        self, s: InstanceSmoothing, neighbours: Neighbours | None, *, step: int, total_steps: int
+    ) -> dict[str, Any]:
         weight = s.weight
         if s.weight_start is not None:
             weight = objectives.cosine_ramp(step, total_steps, start=s.weight_start, end=s.weight)
-        loss, metrics, self._buffer_KD = objectives.instance_smoothing(
-            views[0],
-            views[1],
-            self._buffer_KD,
-            temperature=s.temperature,
-            group_size=s.group_size,
-            attention_temperature=s.attention_temperature,
-            weight=weight,
-            neighbours=None if neighbours is None else neighbours.vectors_BmD,
-            neighbours_mask=None if neighbours is None else neighbours.mask_Bm,
-        )
-        return loss, metrics
+        return {
+            "buffer": self._buffer_KD,
+            "temperature": s.temperature,
+            "group_size": s.group_size,
+            "attention_temperature": s.attention_temperature,
+            "weight": weight,
+            "neighbours": None if neighbours is None else neighbours.vectors_BmD,
+            "neighbours_mask": None if neighbours is None else neighbours.mask_Bm,
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
         """What must survive a restart."""

@@ -27,6 +27,7 @@ from hncse_ray.storage import (
     Remote,
     Uploader,
     check_lease,
+    check_outlasts_job,
     delete_folder,
     fetch_folder,
     is_url,
@@ -110,6 +111,7 @@ def claim_run(settings: Settings) -> Iterator[RunFolder]:
     Raises:
         StorageError: the place cannot be used, holds another run or something else, or is in use.
     """
+    check_outlasts_job(settings.run.storage_path, "run.storage_path")
     if not is_url(settings.run.storage_path):
         with claim_run_folder(settings) as local:
             yield local

@@ -22,7 +22,7 @@ def plan_batches(settings: Settings, lengths: npt.NDArray[np.integer]) -> BatchP
         batch_size=settings.train.batch_size,
         seed=settings.run.seed,
         bucket_by_length=settings.train.bucket_by_length,
-        min_batch=max(2, settings.cluster.num_workers),
+        min_batch=settings.smallest_batch,
     )
 
 

@@ -27,12 +27,14 @@ class LocalBatch:
         rows: token ids of this rank's b sentences.
         sizes: b of every rank.
         negatives: the global negatives of the whole batch; None where the run uses none.
+        mask_BB: which rows of the whole batch may repel each other; see :func:`~hncse_ray.corpus.batch_mask`.
     """
 
     number: int
     rows: Sequence[NDArray[np.integer]]
     sizes: tuple[int, ...]
     negatives: StepNegatives | None = None
+    mask_BB: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,14 @@ def _loss(embedded: list[Tensor], batch: LocalBatch, context: StepContext) -> tu
         vectors_BmD = fresh[0] if negatives.stored_BmD is None else _tensor(negatives.stored_BmD, device)
         columns_mask = None if negatives.columns_mask is None else _tensor(negatives.columns_mask, device)
         neighbours = Neighbours(vectors_BmD, _tensor(negatives.mask_Bm, device), columns_mask)
-    return context.objective(views, neighbours, step=context.step, total_steps=context.total_steps, generator=generator)
+    return context.objective(
+        views,
+        neighbours,
+        batch_mask=None if batch.mask_BB is None else _tensor(batch.mask_BB, device),
+        step=context.step,
+        total_steps=context.total_steps,
+        generator=generator,
+    )
 
 
 def _encode(model: Any, batch: LocalBatch, context: StepContext, *, chunk: int, rows: slice) -> list[Tensor]:

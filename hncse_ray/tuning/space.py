@@ -229,9 +229,7 @@ def apply_values(base: Settings, values: Mapping[str, Value], **fixed: Value) ->
     Raises:
         SettingsError: they do not fit together.
     """
-    # The name first: another objective keeps of the section only what it knows, and then refuses the rest.
-    ordered = sorted(values.items(), key=lambda item: item[0] != "objective.name")
-    return load_settings(base.model_dump(mode="json"), dict(ordered) | fixed)
+    return load_settings(base.model_dump(mode="json"), dict(values) | fixed)
 
 
 def _choices(key: str, given: list[Any] | None) -> list[Value] | None:

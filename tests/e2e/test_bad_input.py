@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -357,6 +359,11 @@ class TestEncode:
         self.assert_refusal(tmp_path / "v.npy", "no such model folder", model=tmp_path / "none", texts=texts)
 
 
+@pytest.mark.parametrize("query", ["", "  ", "\u200b\u2060", "\ue000"])
+def test_a_query_with_nothing_to_see(saved_model: Path, recipe: Path, query: str) -> None:
+    assert_refused(hncse("search", saved_model, recipe, "a dog", query), "query 2: is empty")
+
+
 class TestEvaluate:
     def test_an_unknown_suite(self, saved_model: Path) -> None:
         assert_refused(hncse("evaluate", saved_model, "--suite", "stsx"), "--suite", "stsx", "full, sts, transfer")
@@ -418,6 +425,27 @@ class TestMine:
         assert_refused(hncse("mine", saved_model, texts, "encoder.max_length=24", *changes, "--out", out), *said)
         left = {name for name in files(tmp_path).keys() - before.keys() if not name.startswith("cache/")}
         assert not left
+
+    @pytest.mark.parametrize(
+        "name", ["a.jsonl.gz", "a.ndjson", "a.json", "a.JSONL", "a.csv.gz", "a.tsv", "a.tab", "a.parq"]
+    )
+    def test_a_table_is_not_read_as_text(self, saved_model: Path, tmp_path: Path, name: str) -> None:
+        rows = {"sentence": SENTENCES}
+        if name.endswith(".parq"):
+            pq.write_table(pa.table(rows), tmp_path / name)
+        else:
+            sign = "\t" if name.endswith(("tsv", "tab")) else ","
+            lines = [sign.join(pair) for pair in [("id", "sentence"), *(("1", s) for s in SENTENCES)]]
+            if "js" in name.lower() or "ndj" in name:
+                lines = [json.dumps({"id": 1, "sentence": s}) for s in SENTENCES]
+            data = "\n".join(lines).encode()
+            (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        said = f"{name}: has no column 'text'. It has: " + ("sentence" if name.endswith("parq") else "id, sentence")
+        mined = ["encoder.max_length=24", "--out", tmp_path / "x.parquet"]
+        assert_refused(hncse("mine", saved_model, tmp_path / name, *mined), said)
+        assert_refused(
+            hncse("encode", saved_model, tmp_path / name, "--out", tmp_path / "v.npy"), f"{name}: is a table"
+        )
 
     def test_files_that_cannot_be_read_or_written(self, saved_model: Path, texts: Path, tmp_path: Path) -> None:
         missing = [tmp_path / "no.txt", "encoder.max_length=24", "--out", tmp_path / "x.parquet"]

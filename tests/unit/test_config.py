@@ -45,7 +45,7 @@ def test_another_objective_keeps_what_it_knows() -> None:
     base = {**BASE, "objective": {"name": "hybrid", "temperature": 0.1, "w_neg": 0.5, "k": 4}}
     objective = load_settings(base, ["objective.name=hard_negative_mixing"]).objective
     assert objective.model_dump() == {
-        "name": "hard_negative_mixing", "temperature": 0.1, "k": 4, "n_mixes": 40, "alpha": 0.5,
+        "name": "hard_negative_mixing", "dimensions": None, "temperature": 0.1, "k": 4, "n_mixes": 40, "alpha": 0.5,
     }  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def test_each_mistake_is_named(override: str, said: str) -> None:
 
 
 def test_an_unknown_key_names_what_the_objective_knows() -> None:
-    assert "objective 'info_nce' knows name, temperature" in error_of("objective.margin=0.2")
+    assert "objective 'info_nce' knows name, dimensions, temperature" in error_of("objective.margin=0.2")
 
 
 def test_k_must_fit_the_candidates() -> None:

@@ -47,7 +47,7 @@ def test_paper_recipes_hold_the_published_values(name: str) -> None:
     settings = load_settings(name)
     backbone, _, objective = PAPERS[name]
     model, batch_size, learning_rate = BACKBONES[backbone]
-    assert settings.objective.model_dump() == {"temperature": 0.05} | objective
+    assert settings.objective.model_dump() == {"dimensions": None, "temperature": 0.05} | objective
     assert settings.corpus.source == "auto"
     assert settings.corpus.path == ("wiki1m_for_simcse.txt",)
     assert settings.corpus.min_words == 1 and settings.corpus.max_sentences is None
@@ -77,4 +77,4 @@ def test_paper_recipes_say_what_they_are_and_how_to_run_them(name: str) -> None:
 def test_a_recipe_takes_overrides() -> None:
     settings = load_settings("iscse_bert_base", ["corpus.path=mine.txt", "objective.name=info_nce"])
     assert settings.corpus.path == ("mine.txt",)
-    assert settings.objective.model_dump() == {"name": "info_nce", "temperature": 0.05}
+    assert settings.objective.model_dump() == {"name": "info_nce", "dimensions": None, "temperature": 0.05}

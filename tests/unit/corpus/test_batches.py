@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from hncse_ray.corpus import BatchPlan, pad_rows, rank_slice
+from hncse_ray.corpus import BatchPlan, batch_mask, pad_rows, rank_slice
 from hncse_ray.errors import DataError
 
 LENGTHS = np.random.default_rng(0).integers(3, 33, 10_007)
@@ -29,6 +29,21 @@ def test_pad_rows_with_pad_id_inside_a_row_counts_it_as_a_token():
 def test_pad_rows_of_nothing():
     ids, mask = pad_rows([], pad_id=0)
     assert ids.shape == mask.shape == (0, 0)
+
+
+def test_rows_that_agree_in_any_key_do_not_repel_each_other():
+    hashes, documents = np.array([7, -3, 7, 5]), np.array([1, 2, 3, 2])
+    assert batch_mask(hashes[1:]) is None and batch_mask() is None
+    yes, no = True, False
+    assert batch_mask(hashes).tolist() == [
+        [no, yes, no, yes],
+        [yes, no, yes, yes],
+        [no, yes, no, yes],
+        [yes, yes, yes, no],
+    ]
+    both = batch_mask(hashes, documents)
+    assert both.tolist() == (batch_mask(hashes) & batch_mask(documents)).tolist()
+    assert batch_mask(hashes, np.arange(4)).tolist() == batch_mask(hashes).tolist()
 
 
 @pytest.mark.parametrize("bucket", [False, True])

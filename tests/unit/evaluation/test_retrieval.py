@@ -163,7 +163,26 @@ def test_a_shared_answer_is_one_candidate_and_texts_are_encoded_once() -> None:
 
     data = paired_set(["q1", "q2", "q3", "q1"], ["shared", "shared", "other", "shared"])
     assert evaluate_retrieval(encode, data)["recall@1"] == 1.0
-    assert len(calls) == 1 and sorted(calls[0]) == sorted(table)
+    assert [sorted(texts) for texts in calls] == [["other", "shared"], ["q1", "q2", "q3"]]
+
+
+@pytest.mark.parametrize("sides", [True, False])
+def test_queries_and_documents_get_the_prompts_of_their_sides(sides: bool) -> None:
+    class Prompted:
+        """Tells queries from documents; for the side of neither it is blind."""
+
+        def __init__(self, side: str | None = None) -> None:
+            self.side = side
+
+        def on_side(self, side: str) -> "Prompted":
+            return Prompted(side)
+
+        def __call__(self, texts: list[str]) -> np.ndarray:
+            place = {"query": 1, "document": 3, None: 0}[self.side]
+            return np.array([np.eye(10)[int(text[place])] for text in texts])
+
+    data = paired_set(["01__", "02__", "03__"], ["0__1", "0__2", "0__3"], sides=sides)
+    assert evaluate_retrieval(Prompted(), data)["recall@1"] == (1.0 if sides else 0.0)
 
 
 def test_the_length_of_a_vector_does_not_matter() -> None:

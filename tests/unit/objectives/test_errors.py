@@ -116,6 +116,8 @@ REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
         {**NEGATIVES, "columns": "all", "columns_mask": torch.ones(B, B * M)},
         "columns_mask has dtype torch.float32; it must be torch.bool",
     ),
+    (list(OBJECTIVES), {"batch_mask": yes(B, B + 1)}, "batch_mask has shape (4, 5); it must be [B, B] = (4, 4)"),
+    (list(OBJECTIVES), {"batch_mask": torch.ones(B, B)}, "batch_mask has dtype torch.float32; it must be torch.bool"),
     (MIXES_POSITIVES, {"margin": -0.1}, "margin is -0.1; it must be finite and at least 0"),
     (MIXES_POSITIVES, {"margin": NAN}, "margin is nan"),
     (MIXES_POSITIVES, {"w_pos": -1.0}, "w_pos is -1.0"),

@@ -33,7 +33,10 @@ def unit(x: Tensor) -> Tensor:
 class Case:
     """Random embeddings whose positives range from opposite to identical, and settings to go with them."""
 
-    def __init__(self, B: int, D: int, m: int, *, masked: bool, seed: int = 0) -> None:
+    def __init__(self, B: int, D: int, m: int, *, masked: bool, seed: int = 0, groups: list[int] | None = None) -> None:
+        self.groups = groups or list(range(B))  # rows of one group do not repel each other
+        of_row = torch.tensor(self.groups)
+        self.batch_mask = of_row[:, None] != of_row if groups else None
         rng = torch.Generator().manual_seed(seed * 7919 + B * 1000 + D * 10 + m)
 
         def normal(*shape: int) -> Tensor:
@@ -78,7 +81,7 @@ class Case:
 
     def candidates(self, i: int) -> list[Tensor]:
         """N_i, hardest first."""
-        everything = [z for j, z in enumerate(self.z2) if j != i] + self.usable(i)
+        everything = [z for j, z in enumerate(self.z2) if self.groups[j] != self.groups[i]] + self.usable(i)
         return sorted(everything, key=lambda n: -dot(self.z1[i], n))
 
 
@@ -92,7 +95,10 @@ def row_loss(columns: list[Tensor], label: int, temperature: float) -> Tensor:
 
 
 def naive_mixed_positive(case: Case, i: int, margin: float, w_pos: float, w_neg: float) -> tuple[Tensor, str]:
-    z, h = case.z2[i], case.candidates(i)[0]
+    z = case.z2[i]
+    if not case.candidates(i):
+        return z, "share_kept"
+    h = case.candidates(i)[0]
     p, q = case.z1[i] @ z, case.z1[i] @ h
     if p <= 0 or (p > q and (p - q) / p > margin):
         return z, "share_kept"
@@ -130,13 +136,15 @@ def naive(
     losses, hits, mix_cosines = [], [], []
     for i in range(B):
         mixes = [] if alpha is None else naive_mixed_negatives(case, i, alpha)
-        cosines = [case.z1[i] @ n for n in [*positives, *case.columns(i, columns), *mixes]]
-        losses.append(row_loss(cosines, i, temperature))
-        hits.append(all(cosines[i] > c for j, c in enumerate(cosines) if j != i))
+        others = [z for j, z in enumerate(positives) if case.groups[j] != case.groups[i]]
+        cosines = [case.z1[i] @ n for n in [positives[i], *others, *case.columns(i, columns), *mixes]]
+        losses.append(row_loss(cosines, 0, temperature))
+        hits.append(all(cosines[0] > c for c in cosines[1:]))
         mix_cosines += [dot(case.z1[i], n) for n in mixes]
+    hardest = [dot(case.z1[i], case.candidates(i)[0]) for i in range(B) if case.candidates(i)]
     metrics = {
         "positive_similarity": sum(dot(case.z1[i], case.z2[i]) for i in range(B)) / B,
-        "hardest_negative_similarity": sum(dot(case.z1[i], case.candidates(i)[0]) for i in range(B)) / B,
+        "hardest_negative_similarity": sum(hardest) / max(len(hardest), 1),
         "contrastive_accuracy": sum(hits) / B,
     }
     if columns is not None:
@@ -259,6 +267,45 @@ def test_whose_negatives_are_columns(B: int, D: int, m: int, name: str, columns:
     assert_same(case, got, naive(case, temperature=0.2, positive=positive, alpha=alpha, columns=columns))
 
 
+GROUPS = [[0, 1, 0, 2, 0, 1, 3, 4, 5], [0, 1, 1], [0, 0], [0, 0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("columns", ["own", "all", "none"])
+@pytest.mark.parametrize("name", ["info_nce", "positive_mixing", "hard_negative_mixing", "hybrid", "three_view"])
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("m", [0, 2])
+def test_rows_that_do_not_repel_each_other(groups: list[int], m: int, name: str, columns: str, masked: bool) -> None:
+    if name in ("info_nce", "three_view") and columns == "none":
+        return
+    case = Case(len(groups), 5, m, masked=masked, groups=groups)
+    positive = POSITIVE if name in ("positive_mixing", "hybrid") else None
+    mixing = {"k": case.k, "n_mixes": case.s, "alpha": 0.3, "pairs": case.pairs}
+    objective = {
+        "info_nce": info_nce,
+        "positive_mixing": functools.partial(positive_mixing, **POSITIVE),
+        "hard_negative_mixing": functools.partial(hard_negative_mixing, **mixing),
+        "hybrid": functools.partial(hybrid, **POSITIVE, **mixing),
+        "three_view": lambda z1, z2, *rest, **keywords: three_view(z1, z2, case.z3, *rest, **keywords),
+    }[name]
+    keywords = {"negatives_mask": case.mask, "batch_mask": case.batch_mask, **case.columns_keywords(columns)}
+    got = objective(case.z1, case.z2, case.g, temperature=0.2, **keywords)
+    if name == "three_view":
+        expected = naive_three_view(case, columns=columns)
+    else:
+        alpha = 0.3 if name in ("hard_negative_mixing", "hybrid") else None
+        expected = naive(case, temperature=0.2, positive=positive, alpha=alpha, columns=columns)
+    assert_same(case, got, expected)
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_smoothing_of_rows_that_do_not_repel_each_other(groups: list[int]) -> None:
+    case = Case(len(groups), 5, 0, masked=False, groups=groups)
+    buffer = unit(torch.randn(12, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
+    settings = {"temperature": 0.2, "group_size": 4, "attention_temperature": 0.7, "weight": 0.3}
+    loss, metrics, _ = instance_smoothing(case.z1, case.z2, buffer, batch_mask=case.batch_mask, **settings)
+    assert_same(case, (loss, metrics), naive_smoothing(case, buffer, **settings))
+
+
 def test_the_random_masks_of_columns_matter() -> None:
     """They leave out usable columns, other anchors' and own ones, and columns of each kind remain."""
     case = Case(9, 17, 3, masked=True)
@@ -370,8 +417,10 @@ def naive_smoothed_term(
         scores = torch.stack([z @ member for member in group]) / attention_temperature
         weights = [score.exp() / scores.exp().sum() for score in scores]
         stars.append(unit(sum(w * member for w, member in zip(weights, group, strict=True))))
-    B = len(case.z1)
-    losses = [row_loss([case.z1[i] @ star for star in stars], i, temperature) for i in range(B)]
+    losses = []
+    for i, z in enumerate(case.z1):
+        others = [star for j, star in enumerate(stars) if case.groups[j] != case.groups[i]]
+        losses.append(row_loss([z @ star for star in [stars[i], *others]], 0, temperature))
     return torch.stack(losses).mean()
 
 

@@ -187,6 +187,15 @@ def test_a_short_last_batch_is_trained_on(tree: Tree, tmp_path: Path, objective:
     assert all(np.isfinite(event.metrics["loss"]) for event in of(events, StepsLogged))
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_rows_of_equal_tokens_are_no_negatives_of_each_other(tree: Tree, tmp_path: Path, objective: str) -> None:
+    job = build_job(load_settings(tree, [f"objective.name={objective}", "train.max_steps=2", "train.batch_size=16"]))
+    job.corpus.hashes = np.zeros_like(job.corpus.hashes)
+    events: list[Event] = []
+    fit(job, FolderStore(tmp_path), events.append)
+    assert [event.metrics["loss"] for event in of(events, StepsLogged)] == [0, 0]  # an anchor has no other column
+
+
 def test_batches_need_not_be_bucketed_by_length(tree: Tree, tmp_path: Path) -> None:
     losses = {}
     for choice in ("true", "false"):
@@ -274,6 +283,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "objective.weight_start=0.5",
     ),
     "three_view": ("objective.name=three_view",),
+    "an objective of one's own, at several widths": (
+        "objective={name: own_losses:noisy, settings: {noise: 0.3}, dimensions: [16, 8]}",
+        "train.grad_cache_chunk_size=5",
+    ),
     "accumulation": ("train.accumulation_steps=2", "train.schedule=cosine", "train.warmup_steps=3"),
     "gradient caching": ("train.grad_cache_chunk_size=5",),
     "a head in training only": ("encoder.head=tanh", "encoder.pooling=cls_before_head"),

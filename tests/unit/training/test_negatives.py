@@ -29,8 +29,13 @@ KINDS = [
 ]
 
 
+KINDS += [("own_losses:noisy", use, columns) for use in ("stored", "fresh") for columns in ("own", "all")]
+
+
 def of_objective(name: str) -> list[str]:
-    changes = [f"objective.name={name}"]
+    changes = [f"objective.name={name}", "objective.dimensions=[16]"]
+    if ":" in name:
+        changes.append("objective.settings.noise=0.2")
     if name in ("hybrid", "hard_negative_mixing"):
         changes.append("objective.k=5")
     if name == "instance_smoothing":
@@ -59,6 +64,7 @@ def test_every_kind_of_run_trains_on_global_negatives(
     assert (batches[0][0].vectors_BmD is None) == (use == "fresh")
     assert (batches[0][0].columns_mask is None) == (columns != "all" or objective == "instance_smoothing")
     for log in run.logs:
+        assert log.metrics["loss"] == pytest.approx((log.metrics["loss_at_32"] + log.metrics["loss_at_16"]) / 2)
         assert 0.5 < log.metrics["negatives/usable"] <= 1
         assert -1 < log.metrics["negatives/index_similarity"] < 1
         assert log.metrics["negatives/removed_itself"] == 8

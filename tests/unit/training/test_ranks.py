@@ -11,8 +11,8 @@ from rank_parity import BATCH, BUFFER, CASES, SENTENCES, Found, errors, free_por
 from tiny import make_sentences
 from torch.nn.parallel import DistributedDataParallel
 
-from hncse_ray.config import EncoderSettings, load_settings
-from hncse_ray.corpus import rank_slice
+from hncse_ray.config import OBJECTIVES, EncoderSettings, load_settings
+from hncse_ray.corpus import batch_mask, rank_slice
 from hncse_ray.encoder import load_encoder
 from hncse_ray.errors import DataError, ModelError
 from hncse_ray.evaluation import StsPair, StsPairs, evaluate_retrieval, paired_set, spearman
@@ -36,7 +36,28 @@ GLOBAL: dict[str, tuple[str, str, str, int | None, int, str]] = {
     "hybrid, stored, all, cached": ("hybrid", "stored", "all", 2, 1, "most"),
     "hybrid, fresh, all, accumulated": ("hybrid", "fresh", "all", None, 2, "most"),
     "instance_smoothing, stored": ("instance_smoothing", "stored", "own", None, 1, "most"),
+    **{f"{name}, twins": (name, "fresh", "own", None, 1, "most") for name in OBJECTIVES},
+    **{f"{name}, twins, cached": (name, "fresh", "own", 2, 1, "most") for name in OBJECTIVES},
+    "own, stored": ("own_losses:noisy", "stored", "own", None, 1, "most"),
+    "own, fresh, all, cached": ("own_losses:noisy", "fresh", "all", 2, 2, "most"),
+    "own, twins": ("own_losses:noisy", "fresh", "own", None, 1, "most"),
 }
+# The same with their embeddings cut to these widths too.
+WIDTHS = (20, 9)
+GLOBAL |= {
+    f"{case}, cut": GLOBAL[case]
+    for case in (
+        "info_nce, fresh, few, cached",
+        "hybrid, fresh, all, accumulated",
+        "hybrid, stored, all, cached",
+        "positive_mixing, fresh, only mixed",
+        "hard_negative_mixing, fresh, cached",
+        "instance_smoothing, stored",
+        "own, fresh, all, cached",
+        "instance_smoothing, twins, cached",
+    )
+}
+TWINS = [2, 7, 16]  # in batches with twins these rows are the first one again, on each rank of two and three of four
 
 
 def step_negatives(
@@ -66,6 +87,10 @@ def global_gradients(model: str, rank: int, world: int) -> Found:
         overrides += [f"encoder.model={model}", "encoder.precision=fp32"]
         if name == "instance_smoothing":
             overrides += [f"objective.buffer_size={BUFFER}", "objective.group_size=4", "objective.weight=2"]
+        if name == "own_losses:noisy":
+            overrides.append("objective.settings.noise=0.2")
+        if case.endswith(", cut"):
+            overrides.append(f"objective.dimensions={list(WIDTHS)}")
         settings = load_settings({"corpus": {"source": "python-docs"}}, overrides)
         encoder = load_encoder(model, settings.encoder)
         wrapped = encoder if world == 1 else DistributedDataParallel(encoder, broadcast_buffers=False)
@@ -74,12 +99,15 @@ def global_gradients(model: str, rank: int, world: int) -> Found:
         vectors_ND = encoder.encode_rows(rows)
         for number in range(accumulation):
             ids = np.arange(number * BATCH, (number + 1) * BATCH)
+            if "twins" in case:
+                ids[TWINS] = ids[0]
             sizes = tuple(len(rank_slice(ids, r, world)) for r in range(world))
             n = step_negatives(number, rank, world, vectors_ND, use=use, columns=columns, slots=slots)
             if n.fresh_bm is not None:
                 tokens = [[rows[i] if i >= 0 else None for i in own] for own in n.fresh_bm]
                 n = StepNegatives(n.mask_Bm, n.columns_mask, None, tokens)
-            batches.append(LocalBatch(number, [rows[i] for i in rank_slice(ids, rank, world)], sizes, n))
+            mask = batch_mask(ids)
+            batches.append(LocalBatch(number, [rows[i] for i in rank_slice(ids, rank, world)], sizes, n, mask))
         context = StepContext(objective=objective, seed=1, step=0, total_steps=10, chunk_size=chunk)
         optimizer = torch.optim.SGD(encoder.parameters(), lr=0.0)
         metrics, _ = train_step(wrapped, optimizer, batches, context, max_grad_norm=1e9)
@@ -170,7 +198,10 @@ def test_with_global_negatives_too(case: str, ranks: list[dict], global_referenc
         assert error["loss"] <= 1e-5 and error["gradient"] <= 1e-5
 
 
-@pytest.mark.parametrize("case", ["info_nce, fresh, all", "info_nce, fresh, few", "info_nce, fresh, none"])
+CACHED = ["info_nce, fresh, all", "info_nce, fresh, few", "info_nce, fresh, none", *(f"{o}, twins" for o in OBJECTIVES)]
+
+
+@pytest.mark.parametrize("case", CACHED)
 def test_gradient_caching_changes_nothing_of_global_negatives(case: str, global_reference: Found) -> None:
     cached = global_reference[f"{case}, cached"]
     error = errors({case: cached}, {case: global_reference[case]})[case]
@@ -183,8 +214,10 @@ def test_the_cases_with_global_negatives_differ_as_they_should(global_reference:
     fresh, stored = global_reference["info_nce, fresh"], global_reference["info_nce, stored"]
     assert fresh[0] == pytest.approx(stored[0], rel=1e-5)
     assert (fresh[1] - stored[1]).norm() > 0.1 * stored[1].norm()
-    names = ("info_nce, fresh", "info_nce, fresh, all", "info_nce, fresh, few", "info_nce, fresh, none")
-    assert len({round(loss[name], 3) for name in names}) == 4
+    names = ("info_nce, fresh", "info_nce, fresh, all", "info_nce, fresh, few", "info_nce, fresh, none", "own, stored")
+    assert len({round(loss[name], 3) for name in names}) == 5
+    for name in loss:
+        assert name.endswith(", cut") or abs(loss[name] - loss.get(f"{name}, cut", 0)) > 1e-3
 
 
 def test_the_first_rank_s_word_is_taken_by_all(ranks: list[dict]) -> None:

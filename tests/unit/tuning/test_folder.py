@@ -145,7 +145,7 @@ def test_what_a_sweep_leaves(tmp_path: Path) -> None:
     path = write_best(tmp_path, sweep, best)
     settings = load_settings(path)
     assert settings == best_settings(sweep, best)
-    assert settings.objective.model_dump() == {"name": "info_nce", "temperature": 0.25}
+    assert settings.objective.model_dump() == {"name": "info_nce", "dimensions": None, "temperature": 0.25}
     assert settings.train.max_steps == 7 and settings.evaluation.test and settings.run.name == "quickstart-best"
     assert "trial 1" in path.read_text().splitlines()[0]
 

@@ -212,4 +212,4 @@ def test_the_error_names_the_parameter_and_the_file(tmp_path: Path) -> None:
 def test_another_objective_keeps_of_the_recipe_what_it_knows() -> None:
     settings = base("objective.name=hybrid", "objective.temperature=0.2", "objective.k=7")
     changed = apply_values(settings, {"objective.name": "info_nce"})
-    assert changed.objective.model_dump() == {"name": "info_nce", "temperature": 0.2}
+    assert changed.objective.model_dump() == {"name": "info_nce", "dimensions": None, "temperature": 0.2}

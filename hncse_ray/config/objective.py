@@ -1,0 +1,132 @@
+"""The objective of a run: those that come with the package, each with its own settings, or the user's own.
+
+Defaults are those of the papers; that of the temperature is unsupervised SimCSE's (arXiv 2104.08821).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag, field_validator, model_validator
+
+from hncse_ray.config.base import Section, as_tuple
+
+
+class _Objective(Section):
+    name: str
+    dimensions: Annotated[tuple[Annotated[int, Field(ge=2)], ...] | None, BeforeValidator(as_tuple)] = Field(
+        None, description="Matryoshka (arXiv 2205.13147): widths that are trained beside the full one"
+    )
+
+    @field_validator("dimensions")
+    @classmethod
+    def _given_once(cls, dimensions: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if dimensions is not None and len(set(dimensions)) < max(len(dimensions), 1):
+            raise ValueError(f"{list(dimensions)} {'has a width twice' if dimensions else 'names no width'}")
+        return dimensions
+
+
+class InfoNCE(_Objective):
+    """Unsupervised SimCSE, arXiv 2104.08821."""
+
+    name: Literal["info_nce"] = "info_nce"
+    temperature: float = Field(0.05, gt=0, le=10)
+
+
+class _PositiveMixing(_Objective):
+    margin: float = Field(0.1, ge=0, le=1, description="relative gap below which the positive is mixed")
+    w_pos: float = Field(1.0, ge=0, le=2)
+    w_neg: float = Field(0.2, ge=0, le=2)
+
+
+class _HardNegativeMixing(_Objective):
+    k: int = Field(10, ge=2, le=1_048_575, description="hardest candidates that mixes are drawn from")
+    n_mixes: int = Field(40, ge=1, le=65_536)
+    alpha: float = Field(0.5, ge=0, le=1)
+
+
+class PositiveMixing(_PositiveMixing):
+    """HNCSE-PM, arXiv 2411.12156."""
+
+    name: Literal["positive_mixing"] = "positive_mixing"
+    temperature: float = Field(0.05, gt=0, le=10)
+
+
+class HardNegativeMixing(_HardNegativeMixing):
+    """HNCSE-HNM, arXiv 2411.12156."""
+
+    name: Literal["hard_negative_mixing"] = "hard_negative_mixing"
+    temperature: float = Field(0.05, gt=0, le=10)
+
+
+class Hybrid(_PositiveMixing, _HardNegativeMixing):
+    """HNCSE, both mixings, arXiv 2411.12156."""
+
+    name: Literal["hybrid"] = "hybrid"
+    temperature: float = Field(0.05, gt=0, le=10)
+
+
+class ThreeView(_Objective):
+    """Three dropout passes: info_nce(z1, z2) + info_nce(z2, z3)."""
+
+    name: Literal["three_view"] = "three_view"
+    temperature: float = Field(0.05, gt=0, le=10)
+
+
+class InstanceSmoothing(_Objective):
+    """IS-CSE, arXiv 2305.07424."""
+
+    name: Literal["instance_smoothing"] = "instance_smoothing"
+    temperature: float = Field(0.05, gt=0, le=10)
+    buffer_size: int = Field(1024, ge=2, le=1_048_576)
+    group_size: int = Field(16, ge=1, le=1_048_575)
+    attention_temperature: float = Field(2.0, gt=0, le=1000)
+    weight: float = Field(0.1, ge=0, le=10, description="weight of the smoothing loss")
+    weight_start: float | None = Field(
+        None, ge=0, le=10, description="if set, the weight rises on a cosine from here to `weight`"
+    )
+
+    @model_validator(mode="after")
+    def _group_fits_buffer(self) -> InstanceSmoothing:
+        if self.group_size > self.buffer_size - 1:
+            raise ValueError(f"group_size {self.group_size} does not fit a buffer of {self.buffer_size}")
+        return self
+
+
+class OwnObjective(_Objective):
+    """A function of the user's, named as ``module:function``; docs/objectives.md says what it is given."""
+
+    name: str
+    settings: dict[str, JsonValue] = Field({}, description="handed to the function as keywords")
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_function(cls, name: str) -> str:
+        dotted = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
+        if not re.fullmatch(f"{dotted}:{dotted}", name):
+            raise ValueError(f"{name!r} is not MODULE:FUNCTION, such as my_losses:my_loss")
+        return name
+
+
+_BuiltIn = InfoNCE | PositiveMixing | HardNegativeMixing | Hybrid | ThreeView | InstanceSmoothing
+OBJECTIVES: dict[str, type[Section]] = {cls.model_fields["name"].default: cls for cls in get_args(_BuiltIn)}
+
+
+def objective_class(name: Any) -> type[Section] | None:
+    """The settings of the objective of this name; None if there is none."""
+    if isinstance(name, str) and ":" in name:
+        return OwnObjective
+    return OBJECTIVES.get(name) if isinstance(name, str) else None
+
+
+def _whose(objective: Any) -> str:
+    name = objective.get("name") if isinstance(objective, Mapping) else getattr(objective, "name", None)
+    return "own" if objective_class(name) is OwnObjective else "built-in"
+
+
+ObjectiveSettings = Annotated[
+    Annotated[_BuiltIn, Field(discriminator="name"), Tag("built-in")] | Annotated[OwnObjective, Tag("own")],
+    Discriminator(_whose),
+]

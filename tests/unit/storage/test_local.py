@@ -1,0 +1,66 @@
+"""Results of a submitted job lie where they outlive it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from invoke import assert_refused, hncse
+
+from hncse_ray.errors import StorageError
+from hncse_ray.storage import check_outlasts_job
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder that Ray unpacks, in which the command of a job runs, with the variable that Ray sets."""
+    folder = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_1"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.mark.parametrize("path", ["runs", "./runs", "../runs", "~/runs", "file://runs"])
+def test_a_relative_place_in_a_job_is_refused(job: Path, path: str) -> None:
+    with pytest.raises(StorageError, match=f"^run.storage_path={re.escape(path)}: .*removed.*absolute path"):
+        check_outlasts_job(path, "run.storage_path")
+
+
+def test_others_are_not(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StorageError):
+        check_outlasts_job(job / "runs", "run.storage_path")
+    for path in ("/mnt/runs", "s3://bucket/runs", "file:///mnt/runs"):
+        check_outlasts_job(path, "run.storage_path")
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    check_outlasts_job("runs", "run.storage_path")
+
+
+def test_every_command_that_leaves_something_refuses_it(
+    job: Path, tiny_model: Path, corpus_file: Path, pairs_file: Path
+) -> None:
+    run = [f"encoder.model={tiny_model}", f"corpus.path={corpus_file}", "corpus.source=text"]
+    for command in (
+        ["train", "quickstart", *run],
+        ["tune", "quickstart", *run, "--space", "info_nce"],
+        ["tune", "quickstart", *run, "--space", "info_nce", "--out", "sweep"],
+        ["mine", tiny_model, corpus_file, "--out", "x.parquet"],
+        ["encode", tiny_model, corpus_file, "--out", "x.npy"],
+        ["evaluate", tiny_model, "--suite", "geometry", "--plots", "plots"],
+        ["data", "sts", "--out", "senteval"],
+    ):
+        assert_refused(hncse(*command), "the folder of a submitted job", "Give an absolute path")
+    assert list(job.iterdir()) == []
+
+
+def test_the_documentation_submits_no_run_that_is_lost() -> None:
+    submitted = re.compile(r"(?:hncse submit|ray job submit)[^`\n]*(?: train |/train\.py )(?:[^`\n]|\\\n)*")
+    found = 0
+    for path in [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md"), *(REPOSITORY / "jobs").glob("*.py")]:
+        for command in submitted.findall(path.read_text()):
+            found += 1
+            assert re.search(r"run\.storage_path=(/|\$PWD|s3://|gs://|URL|\.\.\.)", command), (path.name, command)
+    assert found >= 6
