@@ -105,8 +105,8 @@ def search(
             sentences = corpus.texts(chosen)
             for name, encoder in zip(names, encoders, strict=True):
                 progress = counter(reporter, f"encoding {len(sentences):,} sentences with {name}")
-                vectors_ND = unit_rows(encoder.encode(sentences, progress=progress))
-                scores_QN = unit_rows(encoder.encode(queries)) @ vectors_ND.T
+                vectors_ND = unit_rows(encoder.encode(sentences, side="document", progress=progress))
+                scores_QN = unit_rows(encoder.encode(queries, side="query")) @ vectors_ND.T
                 for query, scores_N in zip(queries, scores_QN, strict=True):
                     found[query][name] = [sentences[i] for i in np.argsort(-scores_N)[:top]]
         for query, by_model in found.items():

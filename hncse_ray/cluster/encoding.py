@@ -15,7 +15,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from hncse_ray.cluster.session import ray_session
 from hncse_ray.config import EncoderSettings
-from hncse_ray.encoder import Progress, SentenceEncoder, length_batches, load_encoder
+from hncse_ray.encoder import Progress, SentenceEncoder, Side, length_batches, load_encoder
 from hncse_ray.errors import ClusterError, HncseError
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,9 @@ class EncodingActor:
         """Answer."""
         return True
 
-    def encode(self, model: str, settings: EncoderSettings, rows: Sequence[np.ndarray]) -> np.ndarray:
+    def encode(
+        self, model: str, settings: EncoderSettings, rows: Sequence[np.ndarray], side: Side | None
+    ) -> np.ndarray:
         """Embed one batch; ``[B, D]`` float32.
 
         Raises:
@@ -49,7 +51,7 @@ class EncodingActor:
         if self._held != (model, settings) or self._encoder is None:
             self._encoder = load_encoder(model, settings)
             self._held = (model, settings)
-        return self._encoder.encode_rows(rows)
+        return self._encoder.encode_rows(rows, side=side)
 
 
 class EncodingPool:
@@ -110,14 +112,21 @@ class PooledEncoder:
         self._encoder, self._model, self._actors = encoder, model, actors
         self._settings = ray.put(settings)
 
-    def encode(self, texts: Sequence[str], *, batch_size: int = 128, progress: Progress | None = None) -> np.ndarray:
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        side: Side | None = None,
+        batch_size: int = 128,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
         """Embed N texts as :meth:`SentenceEncoder.encode` does.
 
         Raises:
             HncseError: an actor cannot load the model.
             ClusterError: an actor was lost.
         """
-        rows = self._encoder.tokenize(texts)
+        rows = self._encoder.tokenize(texts, side=side)
         out_ND = np.zeros((len(rows), self._encoder.dimension), dtype=np.float32)
         batches = length_batches(rows, batch_size)
         running: dict[Any, tuple[Any, np.ndarray]] = {}
@@ -125,7 +134,7 @@ class PooledEncoder:
         def hand_out(actor: Any) -> None:
             index = next(batches, None)
             if index is not None:
-                call = actor.encode.remote(self._model, self._settings, [rows[i] for i in index])
+                call = actor.encode.remote(self._model, self._settings, [rows[i] for i in index], side)
                 running[call] = (actor, index)
 
         for actor in itertools.chain.from_iterable([self._actors] * _IN_FLIGHT):

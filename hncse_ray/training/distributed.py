@@ -14,7 +14,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hncse_ray.encoder import SentenceEncoder, length_batches
+from hncse_ray.encoder import SentenceEncoder, Side, length_batches
 from hncse_ray.errors import HncseError
 
 Value = TypeVar("Value")
@@ -72,9 +72,10 @@ class ShardedEncode:
     ranks, so the vectors are too.
     """
 
-    def __init__(self, encoder: SentenceEncoder, batch_size: int) -> None:
+    def __init__(self, encoder: SentenceEncoder, batch_size: int, side: Side | None = None) -> None:
         self._encoder = encoder
         self._batch_size = batch_size
+        self._side = side
 
     def __call__(self, texts: list[str]) -> NDArray[np.float32]:
         """Embed N texts; ``[N, D]`` float32 on every rank.
@@ -82,13 +83,13 @@ class ShardedEncode:
         Raises:
             HncseError: a rank's vectors cannot be used; every rank raises it.
         """
-        rows = self._encoder.tokenize(texts)
+        rows = self._encoder.tokenize(texts, side=self._side)
         out_ND = np.zeros((len(rows), self._encoder.dimension), dtype=np.float32)
         error: HncseError | None = None
         try:
             for number, index in enumerate(length_batches(rows, self._batch_size)):
                 if number % world_size() == rank():
-                    out_ND[index] = self._encoder.encode_rows([rows[i] for i in index])
+                    out_ND[index] = self._encoder.encode_rows([rows[i] for i in index], side=self._side)
         except HncseError as caught:  # of this rank's batches alone: the others are on their way to the sum below
             error = caught
         raise_together(error)
@@ -97,6 +98,10 @@ class ShardedEncode:
             dist.all_reduce(total)  # each row was written by one rank, the others hold zeros: the sum is exact
             out_ND = total.cpu().numpy()
         return out_ND
+
+    def on_side(self, side: Side) -> ShardedEncode:
+        """Return the same with the prompt of queries, or of documents."""
+        return ShardedEncode(self._encoder, self._batch_size, side)
 
 
 def broadcast(value: Value | None) -> Value:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hncse_ray.config import EncoderSettings, Settings
-from hncse_ray.encoder import Progress, load_encoder, resolve_model
+from hncse_ray.encoder import Progress, Side, load_encoder, resolve_model
 from hncse_ray.errors import SettingsError
 from hncse_ray.evaluation import (
     STS_TASKS,
@@ -39,7 +39,9 @@ Tell = Callable[[str, int, int | None], None]
 class BulkEncoder(Protocol):
     """What embeds many texts: an encoder, or actors that share its work."""
 
-    def encode(self, texts: Sequence[str], *, progress: Progress | None = None) -> NDArray[np.float32]:
+    def encode(
+        self, texts: Sequence[str], *, side: Side | None = None, progress: Progress | None = None
+    ) -> NDArray[np.float32]:
         """Embed N texts; ``[N, D]``."""
         ...
 
@@ -79,15 +81,16 @@ class Scoreboard:
 class Remembered:
     """An encoder's ``encode`` that embeds a sentence once, whichever suites it occurs in."""
 
-    def __init__(self, encoder: BulkEncoder, tell: Callable[[int, int], None]) -> None:
-        self._encoder, self._tell = encoder, tell
+    def __init__(self, encoder: BulkEncoder, tell: Callable[[int, int], None], side: Side | None = None) -> None:
+        self._encoder, self._tell, self._side = encoder, tell, side
         self._known: dict[str, NDArray[np.float32]] = {}
+        self.on_side = cache(partial(Remembered, encoder, tell))
 
     def __call__(self, texts: list[str]) -> NDArray[np.float32]:
         """Embed N texts; ``[N, D]`` float32."""
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         if new:
-            self._known.update(zip(new, self._encoder.encode(new, progress=self._tell), strict=True))
+            self._known.update(zip(new, self._encoder.encode(new, side=self._side, progress=self._tell), strict=True))
         return np.stack([self._known[text] for text in texts])
 
 
