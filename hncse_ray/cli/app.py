@@ -14,7 +14,6 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from hncse_ray.config import EncoderSettings, load_settings
 from hncse_ray.errors import HncseError
 
 if TYPE_CHECKING:
@@ -33,6 +32,10 @@ OverridesArgument = Annotated[
     list[str] | None, typer.Argument(help="Settings to change, as section.key=value.", metavar="[KEY=VALUE]...")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
+DeviceOption = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
+PrecisionOption = Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where the hardware computes in it.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Of a hub model: a commit, a tag or a branch.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 PoolingOption = Annotated[str, typer.Option(help="How to pool a model whose folder does not say: mean, cls, ...")]
 ModelArgument = Annotated[str, typer.Argument(help="A model folder, a hub name, or package:NAME/FOLDER.")]
 
@@ -94,10 +97,14 @@ def run_job(script: str) -> None:
     app([Path(script).stem, *sys.argv[1:]])
 
 
-def encoder_settings(model: str, pooling: str) -> EncoderSettings:
-    """Return the settings that load a model with a pooling, all else as its folder says."""
-    tree = {"corpus": {"source": "python-docs"}, "encoder": {"model": model, "pooling": pooling}}
-    return load_settings(tree).encoder
+def encoder_tree(pooling: str, precision: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """Return the section ``encoder`` of the options that load a model; all else is as its folder says."""
+    return {
+        "pooling": pooling,
+        "inference_precision": precision,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
 
 
 def counter(reporter: Reporter, stage: str) -> Callable[[int, int], None]:

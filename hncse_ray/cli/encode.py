@@ -11,15 +11,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from hncse_ray.cli.app import (
+    DeviceOption,
     JsonOption,
     ModelArgument,
     PoolingOption,
+    PrecisionOption,
     RecipeArgument,
+    RevisionOption,
+    TrustOption,
     app,
     command,
     console_reporter,
     counter,
-    encoder_settings,
+    encoder_tree,
 )
 from hncse_ray.config import load_settings
 from hncse_ray.errors import DataError, StorageError
@@ -33,6 +37,10 @@ def encode(
     out: Annotated[Path, typer.Option(help="Where to write the vectors: .npy, [N, D] float32, unit norm.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Sentences in one forward pass.")] = 128,
     pooling: PoolingOption = "auto",
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "fp32",
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Embed the lines of a text file."""
@@ -40,7 +48,7 @@ def encode(
     def run(console: Console) -> dict[str, Any]:
         import numpy as np
 
-        from hncse_ray.encoder import load_encoder
+        from hncse_ray.encoder import choose_device, load_encoder
         from hncse_ray.evaluation import unit_rows
         from hncse_ray.reading import kind_of, read_lines
 
@@ -52,7 +60,9 @@ def encode(
         lines = read_lines(None if texts == "-" else texts)
         if not lines:
             raise DataError("holds no text", texts)
-        encoder = load_encoder(model, encoder_settings(model, pooling))
+        options = encoder_tree(pooling, precision, revision, trust_remote_code)
+        settings = load_settings({"corpus": {"source": "python-docs"}, "encoder": {"model": model} | options})
+        encoder = load_encoder(model, settings.encoder, device=choose_device(device))
         with console_reporter(console) as reporter:
             vectors = unit_rows(encoder.encode(lines, batch_size=batch_size, progress=counter(reporter, "encoding")))
         partial = out.with_name(f".{out.name}.partial.npy")
@@ -76,6 +86,10 @@ def search(
     compare: Annotated[str | None, typer.Option(help="Another model, shown beside the first.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Sentences shown for a query.")] = 3,
     limit: Annotated[int, typer.Option(min=1, help="Search a random sample of so many sentences.")] = 5000,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "fp32",
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show the sentences of a recipe's corpus that are nearest to some queries, for one model or two side by side."""
@@ -92,11 +106,15 @@ def search(
             )
 
         from hncse_ray.cluster import prepare as prepare_corpus
-        from hncse_ray.encoder import load_encoder
+        from hncse_ray.encoder import choose_device, load_encoder
         from hncse_ray.evaluation import unit_rows
 
         names = [name for name in (compare, model) if name is not None]
-        encoders = [load_encoder(name) for name in names]
+        options = encoder_tree("auto", precision, revision, trust_remote_code)
+        trees = [{"corpus": {"source": "python-docs"}, "encoder": {"model": name} | options} for name in names]
+        where = choose_device(device)
+        encoders = [load_encoder(name, load_settings(tree).encoder, device=where)
+                    for name, tree in zip(names, trees, strict=True)]  # fmt: skip
         found: dict[str, dict[str, list[str]]] = {query: {} for query in queries}
         with console_reporter(console) as reporter:
             base = load_encoder(settings.encoder.model, settings.encoder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hncse_ray.cli.app import JsonOption, PoolingOption, app, command, console_reporter
+from hncse_ray.cli.app import (
+    DeviceOption,
+    JsonOption,
+    PoolingOption,
+    PrecisionOption,
+    RevisionOption,
+    TrustOption,
+    app,
+    command,
+    console_reporter,
+    encoder_tree,
+)
 from hncse_ray.config import SUITE_METRICS, load_settings
 from hncse_ray.errors import SettingsError, StorageError
 from hncse_ray.storage import check_outlasts_job
@@ -45,12 +57,16 @@ def evaluate(
     workers: Annotated[int | None, typer.Option(min=1, help="Encode with so many Ray actors; same scores.")] = None,
     plots: Annotated[Path | None, typer.Option(help="With suite geometry: a folder for similarity.png.")] = None,
     pooling: PoolingOption = "auto",
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "fp32",
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Score models on dev and test sets; two models are also compared by a paired bootstrap."""
 
     def run(console: Console) -> dict[str, Any]:
-        from hncse_ray.encoder import load_encoder
+        from hncse_ray.encoder import choose_device, load_encoder
         from hncse_ray.reporting import StageProgress
         from hncse_ray.training.scoring import TEST_SUITES, OpenEncoder, resolve_suites, score_models
 
@@ -64,12 +80,19 @@ def evaluate(
         }  # fmt: skip
         if chosen:
             evaluation["metric"] = f"{chosen[0]}/{SUITE_METRICS[chosen[0]][0]}"
-        tree = {"corpus": {"source": "python-docs"}, "encoder": {"pooling": pooling}, "evaluation": evaluation}
+        tree = {
+            "corpus": {"source": "python-docs"},
+            "encoder": encoder_tree(pooling, precision, revision, trust_remote_code),
+            "evaluation": evaluation,
+        }
         settings = load_settings(tree)
         if plots is not None:
             check_outlasts_job(plots, "--plots")
             _prepare_plots(plots, suites)
-        open_encoder: OpenEncoder = load_encoder
+        where = choose_device("cpu" if workers is not None and device == "auto" else device)
+        if workers is not None and where.type != "cpu":
+            raise SettingsError("shares the work out over CPUs", "--workers", "Leave it out to encode on a GPU")
+        open_encoder: OpenEncoder = partial(load_encoder, device=where)
         with ExitStack() as stack:
             if workers is not None:
                 from hncse_ray.cluster.encoding import EncodingPool

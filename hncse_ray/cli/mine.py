@@ -10,8 +10,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hncse_ray.cli.app import JsonOption, ModelArgument, OverridesArgument, app, command, console_reporter
+from hncse_ray.cli.app import (
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    OverridesArgument,
+    PrecisionOption,
+    RevisionOption,
+    TrustOption,
+    app,
+    command,
+    console_reporter,
+)
 from hncse_ray.config import load_settings
+from hncse_ray.errors import SettingsError
 
 
 @app.command()
@@ -20,6 +32,10 @@ def mine(
     corpus: Annotated[str, typer.Argument(help="A text, JSONL, CSV, TSV or Parquet file, or a recipe for its corpus.")],
     overrides: OverridesArgument = None,
     out: Annotated[Path, typer.Option(help="The .parquet file to write.")] = Path("triplets.parquet"),
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Find hard negatives for every sentence, as a file that sentence-transformers trains from.
@@ -28,7 +44,13 @@ def mine(
     """
 
     def run(console: Console) -> dict[str, Any]:
-        settings = load_settings(_mining_tree(model, corpus), overrides or ())
+        tree = _mining_tree(model, corpus)
+        tree["encoder"] |= {"precision": precision, "revision": revision, "trust_remote_code": trust_remote_code}
+        if device not in ("auto", "cpu", "cuda"):
+            raise SettingsError(f"{device!r} is not auto, cpu or cuda", "--device", "Ray chooses which GPU")
+        if device != "auto":
+            tree["negatives"]["gpus_per_shard"] = int(device == "cuda")
+        settings = load_settings(tree, overrides or ())
         from hncse_ray.cluster import mine as run_mine
 
         with console_reporter(console) as reporter:

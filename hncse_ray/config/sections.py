@@ -118,6 +118,7 @@ class EncoderSettings(Section):
     head_in_training_only: bool = Field(True, description="leave the head out of scores and export, as SimCSE does")
     dropout: float | None = Field(None, ge=0, lt=1, description="default: what the model's own config says")
     precision: Precision = Field("auto", description="auto = bf16 autocast where the hardware computes in it")
+    inference_precision: Precision = Field("fp32", description="of scores and of vectors that are handed out")
     lora: LoraSettings | None = Field(None, description="train adapters only; exported merged")
     gradient_checkpointing: bool = Field(
         False, description="less memory, a third more time: activations are recomputed"

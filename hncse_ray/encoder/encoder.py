@@ -22,8 +22,8 @@ from hncse_ray.config import Precision
 from hncse_ray.corpus.batches import pad_rows
 from hncse_ray.encoder.adapters import has_adapters, merged_adapters
 from hncse_ray.encoder.attention import use_packed_attention
+from hncse_ray.encoder.hardware import autocast_dtype
 from hncse_ray.encoder.head import TrainingHead
-from hncse_ray.encoder.precision import autocast_dtype
 from hncse_ray.errors import DataError, ModelError
 
 logger = logging.getLogger(__name__)
@@ -53,12 +53,13 @@ class SentenceEncoder(nn.Module):
         name: what the user calls it, for errors.
         max_length: tokens kept of a text when encoding, special tokens included; default: the model's limit.
         precision: of training.
+        inference_precision: of vectors that are handed out.
 
     Attributes:
         autocast: the dtype of the autocast used in training; None = fp32.
         precision: what it is and why, to be shown once.
         length_limit: how many tokens a text may have for the model's positions, its tokenizer and its folder.
-        inference_autocast: the same when not training; fp32 unless a caller sets it.
+        inference_autocast: the same when not training.
         packs: whether rows are packed.
 
     Raises:
@@ -72,6 +73,7 @@ class SentenceEncoder(nn.Module):
         name: str,
         max_length: int | None = None,
         precision: Precision = "auto",
+        inference_precision: Precision = "fp32",
     ) -> None:
         super().__init__()
         self.model = model
@@ -87,11 +89,8 @@ class SentenceEncoder(nn.Module):
                              "Lower encoder.inference_max_length")  # fmt: skip
         model.max_seq_length = max_length or self.length_limit
         self._probe()
-        self.autocast, self.precision = autocast_dtype(precision, self.device)
-        if self.autocast is not None and (failure := self._try_autocast()):
-            if precision != "auto":
-                raise ModelError(f"it does not run under autocast ({failure})", name, "Set encoder.precision=fp32")
-            self.autocast, self.precision = None, "fp32 (the model does not run under autocast)"
+        self.autocast, self.precision = self._choose_precision(precision)
+        self.inference_autocast, _ = self._choose_precision(inference_precision)
 
     @property
     def backbone(self) -> PreTrainedModel:
@@ -369,15 +368,20 @@ class SentenceEncoder(nn.Module):
             logger.debug("rows of %s are %s", self.name, "packed" if self.packs else "padded")
 
     @torch.no_grad()
-    def _try_autocast(self) -> str | None:
-        self.inference_autocast = self.autocast
+    def _choose_precision(self, precision: Precision) -> tuple[torch.dtype | None, str]:
+        """Choose a dtype that the hardware has and the model runs in: not all code bears autocast."""
+        dtype, reason = autocast_dtype(precision, self.device)
+        if dtype is None:
+            return dtype, reason
+        self.inference_autocast = dtype
         try:
             self(self.features(self.tokenize(_PROBES)))
         except RuntimeError as error:
-            return str(error)
-        finally:
-            self.inference_autocast = None
-        return None
+            if precision != "auto":
+                raise ModelError(f"it does not run under bf16 autocast ({error})", self.name,
+                                 "Set encoder.precision=fp32") from error  # fmt: skip
+            return None, "fp32 (the model does not run under autocast)"
+        return dtype, reason
 
     def _texts(self) -> dict[str, Any]:
         features: dict[str, Any] = self.model.preprocess(list(_PROBES), prompt=self.prompt(None) or None)

@@ -64,6 +64,7 @@ def load_encoder(
         name=name,
         max_length=settings.inference_max_length,
         precision=settings.precision,
+        inference_precision=settings.inference_precision,
     )
 
 

@@ -1,4 +1,4 @@
-"""The compute precision, chosen by what the hardware does natively."""
+"""Where an encoder computes, and in what precision: by what the hardware does natively."""
 
 from __future__ import annotations
 
@@ -6,6 +6,26 @@ import torch
 
 from hncse_ray.config import Precision
 from hncse_ray.errors import ModelError
+
+
+def choose_device(wanted: str) -> torch.device:
+    """Return the device that is meant.
+
+    Args:
+        wanted: ``cpu``, ``cuda``, ``cuda:N``, or ``auto``: a GPU where there is one.
+
+    Raises:
+        ModelError: there is no such device.
+    """
+    count = torch.cuda.device_count()
+    if wanted == "auto":
+        return torch.device("cuda" if count else "cpu")
+    kind, _, number = wanted.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or (kind == "cpu" and number):
+        raise ModelError("is no device", repr(wanted), "Choose auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and int(number or 0) >= count:
+        raise ModelError(f"PyTorch sees {count} GPUs here", repr(wanted), "Choose auto or cpu")
+    return torch.device(wanted)
 
 
 def autocast_dtype(precision: Precision, device: torch.device) -> tuple[torch.dtype | None, str]:
