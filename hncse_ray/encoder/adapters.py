@@ -7,6 +7,7 @@ import importlib.util
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -31,9 +32,10 @@ def add_adapters(model: SentenceTransformer, settings: LoraSettings, *, seed: in
         raise ModelError("encoder.lora needs peft", name, "pip install 'hncse-ray[lora]'")
     from peft import LoraConfig, get_peft_model
 
+    transformer: Any = model[0]
     config = LoraConfig(
         r=settings.r,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a number that only divides
         lora_dropout=settings.dropout,
         target_modules=list(settings.target_modules) or "all-linear",
     )
@@ -41,9 +43,9 @@ def add_adapters(model: SentenceTransformer, settings: LoraSettings, *, seed: in
         warnings.simplefilter("ignore", FutureWarning)  # peft's own use of transformers
         torch.manual_seed(seed)
         try:
-            model[0].model = get_peft_model(model[0].model, config)
+            transformer.model = get_peft_model(transformer.model, config)
         except ValueError as error:  # peft's word for modules that are not there, or are of a kind that it cannot adapt
-            layers = {n.rpartition(".")[2] for n, m in model[0].named_modules() if isinstance(m, torch.nn.Linear)}
+            layers = {n.rpartition(".")[2] for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
             raise ModelError(f"encoder.lora.target_modules: {' '.join(str(error).split())}", name,
                              f"Its linear layers are {', '.join(sorted(layers))}") from error  # fmt: skip
 
@@ -56,10 +58,11 @@ def has_adapters(model: SentenceTransformer) -> bool:
 @contextmanager
 def merged_adapters(model: SentenceTransformer) -> Iterator[None]:
     """Have a model without adapters that gives the vectors of the one with them, while the context lasts."""
-    transformer = model[0].model
+    transformer: Any = model[0]
+    backbone = transformer.model
     if has_adapters(model):
-        model[0].model = copy.deepcopy(transformer).merge_and_unload()
+        transformer.model = copy.deepcopy(backbone).merge_and_unload()
     try:
         yield
     finally:
-        model[0].model = transformer
+        transformer.model = backbone

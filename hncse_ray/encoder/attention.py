@@ -1,15 +1,15 @@
 """Attention over rows of unlike length that lie behind each other, ``[1, T]``, instead of being padded.
 
-All layers but attention treat every token apart, so the rows of a step can be one long row as long as each token attends
-to its own row only. Where the rows begin is told as flash attention is told it: by ``cu_seq_lens_q``. Models of
-transformers hand that on to the attention function that they are set to, and :func:`use_packed_attention` sets them to
-the one here. It chooses the kernel:
+All layers but attention treat every token apart, so the rows of a step can be one long row if each token attends to its
+own row only. Where the rows begin is told as flash attention is told it: by ``cu_seq_lens_q``. Models of transformers
+hand that on to the attention function that they are set to, and :func:`use_packed_attention` sets them to the one
+here. It chooses the kernel:
 
 - On a CPU rows of equal length lie together (sorted by length): their attention is a slice of the long row seen as
   ``[heads, rows, length, width]``, without a mask and without padding. Only in training, where a few rows of every
   length would mean many small operations, rows of like length are padded to the longest of them for that.
-- On a GPU it is PyTorch's attention over jagged nested tensors: variable-length flash attention with dropout in 16 bits,
-  its memory-efficient kernel in fp32.
+- On a GPU it is PyTorch's attention over jagged nested tensors, which it documents as variable-length flash attention
+  with dropout in 16 bits, and as its memory-efficient kernel in fp32. This path has been run on a CPU only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -120,7 +120,7 @@ def _block(runs: Sequence[tuple[int, int]]) -> Block:
     return Block(len(lengths_N), int(lengths_N.max()), len(place_t), *padding)
 
 
-def use_packed_attention(backbone: PreTrainedModel) -> bool:
+def use_packed_attention(backbone: Any) -> bool:
     """Set a model to the attention for packed rows, which also serves padded ones; False where it takes no other.
 
     Whether the model then gives the right vectors for packed rows must be tried: see
@@ -147,10 +147,10 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Attend within each row; ``[1, heads, T, width]`` each, and ``[1, T, heads, width]`` back."""
     if cu_seq_lens_q is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask,
-            dropout=dropout, scaling=scaling, is_causal=is_causal, **others,
-        )  # fmt: skip
+        options: dict[str, Any] = others | {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        attend_padded: Any = sdpa_attention_forward
+        padded: tuple[Tensor, None] = attend_padded(module, query, key, value, attention_mask, **options)
+        return padded
     window = others.get("sliding_window")
     if others.get("softcap") is not None or others.get("s_aux") is not None or others.get("position_bias") is not None:
         raise ValueError("attention with a soft cap, sinks or a bias of positions takes no packed rows")
@@ -172,7 +172,7 @@ def _attend_nested(
     offsets = bounds.long()
     q, k, v = (torch.nested.nested_tensor_from_jagged(x, offsets).transpose(1, 2) for x in (q_THW, k_THW, v_THW))
     z = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, scale=scale)
-    values: Tensor = z.transpose(1, 2).values()  # type: ignore[no-untyped-call]
+    values: Tensor = z.transpose(1, 2).values()
     return values
 
 
@@ -185,7 +185,8 @@ def _attend_grouped(
     if dropout:  # scaled_dot_product_attention would hold the weights in memory too, and draw a mask for every length
         mask_M, inverse = _draw_mask(layout.blocks, heads, dropout, q_THW.dtype)
         apply: Any = _DroppedAttention.apply
-        return apply(q_THW, k_THW, v_THW * inverse, mask_M, layout.blocks, causal)
+        z_THW: Tensor = apply(q_THW, k_THW, v_THW * inverse, mask_M, layout.blocks, causal)
+        return z_THW
     # One split and one concatenation: slices would each have a gradient of the whole tensor's size.
     parts = (torch.split(x, [rows * length for rows, length in layout.runs]) for x in (q_THW, k_THW, v_THW))
     attended = []
@@ -263,9 +264,9 @@ def _by_block(blocks: Sequence[Block], mask_M: Tensor, *packed: Tensor) -> Itera
     return zip(blocks, masks, *parts, strict=True)
 
 
-def _mask(*arguments: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
+def _mask(*arguments: Any, **options: Any) -> Tensor | None:
     """Make the mask of padded rows; packed ones come without."""
-    return None if attention_mask is None else sdpa_mask(*arguments, attention_mask=attention_mask, **options)
+    return None if options.get("attention_mask") is None else sdpa_mask(*arguments, **options)
 
 
 AttentionInterface.register(_ATTENTION, _attend)

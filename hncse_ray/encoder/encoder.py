@@ -95,7 +95,8 @@ class SentenceEncoder(nn.Module):
     @property
     def backbone(self) -> PreTrainedModel:
         """The transformer."""
-        backbone: PreTrainedModel = self.model.transformers_model
+        backbone = self.model.transformers_model
+        assert backbone is not None  # a model without one is refused when it is loaded
         return backbone
 
     @property
@@ -180,11 +181,11 @@ class SentenceEncoder(nn.Module):
 
     def prompt(self, side: Side | None) -> str:
         """Return what is put before a text: of a side as ``encode_query`` and ``encode_document`` choose it."""
-        prompts: dict[str, str] = self.model.prompts
+        prompts = self.model.prompts
         names = {"query": ("query",), "document": ("document", "passage", "corpus"), None: ()}[side]
         for name in (*names, self.model.default_prompt_name):
             if name in prompts:
-                return prompts[name]
+                return prompts[name] or ""
         return ""
 
     def tokenize(
@@ -261,7 +262,8 @@ class SentenceEncoder(nn.Module):
             ModelError: the vectors are not numbers.
         """
         if isinstance(texts, str):
-            return self.encode([texts], side=side)[0]
+            vector_D: NDArray[np.float32] = self.encode([texts], side=side)[0]
+            return vector_D
         texts = list(texts)
         if odd := [text for text in texts if not isinstance(text, str)]:
             raise TypeError(f"encode takes a text or a list of texts, not one of {type(odd[0]).__name__}")

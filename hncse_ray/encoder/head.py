@@ -47,7 +47,7 @@ def add_head(model: SentenceTransformer, *, training_only: bool, seed: int) -> N
     stages = list(model._modules.items())
     place = len(stages) - isinstance(stages[-1][1], Normalize)
     with model.truncate_embeddings(None):
-        width = model.get_embedding_dimension()
+        width = int(model.get_embedding_dimension() or 0)
     dense = Dense(width, width, activation_function=nn.Tanh())
     generator = torch.Generator().manual_seed(seed)
     nn.init.normal_(dense.linear.weight, std=_INIT_STD, generator=generator)

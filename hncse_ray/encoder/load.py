@@ -49,8 +49,9 @@ def load_encoder(
     device, name = torch.device(device), str(model)
     folder = resolve_model(model, revision=settings.revision)
     loaded = _load(folder, settings, name)
-    _check_stages(loaded, name)
-    _check_complete(loaded, name)
+    backbone: Any = loaded.transformers_model
+    _check_stages(loaded, backbone, name)
+    _check_complete(loaded, backbone, name)
     replace_dropout(loaded[0])
     _set_pooling(loaded, settings.pooling, told=(folder / "modules.json").is_file(), name=name)
     if settings.head == "tanh":
@@ -58,7 +59,7 @@ def load_encoder(
     if settings.lora is not None:
         add_adapters(loaded, settings.lora, seed=seed, name=name)
     if settings.gradient_checkpointing:
-        loaded.transformers_model.gradient_checkpointing_enable({"use_reentrant": False})
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
     return SentenceEncoder(
         loaded.to(device),
         name=name,
@@ -83,7 +84,7 @@ def has_dropout(encoder: SentenceEncoder) -> bool:
 def _load(folder: Path, settings: EncoderSettings, name: str) -> SentenceTransformer:
     _check_weights(folder, name)
     _check_prompts(folder, settings.prompts, name)
-    config = {} if settings.dropout is None else _dropout_config(folder, settings, name)
+    config: dict[str, Any] = {} if settings.dropout is None else _dropout_config(folder, settings, name)
     try:
         with _quiet():
             return SentenceTransformer(
@@ -124,7 +125,7 @@ def _check_prompts(folder: Path, prompts: Mapping[str, str], name: str) -> None:
                          f"Known are {', '.join(sorted(known))}")  # fmt: skip
 
 
-def _dropout_config(folder: Path, settings: EncoderSettings, name: str) -> dict[str, float]:
+def _dropout_config(folder: Path, settings: EncoderSettings, name: str) -> dict[str, float | None]:
     """Return the dropout rates of a model's configuration, all set to ``encoder.dropout``."""
     stages = _read_json(folder / "modules.json") if (folder / "modules.json").is_file() else [{"path": ""}]
     try:
@@ -143,11 +144,11 @@ def _dropout_config(folder: Path, settings: EncoderSettings, name: str) -> dict[
     return rates
 
 
-def _check_stages(model: SentenceTransformer, name: str) -> None:
+def _check_stages(model: SentenceTransformer, backbone: Any, name: str) -> None:
     if not isinstance(model[0], Transformer) or isinstance(model[0], Router):
         raise ModelError(f"its first stage is a {type(model[0]).__name__}, not a transformer", name)
     config = model[0].config
-    if getattr(config, "is_encoder_decoder", False) and model.transformers_model.get_decoder() is not None:
+    if getattr(config, "is_encoder_decoder", False) and backbone.get_decoder() is not None:
         raise ModelError(f"{config.model_type!r} has a decoder beside its encoder, which is not supported", name)
     tokenizer = model.tokenizer
     if not getattr(tokenizer, "is_fast", False):
@@ -157,7 +158,7 @@ def _check_stages(model: SentenceTransformer, name: str) -> None:
                          " end token")  # fmt: skip
     if len(tokenizer) - len(set(tokenizer.all_special_ids)) < 2:  # transformers makes an empty one where it finds none
         raise ModelError("its tokenizer knows no word", name, "A tokenizer.json is missing in its folder, or empty")
-    embedded = model.transformers_model.get_input_embeddings().num_embeddings
+    embedded = backbone.get_input_embeddings().num_embeddings
     if len(tokenizer) > embedded:
         raise ModelError(
             f"its tokenizer has {len(tokenizer)} entries but the model embeds {embedded}: they do not belong together",
@@ -168,10 +169,11 @@ def _check_stages(model: SentenceTransformer, name: str) -> None:
             stage.requires_grad_(False)  # a mean over certain layers, not something to learn
 
 
-def _check_complete(model: SentenceTransformer, name: str) -> None:
+def _check_complete(model: SentenceTransformer, backbone: Any, name: str) -> None:
     """Refuse a model without some of the weights that its vectors depend on: transformers draws them at random."""
-    parameters = model.transformers_model.named_parameters()
-    drawn = {key: value for key, value in parameters if not getattr(value, "_is_hf_initialized", False)}
+    drawn = {
+        key: value for key, value in backbone.named_parameters() if not getattr(value, "_is_hf_initialized", False)
+    }
     if not drawn:
         return
     model(model.preprocess(["Which weights does this sentence pass?"]))["sentence_embedding"].sum().backward()
@@ -207,7 +209,7 @@ def _set_pooling(model: SentenceTransformer, pooling: str, *, told: bool, name: 
                          " the text", name, "Set encoder.pooling=lasttoken")  # fmt: skip
     if pooling == "auto":
         return
-    config = model.transformers_model.config
+    config: Any = model.config
     mode = "mean" if pooling in _LAYER_MEANS else pooling
     new: list[tuple[str, nn.Module]] = [
         (stages[place][0], Pooling(stage.embedding_dimension, mode, include_prompt=stage.include_prompt))
@@ -240,7 +242,7 @@ def freeze_unused(encoder: SentenceEncoder) -> None:
     """
     rows = encoder.tokenize(["Which weights does this sentence pass?", "And this one?"])
     encoder.keep_head()
-    encoder(encoder.features(rows)).sum().backward()  # type: ignore[no-untyped-call]
+    encoder(encoder.features(rows)).sum().backward()
     encoder.keep_head(False)
     for parameter in encoder.parameters():
         if parameter.grad is None:

@@ -171,7 +171,7 @@ def _encode(model: Any, batch: LocalBatch, context: StepContext, *, chunk: int, 
     slots = [] if fresh_cm is None else [tokens for of_row in fresh_cm[rows] for tokens in of_row]
     usable = [i for i, tokens in enumerate(slots) if tokens is not None]
     encoder: SentenceEncoder = getattr(model, "module", model)
-    z = model(encoder.features([*own * n, *(slots[i] for i in usable)]))
+    z = model(encoder.features([*own * n, *(tokens for tokens in slots if tokens is not None)]))
     z, fresh = z[: n * len(own)], z[n * len(own) :]
     views = list(z.chunk(n))
     if fresh_cm is not None:
