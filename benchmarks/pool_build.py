@@ -53,7 +53,7 @@ def main() -> None:
     )
     encoder = load_encoder(settings.encoder.model, settings.encoder)
     corpus = prepare(settings, encoder, LineReporter())
-    weights = {name: tensor.numpy() for name, tensor in encoder.state_dict().items()}
+    weights = {name: tensor.numpy() for name, tensor in encoder.weights().items()}
     rounds = []
     with ray_session(), tempfile.TemporaryDirectory() as folder:
         plan = plan_pool(settings.negatives, ray.cluster_resources(), rows=len(corpus), dimension=encoder.dimension)
