@@ -53,7 +53,7 @@ def main() -> None:
     )
     encoder = load_encoder(settings.encoder.model, settings.encoder)
     corpus = prepare(settings, encoder, LineReporter())
-    weights = {name: tensor.numpy() for name, tensor in encoder.state_dict().items()}
+    weights = {name: tensor.numpy() for name, tensor in encoder.weights().items()}
     rounds = []
     with ray_session(), tempfile.TemporaryDirectory() as folder:
         plan = plan_pool(settings.negatives, ray.cluster_resources(), rows=len(corpus), dimension=encoder.dimension)
@@ -99,10 +99,10 @@ def bare_rate(settings: Settings, path: str, args: argparse.Namespace, size: int
     encoder.inference_autocast = encoder.autocast  # as a shard does
     corpus = Corpus.open(path)
     order = np.argsort(-corpus.lengths, kind="stable")
-    encoder.encode_rows(corpus.token_rows(order[:size]))
+    encoder.encode_rows(corpus.token_rows(order[:size]), unit_norm=True)
     started = time.perf_counter()
     for start in range(0, len(order), size):
-        encoder.encode_rows(corpus.token_rows(order[start : start + size]))
+        encoder.encode_rows(corpus.token_rows(order[start : start + size]), unit_norm=True)
     return len(order) / (time.perf_counter() - started)
 
 

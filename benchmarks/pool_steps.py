@@ -32,7 +32,7 @@ from hncse_ray.config import Settings
 from hncse_ray.corpus import BatchPlan, Corpus
 from hncse_ray.encoder import SentenceEncoder, load_encoder
 from hncse_ray.reporting import LineReporter
-from hncse_ray.training.checkpoint import TrainState, copy_weights
+from hncse_ray.training.checkpoint import TrainState
 from hncse_ray.training.negatives import GlobalNegatives, to_step
 from hncse_ray.training.objective import Objective
 from hncse_ray.training.schedule import build_optimizer
@@ -111,7 +111,7 @@ def measure(
         )
         for name in ("info_nce", "three_view")
     ]
-    client.publish({name: tensor.numpy() for name, tensor in copy_weights(encoder).items()}, step=0)
+    client.publish({name: tensor.numpy() for name, tensor in encoder.weights().items()}, step=0)
     client.wait(3600)
     states = {use: TrainState(step=1) for use in settings}
     sources = {
@@ -119,7 +119,7 @@ def measure(
         for use, s in settings.items()
     }
     for use, source in sources.items():
-        source.refresh(states[use], lambda: copy_weights(encoder))
+        source.refresh(states[use], encoder.weights)
     client.wait(3600)
     known = [to_step(sources["fresh"].take([number], states["fresh"])[0], corpus) for number in range(args.batches + 2)]
     seconds = {mode: np.zeros((args.rounds, args.batches)) for mode in MODES}
@@ -131,7 +131,7 @@ def measure(
             started = time.perf_counter()
             taken = None
             if mode in sources:
-                sources[mode].refresh(states[mode], lambda: copy_weights(encoder))
+                sources[mode].refresh(states[mode], encoder.weights)
                 taken = to_step(sources[mode].take([number], states[mode])[0], corpus)
                 if not taken.mask_Bm.any():
                     raise RuntimeError("no negatives came")

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hncse_ray.config import OBJECTIVES, load_settings
 from hncse_ray.corpus import rank_slice
-from hncse_ray.encoder import SentenceEncoder, load_encoder
+from hncse_ray.encoder import SentenceEncoder, freeze_unused, load_encoder
 from hncse_ray.training.objective import Objective
 from hncse_ray.training.step import LocalBatch, StepContext, train_step
 
@@ -60,6 +60,7 @@ def gradients(model: str, rank: int, world: int) -> Found:
             overrides += [f"objective.buffer_size={BUFFER}", f"objective.group_size={GROUP}", "objective.weight=2"]
         settings = load_settings({"corpus": {"source": "python-docs"}}, overrides)
         encoder = load_encoder(model, settings.encoder)
+        freeze_unused(encoder)
         wrapped: SentenceEncoder | DistributedDataParallel = encoder
         if world > 1:
             wrapped = DistributedDataParallel(encoder, broadcast_buffers=False)

@@ -43,7 +43,7 @@ from transformers.utils import logging as transformers_logging
 
 from hncse_ray.config import CorpusSettings, EncoderSettings, InfoNCE, Precision, TrainSettings
 from hncse_ray.corpus import BatchPlan, Corpus, prepare_corpus
-from hncse_ray.encoder import SentenceEncoder, autocast_dtype, load_encoder, resolve_model, tokenizer_digest
+from hncse_ray.encoder import SentenceEncoder, autocast_dtype, load_encoder, resolve_model
 from hncse_ray.training.objective import Objective
 from hncse_ray.training.schedule import build_optimizer, build_schedule
 from hncse_ray.training.step import LocalBatch, StepContext, train_step
@@ -144,9 +144,9 @@ def make_corpus(args: argparse.Namespace, folder: Path) -> tuple[Corpus, dict[st
     else:
         settings = CorpusSettings(source="python-docs", max_sentences=args.sentences, cache_dir=cache)
         name = f"python-docs, a sample of {args.sentences}"
-    tokenizer = load_encoder(args.model).tokenizer
+    encoder = load_encoder(args.model)
     corpus = prepare_corpus(
-        settings, tokenizer=tokenizer, tokenizer_digest=tokenizer_digest(tokenizer), max_length=args.max_length
+        settings, tokenizer=encoder.tokenizer, tokenizer_digest=encoder.tokenizer_digest(), max_length=args.max_length
     )
     return corpus, {
         "name": name,

@@ -15,7 +15,7 @@ import torch
 
 from hncse_ray.config import Settings, load_settings
 from hncse_ray.corpus import BatchPlan, Corpus, prepare_corpus
-from hncse_ray.encoder import SentenceEncoder, load_encoder, tokenizer_digest
+from hncse_ray.encoder import SentenceEncoder, load_encoder
 from hncse_ray.negatives import Hits, IndexVersion, SourceStatus, plan_index
 from hncse_ray.negatives.in_process import InProcessSource
 from hncse_ray.reporting import Event, Notice, RunFinished
@@ -146,7 +146,7 @@ def prepared(settings: Settings) -> Run:
     corpus = prepare_corpus(
         settings.corpus,
         tokenizer=encoder.tokenizer,
-        tokenizer_digest=tokenizer_digest(encoder.tokenizer),
+        tokenizer_digest=encoder.tokenizer_digest(),
         max_length=settings.encoder.max_length,
     )
     plan = plan_index("flat", rows=len(corpus), dimension=encoder.dimension, memory_bytes=None)

@@ -35,7 +35,7 @@ from hncse_ray.cluster.session import named_cluster, ray_session
 from hncse_ray.cluster.visible import check_visible, unseen
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus, prepare_corpus
-from hncse_ray.encoder import SentenceEncoder, freeze_unused, has_dropout, load_encoder
+from hncse_ray.encoder import SentenceEncoder, has_dropout, load_encoder
 from hncse_ray.errors import ClusterError, DataError, HncseError, ModelError, StorageError, TrainingError
 from hncse_ray.negatives import NegativeSource
 from hncse_ray.negatives.in_process import InProcessSource
@@ -397,7 +397,6 @@ def _records(folder: Path, run: str) -> Iterator[Reporter]:
 def _build_job(settings: Settings, config: dict[str, Any]) -> TrainJob:
     device = ray.train.torch.get_device()
     encoder = load_encoder(settings.encoder.model, settings.encoder, device=device, seed=settings.run.seed)
-    freeze_unused(encoder)
     precision = f"{encoder.precision}, rows {'packed' if encoder.packs else 'padded'}"
     corpus = config["corpus"].open()
     source = _build_source(settings, corpus, config) if rank() == 0 else None

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus, batch_mask, rank_slice
-from hncse_ray.encoder import SentenceEncoder
+from hncse_ray.encoder import SentenceEncoder, freeze_unused
 from hncse_ray.errors import HncseError, StorageError
 from hncse_ray.evaluation import uniformity
 from hncse_ray.negatives import NegativeSource
@@ -74,6 +74,7 @@ class _Trainer:
         train = self.settings.train
         self.plan = plan_batches(self.settings, self.corpus.lengths)
         self.total_steps = count_steps(train, self.plan)
+        freeze_unused(self.encoder)
         self.optimizer = build_optimizer(self.encoder, train)
         self.schedule = build_schedule(self.optimizer, train, self.total_steps)
         self.objective = Objective(

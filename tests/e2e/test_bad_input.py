@@ -22,7 +22,7 @@ from invoke import assert_refused, hncse
 from tiny import make_collection, make_model, make_sentences
 
 from hncse_ray.config import EncoderSettings, load_settings
-from hncse_ray.encoder import load_encoder, save_encoder
+from hncse_ray.encoder import load_encoder
 
 SENTENCES = make_sentences(40, seed=21)
 
@@ -38,7 +38,7 @@ def recipe(small_run: dict[str, Any], tmp_path: Path) -> Path:
 def saved_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose folder says how it is pooled."""
     folder = tmp_path_factory.mktemp("saved")
-    save_encoder(load_encoder(tiny_model, EncoderSettings(model=str(tiny_model), pooling="mean")), folder)
+    load_encoder(tiny_model, EncoderSettings(model=str(tiny_model), pooling="mean")).save(folder, readme="# A model\n")
     return folder
 
 

@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 
 from hncse_ray.cli import app
 from hncse_ray.config import EncoderSettings
-from hncse_ray.encoder import load_encoder, save_encoder
+from hncse_ray.encoder import load_encoder
 
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
-    save_encoder(load_encoder(tiny_model, EncoderSettings(model=str(tiny_model), pooling="mean")), folder)
+    load_encoder(tiny_model, EncoderSettings(model=str(tiny_model), pooling="mean")).save(folder, readme="# A model\n")
     return folder
 
 
@@ -59,7 +59,7 @@ def test_geometry_has_a_histogram_in_the_json_in_the_terminal_and_as_a_picture(
 def test_two_models_side_by_side_have_one_each(model: Path, senteval: Path, tiny_model: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    save_encoder(load_encoder(tiny_model, EncoderSettings(model=str(tiny_model), pooling="cls")), other)
+    load_encoder(tiny_model, EncoderSettings(model=str(tiny_model), pooling="cls")).save(other, readme="# A model\n")
     result = evaluate(model, f"{other},{model}", "--suite", "geometry", "--senteval", senteval, "--json")
     assert result.exit_code == 0, result.stderr
     one, two = json.loads(result.stdout.splitlines()[-1])["groups"]
@@ -94,7 +94,7 @@ def test_what_is_refused(model: Path, tmp_path: Path, args: list[str], said: str
 def other(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights, pooled otherwise."""
     folder = tmp_path_factory.mktemp("other")
-    save_encoder(load_encoder(tiny_model, EncoderSettings(model=str(tiny_model), pooling="cls")), folder)
+    load_encoder(tiny_model, EncoderSettings(model=str(tiny_model), pooling="cls")).save(folder, readme="# A model\n")
     return folder
 
 

@@ -8,7 +8,7 @@ import pytest
 from tiny import make_sentences
 
 from hncse_ray.config import EncoderSettings
-from hncse_ray.encoder import load_encoder, save_encoder
+from hncse_ray.encoder import load_encoder
 from hncse_ray.evaluation import StsPair, StsPairs, spearman
 
 mteb = pytest.importorskip("mteb", reason="mteb is not installed (the extra of that name)")
@@ -20,7 +20,7 @@ PAIRS = [(SENTENCES[2 * i], SENTENCES[2 * i + 1], i % 6) for i in range(30)]
 @pytest.fixture(scope="module")
 def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
-    save_encoder(load_encoder(tiny_model, EncoderSettings(model=str(tiny_model), pooling="mean")), folder)
+    load_encoder(tiny_model, EncoderSettings(model=str(tiny_model), pooling="mean")).save(folder, readme="# A model\n")
     return folder
 
 

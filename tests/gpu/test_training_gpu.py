@@ -21,7 +21,6 @@ from hncse_ray.config import OBJECTIVES, Settings, load_settings
 from hncse_ray.encoder import load_encoder
 from hncse_ray.negatives import IndexVersion, plan_index
 from hncse_ray.reporting import Reporters
-from hncse_ray.training.checkpoint import copy_weights
 from hncse_ray.training.objective import Objective
 from hncse_ray.training.shard import build_shard
 from hncse_ray.training.step import LocalBatch, StepContext, StepNegatives, train_step
@@ -120,7 +119,7 @@ def test_a_shard_on_a_gpu_finds_what_one_on_the_cpu_finds(small_run: dict[str, A
         on_gpu = device.type == "cuda"
         plan = plan_index(kind, rows=len(corpus), dimension=encoder.dimension, memory_bytes=None, on_gpu=on_gpu)
         shard = build_shard(settings.negatives, settings.encoder, corpus, plan=plan, device=device)
-        shard.build(version, {name: tensor.numpy() for name, tensor in copy_weights(encoder).items()})
+        shard.build(version, {name: tensor.numpy() for name, tensor in encoder.weights().items()})
         queries = shard.vectors(version, np.arange(40))
         answers.append(shard.search(version, queries, k=8))
     (scores, ids), (scores_cpu, ids_cpu) = answers

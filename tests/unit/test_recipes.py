@@ -52,7 +52,7 @@ def test_paper_recipes_hold_the_published_values(name: str) -> None:
     assert settings.corpus.path == ("wiki1m_for_simcse.txt",)
     assert settings.corpus.min_words == 1 and settings.corpus.max_sentences is None
     encoder = settings.encoder
-    assert (encoder.model, encoder.pooling, encoder.max_length) == (model, "cls_before_head", 32)
+    assert (encoder.model, encoder.pooling, encoder.max_length) == (model, "cls", 32)
     assert encoder.head == "tanh" and encoder.head_in_training_only and encoder.dropout is None
     train = settings.train
     assert (train.batch_size, train.learning_rate) == (batch_size, learning_rate)

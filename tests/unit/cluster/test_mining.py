@@ -16,7 +16,7 @@ from hncse_ray.cluster import mining as mine_module
 from hncse_ray.cluster.mining import _build, _check_out, _fingerprint, _mine_blocks, _Parts
 from hncse_ray.config import Settings, load_settings
 from hncse_ray.corpus import Corpus, prepare_corpus
-from hncse_ray.encoder import SentenceEncoder, load_encoder, tokenizer_digest
+from hncse_ray.encoder import SentenceEncoder, load_encoder
 from hncse_ray.errors import ClusterError, StorageError
 from hncse_ray.negatives import Hits, SourceUnavailable, plan_index
 from hncse_ray.negatives.in_process import InProcessSource
@@ -72,7 +72,7 @@ class World:
         self.corpus: Corpus = prepare_corpus(
             settings.corpus,
             tokenizer=self.encoder.tokenizer,
-            tokenizer_digest=tokenizer_digest(self.encoder.tokenizer),
+            tokenizer_digest=self.encoder.tokenizer_digest(),
             max_length=24,
         )
         plan = plan_index("flat", rows=ROWS, dimension=self.encoder.dimension, memory_bytes=None)

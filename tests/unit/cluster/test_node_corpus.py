@@ -13,7 +13,7 @@ import pytest
 from hncse_ray.cluster.node_corpus import NodeCorpus
 from hncse_ray.config import Settings, load_settings
 from hncse_ray.corpus import Corpus, prepare_corpus
-from hncse_ray.encoder import load_encoder, tokenizer_digest
+from hncse_ray.encoder import load_encoder
 from hncse_ray.errors import DataError
 
 
@@ -29,9 +29,9 @@ def chosen(tiny_model: Path, corpus_file: Path, tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def corpus(chosen: Settings) -> Corpus:
-    tokenizer = load_encoder(chosen.encoder.model, chosen.encoder).tokenizer
+    encoder = load_encoder(chosen.encoder.model, chosen.encoder)
     return prepare_corpus(
-        chosen.corpus, tokenizer=tokenizer, tokenizer_digest=tokenizer_digest(tokenizer), max_length=24
+        chosen.corpus, tokenizer=encoder.tokenizer, tokenizer_digest=encoder.tokenizer_digest(), max_length=24
     )
 
 

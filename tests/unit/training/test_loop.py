@@ -16,7 +16,7 @@ from tiny import make_collection
 
 from hncse_ray.config import OBJECTIVES, Settings, load_settings
 from hncse_ray.corpus import prepare_corpus
-from hncse_ray.encoder import load_encoder, tokenizer_digest
+from hncse_ray.encoder import load_encoder
 from hncse_ray.errors import HncseError, StorageError, TrainingError
 from hncse_ray.evaluation import evaluate_retrieval, read_collection
 from hncse_ray.reporting import Event, MetricsFile, Notice, RunFinished, RunStarted
@@ -90,7 +90,7 @@ def build_job(settings: Settings, sets: EvaluationSets | None = None) -> TrainJo
     corpus = prepare_corpus(
         settings.corpus,
         tokenizer=encoder.tokenizer,
-        tokenizer_digest=tokenizer_digest(encoder.tokenizer),
+        tokenizer_digest=encoder.tokenizer_digest(),
         max_length=settings.encoder.max_length,
     )
     sets = sets or load_evaluation_sets(settings.evaluation, settings.corpus)
@@ -289,7 +289,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     ),
     "accumulation": ("train.accumulation_steps=2", "train.schedule=cosine", "train.warmup_steps=3"),
     "gradient caching": ("train.grad_cache_chunk_size=5",),
-    "a head in training only": ("encoder.head=tanh", "encoder.pooling=cls_before_head"),
+    "a head in training only": ("encoder.head=tanh", "encoder.pooling=cls"),
     "logs of several steps": ("train.log_every_steps=5", "train.weight_decay=0.1"),
     "several epochs": ("train.batch_size=74", "train.bucket_by_length=false"),
 }
@@ -562,7 +562,7 @@ def best_of(
 
 def backbone(path: Path) -> dict[str, torch.Tensor]:
     named = load_file(path)
-    return {name.removeprefix("backbone."): value for name, value in named.items() if name.startswith("backbone.")}
+    return {name.removeprefix("model.0.model."): value for name, value in named.items()}
 
 
 def test_the_best_weights_are_exported_even_if_later_ones_are_worse(tree: Tree, tmp_path: Path) -> None:

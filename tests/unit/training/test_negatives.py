@@ -152,7 +152,7 @@ def test_the_neighbours_are_the_nearest_rows_outside_the_batch(
         run = carry_out(settings, tmp_path)
     ids_B, batch = run.plan.batch(0), batches[0][0]
     rows = run.corpus.token_rows(range(300))
-    vectors = fresh_encoder(settings).encode_rows(rows).astype(np.float64)
+    vectors = fresh_encoder(settings).encode_rows(rows, unit_norm=True).astype(np.float64)
     cosines = vectors[ids_B] @ vectors.T
     cosines[:, ids_B] = -2
     nearest = np.sort(cosines, axis=1)[:, ::-1][:, :3]
@@ -185,7 +185,7 @@ def test_the_objective_is_given_the_vectors_of_these_rows(
     assert (batch.ids_Bm[~usable] == -1).all() and (vectors[~usable] == 0).all()
     if use == "stored":
         np.testing.assert_array_equal(vectors[usable], run.source.inner.vectors(ids, version=batch.version))
-    expected = fresh_encoder(settings).encode_rows(run.corpus.token_rows(ids))
+    expected = fresh_encoder(settings).encode_rows(run.corpus.token_rows(ids), unit_norm=True)
     np.testing.assert_allclose(vectors[usable], expected, atol=2e-6)
     assert given.vectors_BmD.requires_grad == (use == "fresh")
     if use == "fresh":

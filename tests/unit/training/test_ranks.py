@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hncse_ray.config import OBJECTIVES, EncoderSettings, load_settings
 from hncse_ray.corpus import batch_mask, rank_slice
-from hncse_ray.encoder import load_encoder
+from hncse_ray.encoder import freeze_unused, load_encoder
 from hncse_ray.errors import DataError, ModelError
 from hncse_ray.evaluation import StsPair, StsPairs, evaluate_retrieval, paired_set, spearman
 from hncse_ray.training.distributed import ShardedEncode, broadcast, gather_rows, raise_together
@@ -93,10 +93,11 @@ def global_gradients(model: str, rank: int, world: int) -> Found:
             overrides.append(f"objective.dimensions={list(WIDTHS)}")
         settings = load_settings({"corpus": {"source": "python-docs"}}, overrides)
         encoder = load_encoder(model, settings.encoder)
+        freeze_unused(encoder)
         wrapped = encoder if world == 1 else DistributedDataParallel(encoder, broadcast_buffers=False)
         objective = Objective(settings.objective, dimension=encoder.dimension, device=encoder.device, columns=columns)
         rows, batches = encoder.tokenize(SENTENCES), []
-        vectors_ND = encoder.encode_rows(rows)
+        vectors_ND = encoder.encode_rows(rows, unit_norm=True)
         for number in range(accumulation):
             ids = np.arange(number * BATCH, (number + 1) * BATCH)
             if "twins" in case:

@@ -14,12 +14,9 @@ from hncse_ray.config import load_settings
 from hncse_ray.encoder import SentenceEncoder, load_encoder
 from hncse_ray.training.objective import Objective
 from hncse_ray.training.step import (
-    _FORWARD_TOKENS,
     LocalBatch,
     StepContext,
     StepNegatives,
-    _forwards,
-    _length_groups,
     train_step,
 )
 
@@ -162,43 +159,13 @@ def test_what_a_step_returns_holds_no_graph(tiny_model: Path) -> None:
         assert {"loss", "grad_norm"} <= metrics.keys()
 
 
-def padded(groups: list[np.ndarray], lengths: np.ndarray) -> int:
-    return sum(int(lengths[group].max()) * len(group) for group in groups)
-
-
-@pytest.mark.parametrize("count", [1, 2, 7, 64, 500])
-def test_fresh_negatives_are_grouped_by_length_where_that_saves_more_than_a_forward_costs(count: int) -> None:
-    lengths = np.random.default_rng(count).geometric(0.05, count) + 2
-    groups = _length_groups(lengths, 150)
-    assert sorted(np.concatenate(groups)) == list(range(count))
-    order = np.argsort(lengths)
-    for parts in (1, 2, 4, 8):
-        even = [part for part in np.array_split(order, parts) if len(part)]
-        assert padded(groups, lengths) + 150 * len(groups) <= padded(even, lengths) + 150 * len(even)
-    assert len(_length_groups(np.full(count, 9), 150)) == 1  # of one length: one forward
-    assert _length_groups(np.array([], dtype=int), 150) == []
-
-
-def test_all_rows_go_together_where_padding_them_costs_less_than_a_forward() -> None:
-    views, fresh = np.full(8, 10), np.array([10, 12, 40])
-    # together 11 x 40 = 440 tokens; apart 80 + 24 + 40 in three forwards, or 80 + 120 in two
-    assert _forwards(views, fresh, 1000) is None
-    assert [len(group) for group in _forwards(views, fresh, 200)] == [3]
-    assert sorted(sorted(group) for group in _forwards(views, fresh, 50)) == [[0, 1], [2]]
-    assert _forwards(views, fresh[:1], 0) is None  # of one length: nothing is padded
-    assert _forwards(views, fresh[:0], 0) is None
-
-
 @pytest.mark.parametrize("chunk", [None, 3])
-def test_a_step_is_the_same_whether_its_rows_are_packed_or_padded(
-    tiny_model: Path, chunk: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_is_the_same_whether_its_rows_are_packed_or_padded(tiny_model: Path, chunk: int | None) -> None:
     gradients = []
-    for packs, forward_tokens in ((True, 0), (False, 1), (False, 10_000)):
-        monkeypatch.setitem(_FORWARD_TOKENS, "cpu", forward_tokens)
+    for packs in (True, False):
         encoder, watched = build(tiny_model, "encoder.dropout=0", "objective.name=info_nce")
         assert encoder.packs
-        monkeypatch.setattr(SentenceEncoder, "packs", packs)
+        encoder.packs = packs
         rows = encoder.tokenize(SENTENCES[:8])
         fresh = encoder.tokenize([SENTENCES[8], "one", " ".join(SENTENCES[9:12]), *SENTENCES[12:24]])
         slots = [fresh[2 * i : 2 * i + 2] if i != 4 else [None, fresh[14]] for i in range(7)] + [[None, None]]
@@ -207,7 +174,5 @@ def test_a_step_is_the_same_whether_its_rows_are_packed_or_padded(
         context = StepContext(objective=watched, seed=1, step=0, total_steps=10, chunk_size=chunk)
         train_step(encoder, torch.optim.SGD(encoder.parameters(), lr=0.0), [batch], context, max_grad_norm=1e9)
         gradients.append(gradient(encoder))
-        monkeypatch.undo()
     assert gradients[0].norm() > 0
-    for padded_gradient in gradients[1:]:
-        torch.testing.assert_close(gradients[0], padded_gradient, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
