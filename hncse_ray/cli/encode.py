@@ -84,7 +84,7 @@ def search(
         settings = load_settings(recipe)
         import numpy as np
 
-        from hncse_ray.corpus import is_blank
+        from hncse_ray.reading import is_blank
 
         if blank := [number for number, query in enumerate(queries, start=1) if is_blank(query)]:
             raise DataError(

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import io
 import sys
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import BinaryIO
 from hncse_ray.errors import DataError
 from hncse_ray.reading.kinds import check_file
 
+# Letters and signs that are drawn as nothing: Hangul fillers and the empty pattern of Braille.
+_BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800")
 _CHUNK = 2**16
 _MOST = 2**31 - 2  # what a stream's readline takes on every platform
 
@@ -89,6 +92,14 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def is_blank(text: str) -> bool:
+    """Return whether there is nothing to see: no letter, digit, punctuation or symbol.
+
+    White space, zero-width and control characters, private use, unassigned ones and marks without a base are nothing.
+    """
+    return not any(unicodedata.category(c)[0] in "LNPS" and c not in _BLANK for c in text)
 
 
 @contextlib.contextmanager
