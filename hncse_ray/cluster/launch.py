@@ -53,7 +53,7 @@ from hncse_ray.reporting import (
 )
 from hncse_ray.storage import keep_trying
 from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets
-from hncse_ray.training.distributed import raise_together, rank
+from hncse_ray.training.distributed import raise_together, rank, world_size
 from hncse_ray.training.negatives import check_candidates
 from hncse_ray.training.objective_check import check_objective
 from hncse_ray.training.remote_run import (
@@ -340,7 +340,8 @@ def _address_for_helpers() -> Iterator[None]:
 def _train_worker(config: dict[str, Any]) -> RunFinished | HncseError | None:
     """Run one rank, to the end or (None) to a pause.
 
-    An expected failure is returned, not raised, since trying again would not help.
+    An expected failure is returned, not raised, since trying again would not help; but for one that this rank alone has
+    met, which the others wait for: Ray Train must end them.
     """
     torch.set_num_threads(config["threads"])
     settings = Settings.model_validate(config["settings"])
@@ -370,6 +371,8 @@ def _train_worker(config: dict[str, Any]) -> RunFinished | HncseError | None:
 
             return fit(job, store, emit)
     except HncseError as error:
+        if world_size() > 1 and not error.on_all_ranks:
+            raise
         return error
 
 
