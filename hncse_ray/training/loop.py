@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -96,17 +95,7 @@ class _Trainer:
         )
         self.state, self.best = resumed.state, resumed.best
         self.negatives: GlobalNegatives | None = None
-        if job.source is not None and self.settings.negatives.source != "none":
-            self.negatives = GlobalNegatives(
-                self.settings,
-                corpus=self.corpus,
-                plan=self.plan,
-                dimension=self.encoder.dimension,
-                source=job.source,
-                notify=lambda text: emit(Notice(text)),
-            )
-            stack.callback(self.negatives.close)
-        from_first(lambda: self._begin(job.precision, resumed))
+        from_first(lambda: self._begin(job, resumed, stack))
         if self.settings.encoder.compile:
             self.encoder.backbone.compile(dynamic=True)
         self.model: SentenceEncoder | DistributedDataParallel = self.encoder
@@ -239,7 +228,7 @@ class _Trainer:
         )
         self._tell(CheckpointSaved(self.state.step, time.perf_counter() - started))
 
-    def _begin(self, precision: str, resumed: Resumed) -> None:
+    def _begin(self, job: TrainJob, resumed: Resumed, stack: ExitStack) -> None:
         for line in resumed.passed_over:
             self.emit(Notice(f"passed over: {line}"))
         if self.state.step and self.state.corpus_digest != self.corpus.digest:
@@ -258,11 +247,20 @@ class _Trainer:
                 batch_size=self.settings.train.batch_size,
                 num_workers=world_size(),
                 device=str(self.encoder.device),
-                precision=precision,
+                precision=job.precision,
                 resumed=self.state.step > 0,
             )
         )
-        if self.negatives is not None:
+        if job.source is not None and self.settings.negatives.source != "none":
+            self.negatives = GlobalNegatives(
+                self.settings,
+                corpus=self.corpus,
+                plan=self.plan,
+                dimension=self.encoder.dimension,
+                source=job.source,
+                notify=lambda text: self.emit(Notice(text)),
+            )
+            stack.callback(self.negatives.close)
             self.negatives.resume(self.state, resumed.index)
 
     def _finish(self, stopped_early: bool) -> RunFinished:
