@@ -16,34 +16,15 @@ import torch.multiprocessing as mp
 from negative_runs import FolderStore, negatives_settings, prepared
 from rank_parity import free_port
 
-from hncse_ray.config import Settings, load_settings
 from hncse_ray.errors import DataError, HncseError, StorageError, TrainingError
 from hncse_ray.reporting import Event
 from hncse_ray.reporting.events import CheckpointSaved, Evaluated, RunStarted, StepsLogged
 from hncse_ray.training import EvaluationSets, TrainJob, distributed, fit, load_evaluation_sets
 from hncse_ray.training.guards import Guards
 
-Tree = dict[str, Any]
-WORLD = 2
-LIMIT_S, LONGER_S = 10.0, 14.0  # of a collective; what a rank does alone
 Found = dict[str, Any]
-
-
-def join(rank: int, port: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=LIMIT_S),
-    )
-
-
-def on_ranks(work: Callable[..., None], *args: object, out: Path) -> list[Found]:
-    """What ``work(rank, port, out, *args)`` has saved, by rank."""
-    mp.spawn(work, (free_port(), str(out), *args), nprocs=WORLD)
-    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+WORLD = 2
+LIMIT_S, LONGER_S = 10.0, 11.5  # of a collective; what a rank does alone
 
 
 # ------------------------------------------------------------------------------------------------ telling
@@ -63,15 +44,13 @@ def outcome(work: Callable[[], object]) -> object:
         return type(error).__name__, str(error), getattr(error, "on_all_ranks", None)
 
 
-def talk(rank: int, port: int, out: str) -> None:
-    join(rank, port)
+def talk(rank: int) -> Found:
     from_first, together = distributed.from_first, distributed.raise_together
     big = np.arange(100_000) + rank
-
-    def slow(value: object) -> Callable[[], object]:
-        return lambda: time.sleep(LONGER_S) or value
-
-    found: Found = {"small": from_first(slow([rank, "two"])), "none": from_first(lambda: None)}
+    found: Found = {
+        "small": from_first(lambda: time.sleep(LONGER_S) or [rank, "two"]),
+        "none": from_first(lambda: None),
+    }
     found["large"] = from_first(lambda: big)
     found["an error as a value"] = str(from_first(lambda: [DataError("x")])[0])
     found["known"] = outcome(lambda: from_first(fails(StorageError, "is full")))
@@ -83,17 +62,16 @@ def talk(rank: int, port: int, out: str) -> None:
     found["nothing"] = outcome(lambda: together(None))
     for number in range(200):
         assert from_first(lambda: number * (1 - rank)) == number  # noqa: B023
+    dist.barrier()
     group = dist.group.WORLD
     assert group is not None
-    dist.barrier()
     found["left"] = [name for name in group.get_group_store().list_keys() if "board/" in name]
-    torch.save(found, f"{out}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
-@pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
-    return on_ranks(talk, out=tmp_path_factory.mktemp("told"))
+@pytest.fixture
+def told(ranks: list[Found]) -> list[Found]:
+    return [found["told"] for found in ranks]
 
 
 def test_the_first_rank_s_word_is_taken_by_all_however_long_it_takes(told: list[Found]) -> None:
@@ -148,10 +126,20 @@ class TwoMinds(EvaluationSets):
         return {"pairs/recall@1": next(self.dev) if split == "dev" else 0.0}
 
 
-def run_rank(rank: int, port: int, out: str, case: str, settings: Settings) -> None:
-    join(rank, port)
-    run, root = prepared(settings), Path(out)
-    sets: EvaluationSets = load_evaluation_sets(settings.evaluation, settings.corpus)
+# by case: what is changed of a small run
+CASES = {
+    "long build": ["negatives.source=in_process", "negatives.timeout_s=600", "train.max_steps=6"],
+    "full disk": [],
+    "nothing is left": ["negatives.source=in_process", "negatives.max_score=-0.9", "train.max_steps=80"],
+    "scores": ["train.evaluate_every_steps=2", "train.early_stopping_evaluations=2"],
+    "collapse": ["train.max_steps=5"],
+}
+
+
+def run(case: str, rank: int, tree: Found, root: Path) -> Found:
+    settings = negatives_settings(tree, "negatives.source=none", *CASES[case])
+    prepared_run = prepared(settings)
+    source, sets = prepared_run.source, load_evaluation_sets(settings.evaluation, settings.corpus)
     events: list[Event] = []
 
     def emit(event: Event) -> None:
@@ -159,64 +147,75 @@ def run_rank(rank: int, port: int, out: str, case: str, settings: Settings) -> N
             raise StorageError("cannot be written", "metrics.jsonl", "Free some space")
         events.append(event)
 
-    if case == "long waits":
-
-        def before(method: str, number: int) -> None:
-            if (method, number) in (("publish", 0), ("search", 4)):
-                time.sleep(LONGER_S)
-
-        run.source.before = before
+    if case == "long build":
+        source.before = lambda method, number: time.sleep(LONGER_S) if method == "publish" and not number else None
     if case == "scores":
         sets = TwoMinds([[0.1, 0.2, 0.5, 0.4, 0.3], [0.1, 0.3, 0.2, 0.1, 0.0]])
-    if case == "collapse":
-        check = Guards.check
-        odd = {"uniformity": -2.0} if rank == 0 else {"uniformity": 0.0}
-        Guards.check = lambda self, step, metrics: check(self, step, metrics | odd)  # type: ignore[method-assign]
-    source = run.source if rank == 0 and settings.negatives.source != "none" else None
-    found: Found = {}
-    try:
-        found["finished"] = fit(
-            TrainJob(settings, run.corpus, run.encoder, sets, source=source), RanksStore(root), emit
-        )
-    except HncseError as error:
-        found["error"] = error
-    found["events"] = events
+    found: Found = {"events": events}
+    with pytest.MonkeyPatch.context() as patch:
+        if case == "collapse":
+            check, odd = Guards.check, {"uniformity": -2.0 if rank == 0 else 0.0}
+            patch.setattr(Guards, "check", lambda self, step, metrics: check(self, step, metrics | odd))
+        job = TrainJob(settings, prepared_run.corpus, prepared_run.encoder, sets, source=source if rank == 0 else None)
+        try:
+            found["finished"] = fit(job, RanksStore(root / case), emit)
+        except HncseError as error:
+            found["error"] = error
+    return found
+
+
+def work(rank: int, port: int, out: str, tree: Found) -> None:
+    torch.set_num_threads(1)
+    address, limit = f"tcp://127.0.0.1:{port}", datetime.timedelta(seconds=LIMIT_S)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=WORLD, timeout=limit)
+    found = {"told": talk(rank)} | {case: run(case, rank, tree, Path(out)) for case in CASES}
     torch.save(found, f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def in_one_mind(case: str, settings: Settings, root: Path) -> list[Found]:
-    """Each rank's outcome; nothing is told by any but the first."""
-    found = on_ranks(run_rank, case, settings, out=root)
-    assert found[1]["events"] == []
+@pytest.fixture(scope="module")
+def ranks(tiny_model: Path, corpus_file: Path, cache_dir: str, tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
+    """What every rank has found."""
+    out = tmp_path_factory.mktemp("ranks")
+    tree = {
+        "run": {"name": "small", "storage_path": str(out), "seed": 3},
+        "corpus": {"source": "text", "path": str(corpus_file), "cache_dir": cache_dir},
+        "encoder": {"model": str(tiny_model), "pooling": "mean", "max_length": 24, "precision": "fp32"},
+        "train": {"learning_rate": 1e-3, "max_steps": 12, "log_every_steps": 1},
+        "evaluation": {"metric": "pairs/recall@1"},
+        "cluster": {"num_workers": WORLD},
+    }
+    mp.spawn(work, (free_port(), str(out), tree), nprocs=WORLD)
+    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+def of(ranks: list[Found], case: str) -> list[Found]:
+    """Each rank's outcome of a run, of which only the first has told anything."""
+    found = [rank[case] for rank in ranks]
+    assert found[0]["events"] and found[1]["events"] == []
     return found
 
 
-def test_waits_for_the_index_may_outlast_a_collective(tree: Tree, tmp_path: Path) -> None:
-    """The first build takes longer, and so does the answer for a batch."""
-    settings = negatives_settings(tree, "train.max_steps=6", "negatives.timeout_s=600", "cluster.num_workers=2")
-    found = in_one_mind("long waits", settings, tmp_path)
+def test_a_build_of_the_index_may_outlast_a_collective(ranks: list[Found]) -> None:
+    found = of(ranks, "long build")
     assert [rank["finished"].step for rank in found] == [6, 6] and found[0]["finished"] == found[1]["finished"]
     logs = [event for event in found[0]["events"] if isinstance(event, StepsLogged)]
-    assert all(log.metrics["negatives/missing"] == 0 for log in logs)
+    assert len(logs) == 6 and all(log.metrics["negatives/missing"] == 0 for log in logs)
 
 
-def test_an_error_of_the_first_rank_in_reporting_ends_the_others_too(tree: Tree, tmp_path: Path) -> None:
-    settings = load_settings(tree, ["cluster.num_workers=2"])
-    found = in_one_mind("full disk", settings, tmp_path)
+def test_an_error_of_the_first_rank_in_reporting_ends_the_others_too(ranks: list[Found]) -> None:
+    found = of(ranks, "full disk")
     assert [type(rank["error"]) for rank in found] == [StorageError] * 2
     assert all("metrics.jsonl" in str(rank["error"]) and rank["error"].on_all_ranks for rank in found)
 
 
-def test_rules_that_leave_nothing_are_told_to_all(tree: Tree, tmp_path: Path) -> None:
-    settings = negatives_settings(tree, "negatives.max_score=-0.9", "train.max_steps=80", "cluster.num_workers=2")
-    found = in_one_mind("", settings, tmp_path)
+def test_rules_that_leave_nothing_are_told_to_all(ranks: list[Found]) -> None:
+    found = of(ranks, "nothing is left")
     assert all(type(rank["error"]) is TrainingError and rank["error"].on_all_ranks for rank in found)
 
 
-def test_the_first_rank_s_scores_choose_the_best_and_the_end(tree: Tree, tmp_path: Path) -> None:
-    changes = ["train.evaluate_every_steps=2", "train.early_stopping_evaluations=2", "cluster.num_workers=2"]
-    found = in_one_mind("scores", load_settings(tree, changes), tmp_path)
+def test_the_first_rank_s_scores_choose_the_best_and_the_end(ranks: list[Found]) -> None:
+    found = of(ranks, "scores")
     first, second = (rank["finished"] for rank in found)
     assert first == second
     assert (first.step, first.best_step, first.stopped_early) == (8, 4, True)
@@ -225,8 +224,8 @@ def test_the_first_rank_s_scores_choose_the_best_and_the_end(tree: Tree, tmp_pat
     assert [event.is_best for event in events] == [True, True, True, False, False]
 
 
-def test_the_first_rank_s_figures_say_whether_it_has_collapsed(tree: Tree, tmp_path: Path) -> None:
-    found = in_one_mind("collapse", load_settings(tree, ["train.max_steps=5", "cluster.num_workers=2"]), tmp_path)
+def test_the_first_rank_s_figures_say_whether_it_has_collapsed(ranks: list[Found]) -> None:
+    found = of(ranks, "collapse")
     assert [rank["finished"].step for rank in found] == [5, 5]
     kinds = [type(event) for event in found[0]["events"]]
     assert kinds[0] is RunStarted and kinds.count(StepsLogged) == 5 and CheckpointSaved in kinds
