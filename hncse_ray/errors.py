@@ -25,7 +25,9 @@ class HncseError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        place = f"{self.where}: " if self.where else ""
+        # A name of blanks or control characters is quoted: unquoted it could not be seen, or would steer the terminal.
+        plain = self.where.isprintable() and self.where.strip() == self.where
+        place = f"{self.where if plain else repr(self.where)}: " if self.where else ""
         advice = f". {self.hint}" if self.hint else ""
         return f"{place}{self.what}{advice}"
 

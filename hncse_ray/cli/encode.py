@@ -31,7 +31,7 @@ def encode(
     model: ModelArgument,
     texts: Annotated[str, typer.Argument(help="A text file, one sentence a line (.gz too), or - for standard input.")],
     out: Annotated[Path, typer.Option(help="Where to write the vectors: .npy, [N, D] float32, unit norm.")],
-    batch_size: Annotated[int, typer.Option(min=1, help="Sentences in one forward pass.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, max=65_536, help="Sentences in one forward pass.")] = 128,
     pooling: PoolingOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -74,8 +74,10 @@ def search(
     recipe: RecipeArgument,
     queries: Annotated[list[str], typer.Argument(help="What to look for.", metavar="QUERY...")],
     compare: Annotated[str | None, typer.Option(help="Another model, shown beside the first.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Sentences shown for a query.")] = 3,
-    limit: Annotated[int, typer.Option(min=1, help="Search a random sample of so many sentences.")] = 5000,
+    top: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Sentences shown for a query.")] = 3,
+    limit: Annotated[
+        int, typer.Option(min=1, max=2**31 - 1, help="Search a random sample of so many sentences.")
+    ] = 5000,
     as_json: JsonOption = False,
 ) -> None:
     """Show the sentences of a recipe's corpus that are nearest to some queries, for one model or two side by side."""
@@ -96,7 +98,7 @@ def search(
         from hncse_ray.evaluation import unit_rows
 
         names = [name for name in (compare, model) if name is not None]
-        encoders = [load_encoder(name) for name in names]
+        encoders = [load_encoder(name, encoder_settings(name, "auto")) for name in names]
         found: dict[str, dict[str, list[str]]] = {query: {} for query in queries}
         with console_reporter(console) as reporter:
             base = load_encoder(settings.encoder.model, settings.encoder)

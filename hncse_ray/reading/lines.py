@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import os
 import sys
 import unicodedata
 import zlib
@@ -77,7 +78,9 @@ def read_lines(path: str | Path | None, *, encoding: str = "utf-8-sig") -> list[
         DataError: the file cannot be read, or a line is not in the encoding.
     """
     lines = []
-    for number, line in enumerate(text_lines(Path(path).expanduser() if path else None, encoding=encoding), start=1):
+    for number, line in enumerate(
+        text_lines(Path(os.path.expanduser(path)) if path else None, encoding=encoding), start=1
+    ):
         if line is None or not is_unicode(line):
             where = f"{path or 'standard input'}:{number}"
             raise DataError("is not UTF-8", where, "Convert it, for example with iconv")
