@@ -56,7 +56,7 @@ def main() -> None:
     weights = {name: tensor.numpy() for name, tensor in encoder.weights().items()}
     rounds = []
     with ray_session(), tempfile.TemporaryDirectory() as folder:
-        plan = plan_pool(settings.negatives, ray.cluster_resources(), rows=len(corpus), dimension=encoder.dimension)
+        plan = plan_pool(settings.negatives, [ray.cluster_resources()], rows=len(corpus), dimension=encoder.dimension)
         with negative_pool(settings, plan, corpus, Path(folder)) as handles:
             client = PoolClient(handles, timeout_s=60)
             client.publish(weights, step=0)

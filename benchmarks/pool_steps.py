@@ -57,7 +57,7 @@ def main() -> None:
     corpus = prepare(settings["stored"], encoder, LineReporter())
     with ray_session(), tempfile.TemporaryDirectory() as folder:
         negatives = settings["stored"].negatives
-        plan = plan_pool(negatives, ray.cluster_resources(), rows=len(corpus), dimension=encoder.dimension)
+        plan = plan_pool(negatives, [ray.cluster_resources()], rows=len(corpus), dimension=encoder.dimension)
         with negative_pool(settings["stored"], plan, corpus, Path(folder)) as handles:
             times, tokens = measure(args, settings, encoder, corpus, PoolClient(handles, timeout_s=60))
     least = {mode: of_rounds.min(0) for mode, of_rounds in times.items()}

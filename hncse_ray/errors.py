@@ -10,7 +10,12 @@ class HncseError(Exception):
         what: what was wrong, as a sentence without a full stop.
         where: the file, setting or place it concerns; empty where ``what`` already names it.
         hint: what to do about it.
+
+    Attributes:
+        on_all_ranks: whether every rank of a process group raises it, so that none waits for another.
     """
+
+    on_all_ranks = False
 
     def __init__(self, what: str, where: str = "", hint: str = "") -> None:
         # Positional arguments only, all handed to Exception: the error survives pickling between processes.
@@ -20,7 +25,9 @@ class HncseError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        place = f"{self.where}: " if self.where else ""
+        # A name of blanks or control characters is quoted: unquoted it could not be seen, or would steer the terminal.
+        plain = self.where.isprintable() and self.where.strip() == self.where
+        place = f"{self.where if plain else repr(self.where)}: " if self.where else ""
         advice = f". {self.hint}" if self.hint else ""
         return f"{place}{self.what}{advice}"
 

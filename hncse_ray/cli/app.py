@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,19 +50,43 @@ def command(run: Callable[[Console], dict[str, Any]], as_json: bool, *, resumes:
         as_json: whether that was asked for.
         resumes: whether the same command goes on where it was interrupted.
     """
+    _write_any_text()
     console = Console(stderr=as_json, soft_wrap=True)
     _configure_logging(console)
     try:
+        _check_home()
         result = run(console)
     except HncseError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(2) from None
+        raise _refusal(error) from None
+    except OSError as error:
+        if error.filename is None:  # not about a path that someone gave
+            raise
+        hint = "See that the path is right and yours to use"
+        raise _refusal(HncseError(str(error.strerror), os.fsdecode(error.filename), hint)) from None
     except KeyboardInterrupt:
         advice = "; the same command again goes on where it stopped" if resumes else ""
         Console(stderr=True).print(f"stopped{advice}", style="yellow")
         raise typer.Exit(130) from None
     if as_json:
         typer.echo(json.dumps(result))
+
+
+def _refusal(error: HncseError) -> typer.Exit:
+    Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+    return typer.Exit(2)
+
+
+def _check_home() -> None:
+    """Refuse to begin without a home directory, which Ray and others need as soon as they are imported."""
+    if os.path.expanduser("~") == "~":
+        raise HncseError("this user has no home directory", "HOME", "Set HOME to a folder that can be written")
+
+
+def _write_any_text() -> None:
+    """Have characters that a terminal or a pipe cannot take written as escapes instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _configure_logging(console: Console) -> None:

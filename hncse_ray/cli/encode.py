@@ -35,7 +35,7 @@ def encode(
     model: ModelArgument,
     texts: Annotated[str, typer.Argument(help="A text file, one sentence a line (.gz too), or - for standard input.")],
     out: Annotated[Path, typer.Option(help="Where to write the vectors: .npy, [N, D] float32, unit norm.")],
-    batch_size: Annotated[int, typer.Option(min=1, help="Sentences in one forward pass.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, max=65_536, help="Sentences in one forward pass.")] = 128,
     pooling: PoolingOption = "auto",
     device: DeviceOption = "auto",
     precision: PrecisionOption = "fp32",
@@ -84,8 +84,10 @@ def search(
     recipe: RecipeArgument,
     queries: Annotated[list[str], typer.Argument(help="What to look for.", metavar="QUERY...")],
     compare: Annotated[str | None, typer.Option(help="Another model, shown beside the first.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Sentences shown for a query.")] = 3,
-    limit: Annotated[int, typer.Option(min=1, help="Search a random sample of so many sentences.")] = 5000,
+    top: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Sentences shown for a query.")] = 3,
+    limit: Annotated[
+        int, typer.Option(min=1, max=2**31 - 1, help="Search a random sample of so many sentences.")
+    ] = 5000,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "fp32",
     revision: RevisionOption = None,
@@ -98,7 +100,7 @@ def search(
         settings = load_settings(recipe)
         import numpy as np
 
-        from hncse_ray.corpus import is_blank
+        from hncse_ray.reading import is_blank
 
         if blank := [number for number, query in enumerate(queries, start=1) if is_blank(query)]:
             raise DataError(

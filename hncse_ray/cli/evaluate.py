@@ -54,7 +54,9 @@ def evaluate(
     senteval: Annotated[
         str | None, typer.Option(help="The SentEval folder; default $HNCSE_DATA/senteval, or what `data sts` fetched.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Encode with so many Ray actors; same scores.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Encode with so many Ray actors; same scores.")
+    ] = None,
     plots: Annotated[Path | None, typer.Option(help="With suite geometry: a folder for similarity.png.")] = None,
     pooling: PoolingOption = "auto",
     device: DeviceOption = "auto",

@@ -78,7 +78,7 @@ def submit(
 def _use_token() -> None:
     """Have Ray show its token if there is one; it looks at the mode when it is imported."""
     named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
-    if named or Path("~/.ray/auth_token").expanduser().is_file():
+    if named or os.path.isfile(os.path.expanduser("~/.ray/auth_token")):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 

@@ -117,7 +117,7 @@ class PoolCoordinator:
         """Have every shard build a version; commit, or give it up."""
         started = time.monotonic()
         try:
-            file = self._folder / f"{version.weights_digest}.safetensors"
+            file = self._folder / _weights_name(version)
             await asyncio.to_thread(_save_weights, file, weights)
             outcomes = await self._build_all(version, started + self._build_timeout_s)
             reports = {i: outcome for i, outcome in outcomes.items() if isinstance(outcome, BuildReport)}
@@ -145,6 +145,7 @@ class PoolCoordinator:
             self._weights = {version: self._weights[version]}
         finally:
             self._status, self._making = replace(self._status, building=False), None
+            await asyncio.to_thread(self._drop_unserved)
             await self._look()
             self._idle.set()
             await asyncio.sleep(_GRACE_S)
@@ -183,10 +184,18 @@ class PoolCoordinator:
                 await asyncio.sleep(_PING_S)
 
     def _commit(self, version: IndexVersion, file: Path) -> None:
-        write_atomically(self._folder / "served.json", json.dumps({"version": asdict(version), "file": file.name}))
-        for old in self._folder.glob("*.safetensors"):
-            if old != file:
-                old.unlink(missing_ok=True)
+        content = {"version": asdict(version), "file": file.name}
+        write_atomically(self._folder / "served.json", json.dumps(content))
+
+    def _drop_unserved(self) -> None:
+        """Delete all weights but those of the served version: of the one before, or of a build that was given up."""
+        served = None if self._status.version is None else _weights_name(self._status.version)
+        try:
+            for file in self._folder.glob("*.safetensors*"):
+                if file.name != served:
+                    file.unlink(missing_ok=True)
+        except OSError as error:  # tried again after the next build
+            logger.warning("old weights of the index could not be deleted (%s)", error)
 
     def _recover(self) -> None:
         """Take up what this actor has committed before it was killed; what an earlier run left is not used."""
@@ -203,6 +212,7 @@ class PoolCoordinator:
             logger.warning("%s cannot be read; the next refresh makes a new index", served, exc_info=True)
             return
         self._status = replace(self._status, version=version)
+        self._drop_unserved()
 
     # ---- watching over the shards
 
@@ -260,9 +270,13 @@ def _result(call: Any) -> Any:
     return asyncio.wrap_future(call.future())
 
 
+def _weights_name(version: IndexVersion) -> str:
+    return f"{version.weights_digest}.safetensors"
+
+
 def _save_weights(file: Path, weights: Weights) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
+    partial = file.with_name(f"{file.name}.partial")
     save_file({name: np.ascontiguousarray(array) for name, array in weights.items()}, partial)
     partial.replace(file)
 

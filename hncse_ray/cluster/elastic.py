@@ -8,11 +8,13 @@ share included, and would start more workers than fit.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from hncse_ray.cluster.resources import WorkerPlan
@@ -57,6 +59,29 @@ class NoRoom(ClusterError):
     """The workers could not be placed in time."""
 
 
+class Starts:
+    """Knows when workers have last begun or taken up a run; Ray itself keeps it, so nothing of ours can lose it.
+
+    Travels to the workers.
+    """
+
+    def __init__(self) -> None:
+        self._key = f"hncse-start-{uuid.uuid4().hex}"
+
+    def note(self) -> None:
+        """Say that the workers begin; on the first of them."""
+        _internal_kv_put(self._key, uuid.uuid4().bytes)
+
+    def last(self) -> bytes | None:
+        """Return what tells this start from those before; None if there was none."""
+        return _internal_kv_get(self._key)
+
+    def forget(self) -> None:
+        """Leave nothing with Ray."""
+        if ray.is_initialized():
+            _internal_kv_del(self._key)
+
+
 Attempt = Callable[[int, Places], RunFinished | None]
 
 
@@ -65,7 +90,7 @@ def fit_elastic(
     plan: WorkerPlan,
     cluster: ClusterSettings,
     *,
-    starts: Callable[[], int],
+    starts: Starts,
     notify: Callable[[str], None],
 ) -> RunFinished:
     """Train with as many of the planned workers as there is room for, and anew whenever that changes.
@@ -77,7 +102,7 @@ def fit_elastic(
             else give away.
         plan: the most workers, and what each gets.
         cluster: the least, the labels of their nodes, and how long to wait for these.
-        starts: says how often workers have begun or taken up the run so far.
+        starts: where the workers note that they have begun.
         notify: told of each change.
 
     Raises:
@@ -88,11 +113,11 @@ def fit_elastic(
         n = plan.num_workers if cluster.min_workers is None else _room(plan, cluster, cluster.min_workers)
         if n < plan.num_workers:
             notify(f"{n} of {plan.num_workers} workers have room; the others join as soon as there is more")
-        before = starts()
+        before = starts.last()
         try:
             finished = attempt(n, Places(plan.num_workers - n, plan.each(), cluster.trainer_labels))
         except NoRoom:
-            in_vain = 0 if starts() > before else in_vain + 1
+            in_vain = 0 if starts.last() != before else in_vain + 1
             if cluster.min_workers is None or in_vain == _MOST_IN_VAIN:
                 raise
             notify("workers have lost their place: the run goes on with those that have one")

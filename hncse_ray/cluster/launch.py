@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,7 +15,6 @@ from typing import Any
 
 import ray
 import ray.train
-import torch
 from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -23,50 +22,26 @@ from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from hncse_ray.cluster.channel import event_channel
-from hncse_ray.cluster.elastic import START_TIMEOUT_S, NoRoom, fit_elastic
-from hncse_ray.cluster.metrics import RayMetrics
+from hncse_ray.cluster.elastic import START_TIMEOUT_S, NoRoom, Starts, fit_elastic
 from hncse_ray.cluster.network import NodeTorchConfig
 from hncse_ray.cluster.node_corpus import NodeCorpus
 from hncse_ray.cluster.placement import place_pool, place_workers, survey, without_orphaned_groups
-from hncse_ray.cluster.pool import PoolClient, negative_pool
+from hncse_ray.cluster.pool import negative_pool
 from hncse_ray.cluster.resources import PoolPlan, WorkerPlan, pool_advice
-from hncse_ray.cluster.run_store import run_store
 from hncse_ray.cluster.session import named_cluster, ray_session
-from hncse_ray.cluster.visible import check_visible, unseen
+from hncse_ray.cluster.visible import check_visible
+from hncse_ray.cluster.worker import train_worker
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus, prepare_corpus
 from hncse_ray.encoder import SentenceEncoder, has_dropout, load_encoder
 from hncse_ray.errors import ClusterError, DataError, HncseError, ModelError, StorageError, TrainingError
-from hncse_ray.negatives import NegativeSource
-from hncse_ray.negatives.in_process import InProcessSource
-from hncse_ray.reporting import (
-    Event,
-    LineReporter,
-    MetricsFile,
-    Notice,
-    Reporter,
-    Reporters,
-    RunFinished,
-    RunStarted,
-    StageProgress,
-    TensorBoard,
-)
-from hncse_ray.storage import keep_trying
-from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets
-from hncse_ray.training.distributed import raise_together, rank
+from hncse_ray.reporting import LineReporter, Notice, Reporter, Reporters, RunFinished, StageProgress
+from hncse_ray.training import EvaluationSets, load_evaluation_sets
 from hncse_ray.training.negatives import check_candidates
 from hncse_ray.training.objective_check import check_objective
-from hncse_ray.training.remote_run import (
-    PATIENCE_S,
-    MirrorPlan,
-    RemoteRunFolder,
-    bring_run,
-    claim_run,
-    working_folder,
-)
+from hncse_ray.training.remote_run import MirrorPlan, RemoteRunFolder, claim_run
 from hncse_ray.training.run_folder import RunFolder
 from hncse_ray.training.schedule import count_steps, plan_batches
-from hncse_ray.training.shard import build_shard
 
 logger = logging.getLogger(__name__)
 
@@ -216,8 +191,9 @@ def _run(
     if package.level == logging.NOTSET:  # the command sets it; a program that uses the package may not
         package.setLevel(logging.INFO)
     try:
-        starts = _Starts()
-        with event_channel(Reporters([starts, reporter])) as events, ExitStack() as stack:
+        starts = Starts()
+        with event_channel(reporter) as events, ExitStack() as stack:
+            stack.callback(starts.forget)
             mirror, handles = None, None
             if isinstance(folder, RemoteRunFolder):
                 mirror = MirrorPlan(folder.remote, folder.token, keep=_KEPT_CHECKPOINTS)
@@ -231,6 +207,7 @@ def _run(
                 "folder": str(folder.path.absolute()),
                 "mirror": mirror,
                 "events": events,
+                "starts": starts,
                 "index": None if pool is None else pool.index,
                 "pool": handles,
             }
@@ -243,7 +220,7 @@ def _run(
                 ),
                 plan,
                 settings.cluster,
-                starts=lambda: starts.count,
+                starts=starts,
                 notify=lambda text: reporter.on(Notice(text)),
             )
         reporter.on(outcome)
@@ -253,16 +230,6 @@ def _run(
         log.close()
 
 
-class _Starts:
-    """Counts how often workers have begun or taken up a run; a Reporter."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def on(self, event: Event) -> None:
-        self.count += isinstance(event, RunStarted)
-
-
 def _trainer(settings: Settings, plan: WorkerPlan, folder: RunFolder, config: dict[str, Any]) -> TorchTrainer:
     cluster = settings.cluster
     # Ray Train gives up waiting for nodes after a time, and tries again so often; an elastic run goes on with fewer.
@@ -270,7 +237,7 @@ def _trainer(settings: Settings, plan: WorkerPlan, folder: RunFolder, config: di
     patience_s = cluster.start_timeout_s / (1 + retries) if cluster.min_workers is None else START_TIMEOUT_S
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(patience_s)
     return TorchTrainer(
-        partial(_train_worker, config),  # not `train_loop_config`: the controller would unpickle that too, with imports
+        partial(train_worker, config),  # not `train_loop_config`: the controller would unpickle that too, with imports
         scaling_config=ScalingConfig(
             num_workers=plan.num_workers,
             use_gpu=plan.gpus > 0,
@@ -335,85 +302,3 @@ def _address_for_helpers() -> Iterator[None]:
             del os.environ["RAY_ADDRESS"]
         else:
             os.environ["RAY_ADDRESS"] = before
-
-
-def _train_worker(config: dict[str, Any]) -> RunFinished | HncseError | None:
-    """Run one rank, to the end or (None) to a pause.
-
-    An expected failure is returned, not raised, since trying again would not help.
-    """
-    torch.set_num_threads(config["threads"])
-    settings = Settings.model_validate(config["settings"])
-    events, mirror = config["events"], config["mirror"]
-    folder = Path(config["folder"]) if mirror is None else working_folder(settings)
-
-    def notify(text: str) -> None:
-        events.put.remote(Notice(text))
-
-    try:
-        job, failure = None, None
-        try:
-            _reach_run(folder, mirror, notify)
-            job = _build_job(settings, config)
-        except HncseError as error:
-            failure = error
-        raise_together(failure)
-        assert job is not None
-        with (
-            run_store(folder, mirror, notify, config["missing"], settings.cluster.min_workers) as store,
-            _records(folder, settings.run.name) as files,
-        ):
-
-            def emit(event: Event) -> None:
-                files.on(event)
-                events.put.remote(event)
-
-            return fit(job, store, emit)
-    except HncseError as error:
-        return error
-
-
-def _reach_run(folder: Path, mirror: MirrorPlan | None, notify: Callable[[str], None]) -> None:
-    """Have what the run has reached on this node: fetched, or seen in the folder that all nodes share."""
-    if mirror is not None:
-        keep_trying(lambda: bring_run(mirror.remote, folder, notify), timeout_s=PATIENCE_S)
-    elif not (folder / "settings.yaml").exists():
-        raise unseen(folder)
-
-
-@contextmanager
-def _records(folder: Path, run: str) -> Iterator[Reporter]:
-    """Open the metrics on disk and Ray's. Rank 0 writes them, as it writes the checkpoints, not the driver.
-
-    So what a checkpoint has seen is in them, even if the driver was killed and the workers got a little further.
-    """
-    files = Reporters([MetricsFile(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard"), RayMetrics(run)])
-    try:
-        yield files
-    finally:
-        files.close()
-
-
-def _build_job(settings: Settings, config: dict[str, Any]) -> TrainJob:
-    device = ray.train.torch.get_device()
-    encoder = load_encoder(settings.encoder.model, settings.encoder, device=device, seed=settings.run.seed)
-    precision = f"{encoder.precision}, rows {'packed' if encoder.packs else 'padded'}"
-    corpus = config["corpus"].open()
-    source = _build_source(settings, corpus, config) if rank() == 0 else None
-    return TrainJob(settings, corpus, encoder, ray.get(config["sets"]), precision, source)
-
-
-def _build_source(settings: Settings, corpus: Corpus, config: dict[str, Any]) -> NegativeSource | None:
-    if config["pool"] is not None:
-        return PoolClient(config["pool"], timeout_s=settings.negatives.timeout_s)
-    if config["index"] is None:
-        return None
-    shard = build_shard(
-        settings.negatives,
-        settings.encoder,
-        corpus,
-        plan=config["index"],
-        threads=config["threads"],
-        device=ray.train.torch.get_device(),
-    )
-    return InProcessSource(shard, corpus_digest=corpus.digest, rows=len(corpus))

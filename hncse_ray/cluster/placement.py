@@ -107,8 +107,8 @@ def place_pool(settings: Settings, nodes: Nodes, *, rows: int, dimension: int) -
         allowed = nodes.labelled(settings.cluster.trainer_labels, "cluster.trainer_labels")
     else:
         allowed = nodes.labelled(settings.cluster.pool_labels, "cluster.pool_labels")
-    there = total(allowed)
-    return plan_pool(settings.negatives, there, rows=rows, dimension=dimension, growing=nodes.growing)
+    on_each = [node.resources for node in allowed]
+    return plan_pool(settings.negatives, on_each, rows=rows, dimension=dimension, growing=nodes.growing)
 
 
 def place_workers(settings: Settings, nodes: Nodes, pool: PoolPlan | None) -> WorkerPlan:

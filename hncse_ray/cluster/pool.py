@@ -27,10 +27,11 @@ from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
 from hncse_ray.errors import ClusterError
 from hncse_ray.negatives import Hits, IndexVersion, SourceStatus, SourceUnavailable, Weights, merge_hits
+from hncse_ray.negatives.index_plan import size_text
 
 logger = logging.getLogger(__name__)
 
-_START_TIMEOUT_S = 300.0
+_START_TIMEOUT_S = 300.0  # to load an encoder, once the corpus is there
 _POLL_S = 0.25
 _ROOM_NEWS_S = 10.0
 _CONTROL_TIMEOUT_S = 10.0
@@ -62,19 +63,13 @@ def negative_pool(settings: Settings, plan: PoolPlan, corpus: Corpus, folder: Pa
     """
     group, shards, coordinator = None, [], None
     pool = f"hncse-{settings.run.name}-{uuid.uuid4().hex[:8]}"
-    resources = {"CPU": plan.cpus, "GPU": plan.gpus}
-    bundle = {name: amount for name, amount in resources.items() if amount}
     labels = settings.cluster.pool_labels
     try:
-        strategy: Any = "SPREAD"
-        if bundle:
-            group = placement_group(
-                [bundle] * plan.num_shards, strategy="PACK", bundle_label_selector=[labels] * plan.num_shards
-            )
-            _wait_for_room(group, f"{plan.num_shards} shards x {bundle}", settings.cluster.start_timeout_s)
+        group = placement_group(
+            [plan.each()] * plan.num_shards, strategy=plan.strategy, bundle_label_selector=[labels] * plan.num_shards
+        )
+        _wait_for_room(group, _request(plan), settings.cluster.start_timeout_s)
         for number in range(plan.num_shards):
-            if group is not None:
-                strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number)
             spec = ShardSpec(
                 negatives=settings.negatives,
                 encoder=settings.encoder,
@@ -89,8 +84,8 @@ def negative_pool(settings: Settings, plan: PoolPlan, corpus: Corpus, folder: Pa
                 name=f"{pool}-shard-{number}",
                 num_cpus=plan.cpus,
                 num_gpus=plan.gpus,
-                scheduling_strategy=strategy,
-                label_selector={} if group else labels,
+                memory=plan.memory or None,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number),
                 max_restarts=-1,
             )
             shards.append(actor.remote(spec))
@@ -126,10 +121,23 @@ def _wait_for_room(group: Any, what: str, timeout_s: float) -> None:
         logger.info("waiting for room on the cluster for the negative pool, %s; %.0f s more at most", what, left)
 
 
+def _request(plan: PoolPlan) -> str:
+    each = [f"{plan.cpus:g} CPUs"] * bool(plan.cpus) + [f"{plan.gpus:g} GPUs"] * bool(plan.gpus)
+    each += [f"{size_text(plan.memory)} of memory"] * bool(plan.memory)
+    return f"{plan.num_shards} shards x {' + '.join(each)}"
+
+
 def _wait_until_ready(shards: Sequence[Any]) -> None:
+    """Wait until all shards have the corpus, which may have to be prepared, and then until they can be asked."""
     try:
-        calls = [s.ready.options(concurrency_group="control").remote() for s in shards]
-        failures = ray.get(calls, timeout=_START_TIMEOUT_S)
+        calls = [s.corpus_failure.options(concurrency_group="control").remote() for s in shards]
+        while left := ray.wait(calls, num_returns=len(calls), timeout=_ROOM_NEWS_S)[1]:
+            logger.info("waiting for %d of %d shards of the negative pool, which start, or prepare the corpus where"
+                        " their node does not have it", len(left), len(calls))  # fmt: skip
+        failures = ray.get(calls)
+        if not any(failures):
+            calls = [s.ready.options(concurrency_group="control").remote() for s in shards]
+            failures = ray.get(calls, timeout=_START_TIMEOUT_S)
     except (RayError, GetTimeoutError) as error:
         raise ClusterError(f"the shards of the negative pool did not come up ({_reason(error)})",
                            "negatives") from error  # fmt: skip

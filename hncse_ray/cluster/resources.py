@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from hncse_ray.config import ClusterSettings, NegativesSettings, Settings
 from hncse_ray.errors import ClusterError
 from hncse_ray.negatives import IndexPlan, plan_index
+
+Resources = Mapping[str, float]
+
+
+_ANY = 1 << 30  # more than anyone asks for
 
 
 @dataclass(frozen=True)
@@ -41,13 +47,15 @@ class PoolPlan:
         num_shards: how many there are.
         cpus: reserved for each; 0 = they share the trainers'.
         gpus: reserved for each.
+        memory: bytes of main memory reserved for each, for its index.
         threads: compute threads of each.
-        index: the index of the largest.
+        index: the index of the largest; on a GPU each shard sees for itself what that has room for.
     """
 
     num_shards: int
     cpus: float
     gpus: float
+    memory: int
     threads: int
     index: IndexPlan
 
@@ -55,15 +63,24 @@ class PoolPlan:
         """Return the pool in one line: shards, and the memory of each."""
         return f"index of {self.num_shards} shard(s), each {self.index.describe()}"
 
+    def each(self) -> dict[str, float]:
+        """Return what one shard reserves, by Ray's names."""
+        return _bundle(CPU=self.cpus, GPU=self.gpus, memory=self.memory)
+
+    @property
+    def strategy(self) -> Literal["PACK", "SPREAD"]:
+        """How Ray is to place the shards: those that share the trainers' CPUs take as few of a node's as they can."""
+        return "PACK" if self.cpus or self.gpus else "SPREAD"
+
 
 def plan_pool(
-    settings: NegativesSettings, total: Mapping[str, float], *, rows: int, dimension: int, growing: bool = False
+    settings: NegativesSettings, nodes: Sequence[Resources], *, rows: int, dimension: int, growing: bool = False
 ) -> PoolPlan:
-    """Share the corpus out over the shards, and see whether cluster and memory hold them.
+    """Share the corpus out over the shards, and see whether nodes and memory hold them.
 
     Args:
         settings: what was asked for.
-        total: the cluster's resources as Ray counts them (``CPU``, ``GPU``, ``memory`` in bytes).
+        nodes: the resources of each node as Ray counts them (``CPU``, ``GPU``, ``memory`` in bytes).
         rows: of the corpus.
         dimension: width of the embeddings.
         growing: an autoscaler may add nodes, so what is missing is no mistake.
@@ -75,31 +92,78 @@ def plan_pool(
     if n > rows:
         raise ClusterError(f"{n} shards for a corpus of {rows} sentences", "negatives.num_shards", "Ask for fewer")
     for name, asked in (("CPU", cpus), ("GPU", gpus)):
-        there = total.get(name, 0.0)
+        there, setting = sum(node.get(name, 0.0) for node in nodes), f"negatives.{name.lower()}s_per_shard"
         if _counted(asked * n) > there and not growing:
             raise ClusterError(f"{n} shards x {asked:g} {name}s = {asked * n:g}, but the cluster has {there:g}",
-                               f"negatives.{name.lower()}s_per_shard", "Lower it, or ask for fewer shards")  # fmt: skip
+                               setting, "Lower it, or ask for fewer shards")  # fmt: skip
+        if room(nodes, {name: asked}) < n and not growing:
+            raise _split(f"{n} shards", asked, name, nodes, setting)
     if settings.index == "ivf_pq":
         plan_index("ivf_pq", rows=rows // n, dimension=dimension, memory_bytes=None)  # the smallest can be trained too
-    memory = None if gpus else total.get("memory")  # how much a GPU has is known only to the shard on it
+    computing = _bundle(CPU=cpus, GPU=gpus)
+    bounded = not (gpus or growing) and any("memory" in node for node in nodes)
     index = plan_index(
         settings.index,
         rows=-(-rows // n),
         dimension=dimension,
-        memory_bytes=None if memory is None else memory / n,
+        memory_bytes=_largest_memory(nodes, n, computing) if bounded else None,
         nprobe=settings.nprobe,
         on_gpu=gpus > 0,
     )
-    threads = settings.threads_per_shard or max(1, int(cpus or total.get("CPU", 1.0) // n))
-    return PoolPlan(num_shards=n, cpus=cpus, gpus=gpus, threads=threads, index=index)
+    plan = PoolPlan(n, cpus, gpus, 0 if gpus else index.bytes_building, max(1, int(cpus)), index)
+    threads = settings.threads_per_shard or (plan.threads if cpus else _threads(nodes, plan))
+    return replace(plan, threads=threads)
+
+
+def _threads(nodes: Sequence[Resources], plan: PoolPlan) -> int:
+    """Return the CPUs of a node over the shards that may be on it, of the node where that is least."""
+    with_cpus = [node for node in nodes if node.get("CPU", 0.0) >= 1]
+    spread = -(-plan.num_shards // max(1, len(with_cpus)))
+    shares = []
+    for node in with_cpus:
+        fitting = min(plan.num_shards, room([node], _bundle(GPU=plan.gpus))) if plan.gpus else spread
+        shares += [int(node["CPU"] // fitting)] if fitting else []
+    return max(1, min(shares, default=1))
+
+
+def _largest_memory(nodes: Sequence[Resources], n: int, computing: Resources) -> int:
+    """Return the most bytes that n shards can have each, every one of them on one node."""
+    most = max(int(node.get("memory", 0.0)) for node in nodes)
+    return bisect_left(range(1, most + 1), 1, key=lambda size: room(nodes, {**computing, "memory": size}) < n)
+
+
+def room(nodes: Sequence[Resources], bundle: Resources) -> int:
+    """Return for how many bundles there is room, each on one node, and a part of a GPU on one GPU."""
+
+    def fitting(node: Resources, name: str, amount: float) -> int:
+        there = node.get(name, 0.0)
+        if name == "memory":  # whole bytes
+            return int(there // amount)
+        if name == "GPU" and amount < 1:
+            return int(there) * int(_counted(1 / amount))
+        return int(_counted(there / amount))
+
+    asked = {name: amount for name, amount in bundle.items() if amount}
+    return sum(min((fitting(node, *each) for each in asked.items()), default=_ANY) for node in nodes)
+
+
+def _bundle(**amounts: float) -> dict[str, float]:
+    return {name: amount for name, amount in amounts.items() if amount}
+
+
+def _split(many: str, each: float, name: str, nodes: Sequence[Resources], setting: str) -> ClusterError:
+    """Return the refusal of what is there in sum, but not in one piece."""
+    there = ", ".join(f"{amount:g}" for amount in sorted(node.get(name, 0.0) for node in nodes))
+    return ClusterError(f"{many} x {each:g} {name}s do not fit nodes of {there} {name}s", setting,
+                        "Lower it, or ask for fewer")  # fmt: skip
 
 
 def plan_workers(
     settings: ClusterSettings,
-    total: Mapping[str, float],
+    total: Resources,
     pool: PoolPlan | None = None,
     *,
-    nodes: Sequence[Mapping[str, float]] | None = None,
+    nodes: Sequence[Resources] | None = None,
     growing: bool = False,
 ) -> WorkerPlan:
     """Share what the pool leaves of the cluster out over the workers.
@@ -118,7 +182,8 @@ def plan_workers(
     pool_cpus, pool_gpus = (0.0, 0.0) if pool is None else (pool.cpus * pool.num_shards, pool.gpus * pool.num_shards)
     free_cpus, free_gpus = _counted(cpus - pool_cpus), _counted(gpus - pool_gpus)
     gpus_asked = _counted(n * settings.gpus_per_worker)
-    use_gpu = settings.use_gpu is True or (settings.use_gpu == "auto" and free_gpus >= gpus_asked)
+    gpus_fit = free_gpus >= gpus_asked and (not nodes or room(nodes, {"GPU": settings.gpus_per_worker}) >= n)
+    use_gpu = settings.use_gpu is True or (settings.use_gpu == "auto" and gpus_fit)
     gpus_each = settings.gpus_per_worker if use_gpu else 0.0
     if growing and not (use_gpu or settings.use_gpu is False):
         raise ClusterError(f"the cluster has {gpus:g} GPUs now and may grow, so 'auto' cannot tell what is wanted",
@@ -135,6 +200,8 @@ def plan_workers(
             hint += "; cluster.gpus_per_worker=0.6 negatives.gpus_per_shard=0.4 lets both share a GPU"
         workers = f"{n} workers x {settings.gpus_per_worker:g} GPU"
         raise ClusterError(_sum(workers, gpus_asked, pool, "gpus", gpus), "cluster.num_workers", hint)
+    if use_gpu and not gpus_fit:
+        raise _split(f"{n} workers", gpus_each, "GPU", nodes or (), "cluster.num_workers")
     share = settings.cpus_per_worker
     if share is None:
         if n > free_cpus:
@@ -142,14 +209,12 @@ def plan_workers(
                 _sum(f"{n} workers x 1 CPU", n, pool, "cpus", cpus), "cluster.num_workers",
                 "Ask for fewer workers, or set cluster.cpus_per_worker below 1 to let them share",
             )  # fmt: skip
-        share = _largest_share(n, int(free_cpus // n), nodes)
+        share = largest_share(n, int(free_cpus // n), nodes, gpus=gpus_each)
     elif _counted(share * n) > free_cpus:
         raise ClusterError(_sum(f"{n} workers x {share:g} CPUs", share * n, pool, "cpus", cpus),
                            "cluster.cpus_per_worker", "Lower it, or ask for fewer workers")  # fmt: skip
-    elif nodes and _room(nodes, share) < n:
-        raise ClusterError(f"{n} workers x {share:g} CPUs do not fit nodes of"
-                           f" {', '.join(f'{cpus:g}' for cpus in sorted(node.get('CPU', 0.0) for node in nodes))} CPUs",
-                           "cluster.cpus_per_worker", "Lower it, or ask for fewer workers")  # fmt: skip
+    if nodes and room(nodes, {"CPU": share, "GPU": gpus_each}) < n:
+        raise _split(f"{n} workers", share, "CPU", nodes, "cluster.cpus_per_worker")
     return WorkerPlan(num_workers=n, cpus=share, threads=max(1, int(share)), gpus=gpus_each)
 
 
@@ -168,15 +233,18 @@ def pool_advice(workers: WorkerPlan, pool: PoolPlan) -> str | None:
     )
 
 
-def _largest_share(n: int, most: int, nodes: Sequence[Mapping[str, float]] | None) -> float:
-    """Return the most CPUs, whole if possible, that n workers can have each, none of them across nodes."""
+def largest_share(n: int, most: int, nodes: Sequence[Resources] | None, *, gpus: float = 0.0) -> float:
+    """Return the most CPUs, whole if possible, that n workers can have each, none of them across nodes.
+
+    Args:
+        n: how many workers.
+        most: no more than this.
+        nodes: the resources of each node; None = all are on one.
+        gpus: what each worker also has.
+    """
     if not nodes:
         return float(most)
-    return float(next((share for share in range(most, 1, -1) if _room(nodes, share) >= n), 1))
-
-
-def _room(nodes: Sequence[Mapping[str, float]], share: float) -> int:
-    return sum(int(node.get("CPU", 0.0) // share) for node in nodes)
+    return float(next((share for share in range(most, 1, -1) if room(nodes, {"CPU": share, "GPU": gpus}) >= n), 1))
 
 
 def _sum(workers: str, asked: float, pool: PoolPlan | None, what: Literal["cpus", "gpus"], there: float) -> str:
@@ -204,20 +272,20 @@ class SweepPlan:
     cpus_per_worker: float
 
 
-def plan_sweep(trials: Sequence[Settings], total: Mapping[str, float], *, max_concurrent: int | None) -> SweepPlan:
+def plan_sweep(trials: Sequence[Settings], nodes: Sequence[Resources], *, max_concurrent: int | None) -> SweepPlan:
     """Find how many trials the cluster holds side by side, each with its workers and its negative pool.
 
     Left to itself it runs as many as there are GPUs for; on CPUs up to four, with two CPUs or more for each worker.
 
     Args:
         trials: settings that trials may have; the largest of them counts.
-        total: the cluster's resources as Ray counts them (``CPU``, ``GPU``).
+        nodes: the resources of each node as Ray counts them (``CPU``, ``GPU``).
         max_concurrent: trials side by side as asked for, if they were.
 
     Raises:
         ClusterError: not even one, or not as many as asked for, fit; the message does the sum.
     """
-    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+    cpus, gpus = (sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU"))
     workers = max(s.cluster.num_workers for s in trials)
     given = trials[0].cluster.cpus_per_worker
     pools = [s.negatives for s in trials if s.negatives.source == "pool"]
@@ -243,5 +311,6 @@ def plan_sweep(trials: Sequence[Settings], total: Mapping[str, float], *, max_co
                 "--max-concurrent" if max_concurrent else "cluster",
                 "Ask for fewer trials side by side, fewer workers or fewer shards",
             )
-    share = given or max(1.0, (cpus / concurrent - pool_cpus) // workers)
+    most = max(1, int((cpus / concurrent - pool_cpus) // workers))
+    share = given or largest_share(concurrent * workers, most, nodes, gpus=gpus_each)
     return SweepPlan(concurrent=concurrent, cpus_per_worker=share)

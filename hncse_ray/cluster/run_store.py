@@ -16,7 +16,7 @@ from hncse_ray.cluster.elastic import Places, placed
 from hncse_ray.errors import StorageError
 from hncse_ray.storage import write_folder
 from hncse_ray.training.checkpoint import RunStore, Wish
-from hncse_ray.training.distributed import broadcast, raise_together, rank, world_size
+from hncse_ray.training.distributed import from_first, raise_together, rank, world_size
 from hncse_ray.training.remote_run import MirrorPlan, RunMirror
 from hncse_ray.training.run_folder import RunFolder
 
@@ -50,7 +50,7 @@ def run_store(
         except BaseException:
             store.give_up()
             raise
-        store.finish()
+        from_first(store.finish)  # the first rank sends what is left, and whether that went well is all ranks' outcome
 
 
 class _Surroundings:
@@ -85,7 +85,7 @@ class _Surroundings:
     def _count(self) -> int:
         if not self._missing:
             return 0
-        return broadcast(None if self._groups is None else placed(self._groups))
+        return from_first(lambda: placed(self._groups or ()))
 
 
 class RayRunStore:

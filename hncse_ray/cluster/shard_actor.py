@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -33,46 +34,71 @@ class ShardSpec:
 class ShardActor:
     """An IndexShard in a process of its own.
 
-    Concurrency groups: ``search`` (vectors, search), ``build``, ``control`` (ready, versions, retire).
+    It begins with the corpus, which may have to be prepared on its node; encoder and index follow when they are asked
+    for. Concurrency groups: ``search`` (vectors, search), ``build``, ``control`` (the others).
     """
 
     def __init__(self, spec: ShardSpec) -> None:
         torch.set_num_threads(spec.threads)
+        self._spec, self._loading = spec, threading.Lock()
+        self._loaded: IndexShard | None = None
         self._failure: HncseError | None = None
         try:
-            self._shard: IndexShard = build_shard(
-                spec.negatives,
-                spec.encoder,
-                spec.corpus.open(),
-                plan=spec.plan,
-                number=spec.number,
-                count=spec.count,
-                threads=spec.threads,
-                device=torch.device("cuda", 0) if spec.use_gpu else None,
-            )
+            self._corpus = spec.corpus.open()
         except HncseError as error:  # asked for by the driver, which says it; a restart would fail the same way
             self._failure = error
 
+    def corpus_failure(self) -> HncseError | None:
+        """Return why this node cannot have the corpus, or None; answers when it is there, whenever that is."""
+        return self._failure
+
     def ready(self) -> HncseError | None:
         """Return why this shard cannot work, or None."""
-        return self._failure
+        try:
+            self._shard()
+        except HncseError as error:
+            return error
+        return None
+
+    def _shard(self) -> IndexShard:
+        with self._loading:
+            if self._failure is not None:
+                raise self._failure
+            if self._loaded is None:
+                spec = self._spec
+                try:
+                    self._loaded = build_shard(
+                        spec.negatives,
+                        spec.encoder,
+                        self._corpus,
+                        plan=spec.plan,
+                        number=spec.number,
+                        count=spec.count,
+                        threads=spec.threads,
+                        device=torch.device("cuda", 0) if spec.use_gpu else None,
+                        cache_dir=spec.corpus.settings.cache_dir,
+                    )
+                except HncseError as error:
+                    self._failure = error
+                    raise
+            return self._loaded
 
     def versions(self) -> list[IndexVersion]:
         """Return the complete versions."""
-        return self._shard.versions()
+        return self._shard().versions()
 
     def build(self, version: IndexVersion, weights: Weights) -> BuildReport:
         """Make a version; see IndexShard."""
-        return self._shard.build(version, weights)
+        return self._shard().build(version, weights)
 
     def retire(self, keep: Collection[IndexVersion]) -> None:
         """Drop every version but these."""
-        self._shard.retire(keep)
+        self._shard().retire(keep)
 
     def vectors(self, version: IndexVersion, ids: np.ndarray) -> np.ndarray:
         """Return the vectors of rows that this shard owns."""
-        return self._shard.vectors(version, ids)
+        return self._shard().vectors(version, ids)
 
     def search(self, version: IndexVersion, queries_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Search this shard's rows."""
-        return self._shard.search(version, queries_QD, k=k)
+        return self._shard().search(version, queries_QD, k=k)

@@ -26,7 +26,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from hncse_ray.cluster.launch import check_run
-from hncse_ray.cluster.placement import without_orphaned_groups
+from hncse_ray.cluster.placement import survey, without_orphaned_groups
 from hncse_ray.cluster.resources import SweepPlan, plan_sweep
 from hncse_ray.cluster.session import named_cluster, ray_session
 from hncse_ray.cluster.sweep_report import write_sweep_report
@@ -119,7 +119,7 @@ def tune(
     extremes = [base, *(apply_values(base, values) for values, _ in sweep.space.extremes(base))]
     if not ray.is_initialized() and named_cluster() is None:  # what Ray started here will have
         here = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
-        plan_sweep(extremes, here, max_concurrent=options.max_concurrent)
+        plan_sweep(extremes, [here], max_concurrent=options.max_concurrent)
     encoder, _, _ = check_run(base, progress or LineReporter())  # prepares the corpus that the trials share, too
     check_objectives(extremes, model=base.encoder.model, dimension=encoder.dimension)
     with claim_sweep_folder(folder, sweep):
@@ -136,7 +136,8 @@ def tune(
             reporter.tell(f"{options.trials - left} of {options.trials} trials are done")
         if left or options.seeds:
             with ray_session():
-                plan = plan_sweep(extremes, ray.cluster_resources(), max_concurrent=options.max_concurrent)
+                there = [node.resources for node in survey().alive]
+                plan = plan_sweep(extremes, there, max_concurrent=options.max_concurrent)
                 reporter.tell(f"{plan.concurrent} trial(s) side by side, {plan.cpus_per_worker:g} CPU(s) a worker")
                 if left:
                     _run_trials(sweep, folder, study, plan, left, reporter)

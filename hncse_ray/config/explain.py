@@ -22,7 +22,7 @@ def explain(error: ErrorDetails) -> str:
     path = ".".join(_location(error))
     match error["type"]:
         case "extra_forbidden":
-            return f"unknown setting {path!r}{_nearest(path, error)}"
+            return f"unknown setting {path!r}{_nearest(error)}"
         case "missing":
             return f"setting {path!r} is missing"
         case "value_error":
@@ -50,9 +50,10 @@ def _location(error: ErrorDetails) -> list[str]:
     return ["objective", *loc[2 + (len(loc) > 2 and loc[2] in OBJECTIVES) :]]
 
 
-def _nearest(path: str, error: ErrorDetails) -> str:
+def _nearest(error: ErrorDetails) -> str:
     """Name the valid setting nearest to an unknown one: in its own section first, then anywhere."""
-    section, _, key = path.rpartition(".")
+    *sections, key = _location(error)  # of a recipe, where a key may have dots of its own
+    section = ".".join(sections)
     if section == "objective":
         if error["loc"][1] == "own":
             return "; an objective of your own has its settings in objective.settings"
@@ -63,7 +64,7 @@ def _nearest(path: str, error: ErrorDetails) -> str:
         owner = section or "the top level"
     if near := difflib.get_close_matches(key, own, n=1, cutoff=0.7):
         return f" (did you mean {f'{section}.{near[0]}'.lstrip('.')!r}?)"
-    elsewhere = [p for p in _setting_paths() if p.rpartition(".")[2] == key and p != path]
+    elsewhere = [p for p in _setting_paths() if p.rpartition(".")[2] == key]
     if elsewhere and section != "objective":
         return f" (did you mean {elsewhere[0]!r}?)"
     return f"; {owner} knows {', '.join(own)}"

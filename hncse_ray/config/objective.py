@@ -16,7 +16,7 @@ from hncse_ray.config.base import Section, as_tuple
 
 class _Objective(Section):
     name: str
-    dimensions: Annotated[tuple[Annotated[int, Field(ge=2)], ...] | None, BeforeValidator(as_tuple)] = Field(
+    dimensions: Annotated[tuple[Annotated[int, Field(ge=2, le=65_536)], ...] | None, BeforeValidator(as_tuple)] = Field(
         None, description="Matryoshka (arXiv 2205.13147): widths that are trained beside the full one"
     )
 

@@ -166,7 +166,10 @@ class NegativesSettings(Section):
     cpus_per_shard: float = Field(0, ge=0, le=1024, description="reserved; 0 = the shards share the trainers' CPUs")
     gpus_per_shard: float = Field(0, ge=0, le=1024, description="whole, or a fraction of one")
     threads_per_shard: int | None = Field(
-        None, ge=1, le=1024, description="default: the reserved CPUs, else all of a node"
+        None, ge=1, le=1024, description="default: the reserved CPUs, else those of a node over the shards on it"
+    )
+    index_dir: str | None = Field(
+        None, description="where the ivf kinds keep their vectors, on each node; default: index/ in the cache folder"
     )
     prefetch_batches: int = Field(2, ge=1, le=64, description="batches whose neighbours are looked up ahead")
     timeout_s: float = Field(

@@ -57,7 +57,10 @@ def read_kinds(value: Any, kinds: frozenset[Any]) -> Any:
             return {}  # a heading with nothing below it: all as by default
         if not value:
             raise PydanticCustomError("no_value", "it has no value; leave it out for its default")
-    return _read_text(str(value), kinds) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    lists = [kind for kind in kinds if get_origin(kind) in (list, tuple)]  # one value stands for a list of one
+    return _read_text(str(value), kinds.union(*(kinds_of(get_args(kind)[0]) for kind in lists)))
 
 
 def _read_text(text: str, kinds: frozenset[Any]) -> Any:

@@ -4,7 +4,7 @@ from hncse_ray.corpus.batches import BatchPlan, batch_mask, pad_rows, rank_slice
 from hncse_ray.corpus.corpus import Corpus, PrepareReport
 from hncse_ray.corpus.prepare import prepare_corpus
 from hncse_ray.corpus.python_docs import DocPair, docstring_sentences, documentation_pairs
-from hncse_ray.corpus.text import is_blank, normalise, row_hash
+from hncse_ray.corpus.text import normalise, row_hash
 
 __all__ = [
     "BatchPlan",
@@ -14,7 +14,6 @@ __all__ = [
     "batch_mask",
     "docstring_sentences",
     "documentation_pairs",
-    "is_blank",
     "normalise",
     "pad_rows",
     "prepare_corpus",

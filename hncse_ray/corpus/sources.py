@@ -15,12 +15,13 @@ from typing import Any
 from hncse_ray.config import CorpusSettings
 from hncse_ray.corpus.hub import hub_is_reachable
 from hncse_ray.corpus.python_docs import docstring_sentences, package_versions
-from hncse_ray.corpus.text import is_blank, normalise
+from hncse_ray.corpus.text import normalise
 from hncse_ray.errors import DataError
 from hncse_ray.reading import (
     MAX_RECORD,
     check_file,
     explained,
+    is_blank,
     is_unicode,
     kind_of,
     read_records,

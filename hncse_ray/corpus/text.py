@@ -14,18 +14,6 @@ def normalise(line: str) -> str:
     return " ".join(unicodedata.normalize("NFC", line).split())
 
 
-# Letters and signs that are drawn as nothing: Hangul fillers and the empty pattern of Braille.
-_BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800")
-
-
-def is_blank(text: str) -> bool:
-    """Return whether there is nothing to see: no letter, digit, punctuation or symbol.
-
-    White space, zero-width and control characters, private use, unassigned ones and marks without a base are nothing.
-    """
-    return not any(unicodedata.category(c)[0] in "LNPS" and c not in _BLANK for c in text)
-
-
 def row_hash(ids: npt.NDArray[np.int32]) -> int:
     """Return what a token row is known by: the first 8 bytes of its BLAKE2b as a signed 64-bit integer.
 

@@ -66,6 +66,7 @@ class IndexShard:
         self._batch_size, self._threads, self._encode_ahead = batch_size, threads, encode_ahead
         self._indexes: dict[Version, VectorIndex] = {}
         self._building = threading.Lock()
+        self._changing = threading.Lock()  # the table of versions, which a build and a retirement may do at once
 
     def build(self, version: Version, weights: Weights) -> BuildReport:
         """Encode all rows with the weights and make ``version`` of them, beside those that are held already.
@@ -84,7 +85,8 @@ class IndexShard:
                 index.put(rows, vectors_nD)
             encode_seconds = time.perf_counter() - started
             index.finish()
-            self._indexes = self._indexes | {version: index}  # replaced, not changed: readers need no lock
+            with self._changing:
+                self._indexes = self._indexes | {version: index}  # replaced, not changed: readers need no lock
             return BuildReport(len(self._ids), time.perf_counter() - started, encode_seconds)
 
     def _encoded(self) -> Iterator[tuple[Int64, Float32]]:
@@ -107,7 +109,8 @@ class IndexShard:
 
     def retire(self, keep: Collection[Version]) -> None:
         """Drop every version but these; a search that has begun ends well."""
-        self._indexes = {version: index for version, index in self._indexes.items() if version in keep}
+        with self._changing:
+            self._indexes = {version: index for version, index in self._indexes.items() if version in keep}
 
     def vectors(self, version: Version, ids: Int64) -> Float32:
         """Return the vectors ``[n, D]`` of rows that this shard owns, by their corpus ids.

@@ -1,7 +1,7 @@
 """Files that users bring: what kind they are, their lines, and the records of tables. All rooms read through here."""
 
 from hncse_ray.reading.kinds import ENDINGS, Kind, check_file, kind_of
-from hncse_ray.reading.lines import explained, is_unicode, read_lines, text_lines
+from hncse_ray.reading.lines import explained, is_blank, is_unicode, read_lines, text_lines
 from hncse_ray.reading.tables import MAX_RECORD, Record, read_records, read_table, require_column
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Record",
     "check_file",
     "explained",
+    "is_blank",
     "is_unicode",
     "kind_of",
     "read_lines",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import os
 import sys
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import BinaryIO
 from hncse_ray.errors import DataError
 from hncse_ray.reading.kinds import check_file
 
+# Letters and signs that are drawn as nothing: Hangul fillers and the empty pattern of Braille.
+_BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800")
 _CHUNK = 2**16
 _MOST = 2**31 - 2  # what a stream's readline takes on every platform
 
@@ -74,7 +78,9 @@ def read_lines(path: str | Path | None, *, encoding: str = "utf-8-sig") -> list[
         DataError: the file cannot be read, or a line is not in the encoding.
     """
     lines = []
-    for number, line in enumerate(text_lines(Path(path).expanduser() if path else None, encoding=encoding), start=1):
+    for number, line in enumerate(
+        text_lines(Path(os.path.expanduser(path)) if path else None, encoding=encoding), start=1
+    ):
         if line is None or not is_unicode(line):
             where = f"{path or 'standard input'}:{number}"
             raise DataError("is not UTF-8", where, "Convert it, for example with iconv")
@@ -89,6 +95,14 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def is_blank(text: str) -> bool:
+    """Return whether there is nothing to see: no letter, digit, punctuation or symbol.
+
+    White space, zero-width and control characters, private use, unassigned ones and marks without a base are nothing.
+    """
+    return not any(unicodedata.category(c)[0] in "LNPS" and c not in _BLANK for c in text)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hncse_ray.errors import DataError
 from hncse_ray.reading.kinds import Kind, check_file, kind_of
-from hncse_ray.reading.lines import explained, is_unicode, text_lines
+from hncse_ray.reading.lines import explained, is_blank, is_unicode, text_lines
 
 MAX_RECORD = 16 * 2**20
 """Characters of a line of a table: it holds other columns too. A field of CSV is bounded by it as well."""
@@ -100,7 +100,7 @@ def read_table(
                 raise DataError(f"the {name} is not text", where, needed)
             if not is_unicode(text):
                 raise DataError(f"the {name} is not UTF-8", where, "Convert the file, for example with iconv")
-            if not text.strip() and name not in optional:
+            if is_blank(text) and name not in optional:
                 raise DataError(f"the {name} is {'missing' if cell is None else 'empty'}", where, needed)
             texts.append(text.strip())
         yield record.number, tuple(texts)

@@ -1,12 +1,14 @@
-"""Collectives of training: a gather that carries gradient, sharded encoding, and failing together.
+"""What ranks tell each other: gathered rows with gradient, sharded vectors, the first rank's word, failures.
 
 Every function is the identity, or local, where no process group is initialised.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -18,6 +20,9 @@ from hncse_ray.encoder import SentenceEncoder, Side, length_batches
 from hncse_ray.errors import HncseError
 
 Value = TypeVar("Value")
+
+_MOST_BY_STORE = 1 << 16  # bytes; what is larger is broadcast once the others are there
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 2e-4, 0.1  # between two looks, a tenth of the wait so far
 
 
 def world_size() -> int:
@@ -104,30 +109,115 @@ class ShardedEncode:
         return ShardedEncode(self._encoder, self._batch_size, side)
 
 
-def broadcast(value: Value | None) -> Value:
-    """Return the first rank's value on every rank; the others' is not looked at."""
-    box = [value]
-    if world_size() > 1:
-        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
-        dist.broadcast_object_list(box, src=0, device=device)
-    assert box[0] is not None
-    return box[0]
+def from_first(work: Callable[[], Value]) -> Value:
+    """Do on the first rank what it does or decides alone, and return the outcome on every rank.
+
+    The others wait by the process group's store, for as long as the work takes: in a collective they would outlast its
+    limit. ``work`` must not communicate with them itself.
+
+    Raises:
+        HncseError: of ``work``, on every rank.
+        RuntimeError: on the other ranks, if ``work`` has failed for an unknown cause.
+    """
+    if world_size() == 1:
+        return work()
+    board = _Board()
+    if rank() != 0:
+        return cast(Value, board.hear())
+    try:
+        value = work()
+    except HncseError as error:
+        error.on_all_ranks = True
+        board.tell(error)
+        raise
+    except BaseException as error:
+        board.tell(RuntimeError(f"the first rank has failed ({type(error).__name__}: {error})"))
+        raise
+    board.tell(value)
+    return value
 
 
 def gather_values(value: Value) -> list[Value]:
-    """Return every rank's value, in rank order."""
-    values = [value] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(values, value)
-    return values
+    """Return every rank's value, in rank order; waits, as :func:`from_first` does, for the slowest."""
+    if world_size() == 1:
+        return [value]
+    board = _Board()
+    if rank() != 0:
+        board.put(value)
+    return from_first(lambda: [value, *board.collect()])
 
 
 def raise_together(error: HncseError | None) -> None:
-    """Raise on every rank if any rank has an error, so that none waits for ever in a collective.
+    """Raise on every rank if any rank has an error, so that none waits for ever for another.
 
     Raises:
         HncseError: the error of the lowest rank that has one.
     """
     first = next((e for e in gather_values(error) if e is not None), None)
     if first is not None:
+        first.on_all_ranks = True
         raise first
+
+
+class _Board:
+    """One message of the first rank to the others, or of these to it, by the store of the process group.
+
+    Unlike a collective it has no limit of time, and what ends with an error is heard of at once; a first rank that is
+    gone ends the wait, as the store is gone with it. The ranks make their boards in the same order.
+    """
+
+    def __init__(self) -> None:
+        group = dist.group.WORLD
+        assert group is not None
+        self._store = group.get_group_store()
+        self._name = f"board/{self._store.add(f'boards/{rank()}', 1)}"
+
+    def tell(self, outcome: object) -> None:
+        """Tell the others a value, or the error that they are to raise; on the first rank."""
+        content = pickle.dumps(outcome)
+        is_large = len(content) > _MOST_BY_STORE
+        message = pickle.dumps((is_large, len(content) if is_large else content))
+        self._store.set(self._name, message)  # type: ignore[arg-type]  # bytes are taken too
+        if is_large:  # the others are there at once: this collective takes as long as the bytes do
+            dist.broadcast(torch.frombuffer(bytearray(content), dtype=torch.uint8).to(_device()), src=0)
+
+    def hear(self) -> object:
+        """Return or raise what the first rank tells; on the others."""
+        self._wait_for(self._name)
+        is_large, content = pickle.loads(self._store.get(self._name))
+        if self._store.add(f"{self._name}/heard", 1) == world_size() - 1:
+            self._delete(self._name, f"{self._name}/heard")
+        if is_large:
+            received = torch.empty(content, dtype=torch.uint8, device=_device())
+            dist.broadcast(received, src=0)
+            content = received.cpu().numpy().tobytes()
+        outcome = pickle.loads(content)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def put(self, value: object) -> None:
+        """Hand a value to the first rank; on the others."""
+        self._store.set(f"{self._name}/{rank()}", pickle.dumps(value))  # type: ignore[arg-type]
+
+    def collect(self) -> list[Any]:
+        """Return what the others have put, in rank order; on the first rank."""
+        names = [f"{self._name}/{other}" for other in range(1, world_size())]
+        self._wait_for(*names)
+        values = [pickle.loads(self._store.get(name)) for name in names]
+        self._delete(*names)
+        return values
+
+    def _wait_for(self, *names: str) -> None:
+        begun = time.monotonic()
+        while not self._store.check(list(names)):
+            time.sleep(min(_LONGEST_PAUSE_S, max(_SHORTEST_PAUSE_S, 0.1 * (time.monotonic() - begun))))
+
+    def _delete(self, *names: str) -> None:
+        for name in names:
+            self._store.delete_key(name)
+
+
+def _device() -> torch.device:
+    """Return where collectives take their tensors from."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

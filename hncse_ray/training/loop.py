@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,15 +15,14 @@ from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus, batch_mask, rank_slice
 from hncse_ray.encoder import SentenceEncoder, freeze_unused
 from hncse_ray.errors import HncseError, StorageError
-from hncse_ray.evaluation import uniformity
 from hncse_ray.negatives import NegativeSource
 from hncse_ray.reporting.events import CheckpointSaved, Evaluated, Event, Notice, RunFinished, RunStarted, StepsLogged
-from hncse_ray.training.checkpoint import RunStore, Wish, read_newest, write_checkpoint
-from hncse_ray.training.distributed import ShardedEncode, raise_together, rank, world_size
+from hncse_ray.training.checkpoint import Resumed, RunStore, Wish, read_newest, write_checkpoint
+from hncse_ray.training.distributed import ShardedEncode, from_first, raise_together, rank, world_size
 from hncse_ray.training.evaluator import EvaluationSets, Scores, Split
 from hncse_ray.training.export import write_model
-from hncse_ray.training.guards import Guards
-from hncse_ray.training.negatives import GlobalNegatives, to_step
+from hncse_ray.training.guards import Guards, batch_uniformity
+from hncse_ray.training.negatives import BatchNegatives, GlobalNegatives, to_step
 from hncse_ray.training.objective import Metrics, Objective
 from hncse_ray.training.schedule import build_optimizer, build_schedule, count_steps, plan_batches
 from hncse_ray.training.step import LocalBatch, StepContext, StepNegatives, train_step
@@ -62,11 +60,14 @@ def fit(job: TrainJob, store: RunStore, emit: Emit) -> RunFinished | None:
         StorageError: a checkpoint or the model could not be written.
     """
     with ExitStack() as stack:
-        return _Trainer(job, store, emit if rank() == 0 else lambda event: None, stack).run()
+        return _Trainer(job, store, emit, stack).run()
 
 
 class _Trainer:
-    """The parts of one run on one rank, and its loop."""
+    """The parts of one run on one rank, and its loop.
+
+    The first rank alone logs, decides and looks global negatives up; the others are told by ``from_first``.
+    """
 
     def __init__(self, job: TrainJob, store: RunStore, emit: Emit, stack: ExitStack) -> None:
         self.settings, self.encoder, self.sets, self.corpus = job.settings, job.encoder, job.sets, job.corpus
@@ -94,22 +95,8 @@ class _Trainer:
             objective=self.objective,
         )
         self.state, self.best = resumed.state, resumed.best
-        for line in resumed.passed_over:
-            emit(Notice(f"passed over: {line}"))
-        self._check_corpus()
-        self._announce(job.precision)
         self.negatives: GlobalNegatives | None = None
-        if self.settings.negatives.source != "none":
-            self.negatives = GlobalNegatives(
-                self.settings,
-                corpus=self.corpus,
-                plan=self.plan,
-                dimension=self.encoder.dimension,
-                source=job.source,
-                notify=lambda text: emit(Notice(text)),
-            )
-            stack.callback(self.negatives.close)
-            self.negatives.resume(self.state, resumed.index)
+        from_first(lambda: self._begin(job, resumed, stack))
         if self.settings.encoder.compile:
             self.encoder.backbone.compile(dynamic=True)
         self.model: SentenceEncoder | DistributedDataParallel = self.encoder
@@ -130,7 +117,8 @@ class _Trainer:
             # Logged before every evaluation and checkpoint too: then a resumed run writes the same lines.
             due = map(self._due, (train.log_every_steps, train.evaluate_every_steps, train.checkpoint_every_steps))
             if (last or any(due)) and self.log.steps:
-                self._write_log()
+                from_first(self._write_log)
+                self.log = _Log()
                 wish = max(wish, self.store.wish())
             if state.evaluated_step != state.step and (last or self._due(train.evaluate_every_steps)):
                 self._consider_best(self._score("dev"))
@@ -152,8 +140,6 @@ class _Trainer:
                 total_steps=self.total_steps,
                 chunk_size=train.grad_cache_chunk_size,
             )
-            if self.negatives is not None:
-                self.negatives.refresh(state, self.encoder.weights)
             batches = self._next_batches()
             metrics, z1_BD = train_step(self.model, self.optimizer, batches, context, max_grad_norm=train.max_grad_norm)
             self.log.add(metrics, z1_BD, sum(sum(b.sizes) for b in batches), float(self.schedule.get_last_lr()[0]))
@@ -169,8 +155,9 @@ class _Trainer:
         first = self.state.step * self.settings.train.accumulation_steps
         numbers = range(first, first + self.settings.train.accumulation_steps)
         negatives: Sequence[StepNegatives | None] = [None] * len(numbers)
-        if self.negatives is not None:
-            negatives = [to_step(taken, self.corpus) for taken in self.negatives.take(numbers, self.state)]
+        if self.settings.negatives.source != "none":
+            taken = from_first(lambda: self._take_negatives(numbers))
+            negatives = [to_step(each, self.corpus) for each in taken]
         batches = []
         for number, own in zip(numbers, negatives, strict=True):
             ids = self.plan.batch(number)
@@ -179,12 +166,15 @@ class _Trainer:
             batches.append(LocalBatch(number, rows, sizes, own, batch_mask(self.corpus.hashes[ids])))
         return batches
 
+    def _take_negatives(self, numbers: Sequence[int]) -> list[BatchNegatives]:
+        assert self.negatives is not None
+        self.negatives.refresh(self.state, self.encoder.weights)
+        return self.negatives.take(numbers, self.state)
+
     def _write_log(self) -> None:
         started = time.perf_counter()
-        means, z1_BD = self.log.means()  # waits for the device
+        means = self.log.means()  # waits for the device
         self.log.seconds += time.perf_counter() - started
-        finite = math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])
-        means["uniformity"] = uniformity(z1_BD.float().cpu().numpy()) if finite else math.nan
         self.state.positive_similarity = means["positive_similarity"]
         if self.negatives is not None:
             means |= self.negatives.metrics(self.state.step)
@@ -192,18 +182,21 @@ class _Trainer:
         self.state.train_seconds += self.log.seconds
         self.state.sentences += self.log.sentences
         self.emit(StepsLogged(self.state.step, means, self.log.learning_rate, speed))
-        self.log = _Log()
         self.guards.check(self.state.step, means)
 
     def _score(self, split: Split) -> Scores:
+        """Score on all ranks; what the first has found counts, as the last bits differ from processor to processor."""
         error: HncseError | None = None
         scores: Scores = {}
         try:
             scores = self.sets.score(self.encode, split)
-        except HncseError as caught:  # every rank meets it alike; said once, by the lowest
+        except HncseError as caught:
             error = caught
         raise_together(error)
-        return scores
+        return from_first(lambda: scores)
+
+    def _tell(self, event: Event) -> None:
+        from_first(lambda: self.emit(event))
 
     def _consider_best(self, scores: Scores) -> None:
         state, metric = self.state, self.settings.evaluation.metric
@@ -216,7 +209,7 @@ class _Trainer:
             self.best = self.encoder.weights()
         else:
             state.evaluations_without_gain += 1
-        self.emit(Evaluated(state.step, "dev", scores, metric, is_best))
+        self._tell(Evaluated(state.step, "dev", scores, metric, is_best))
 
     def _checkpoint(self) -> None:
         started = time.perf_counter()
@@ -234,9 +227,11 @@ class _Trainer:
                 index=None if self.negatives is None else self.negatives.index_weights,
             ),
         )
-        self.emit(CheckpointSaved(self.state.step, time.perf_counter() - started))
+        self._tell(CheckpointSaved(self.state.step, time.perf_counter() - started))
 
-    def _check_corpus(self) -> None:
+    def _begin(self, job: TrainJob, resumed: Resumed, stack: ExitStack) -> None:
+        for line in resumed.passed_over:
+            self.emit(Notice(f"passed over: {line}"))
         if self.state.step and self.state.corpus_digest != self.corpus.digest:
             raise StorageError(
                 "its checkpoints come from another corpus: the source has changed since",
@@ -244,36 +239,6 @@ class _Trainer:
                 "Restore the old source, or choose another run.name",
             )
         self.state.corpus_digest = self.corpus.digest
-
-    def _finish(self, stopped_early: bool) -> RunFinished:
-        state = self.state
-        if self.best is not None:
-            self.encoder.load_weights(self.best)
-        after = {"dev": state.best_scores, "test": self._score("test")}
-        if after["test"]:
-            metric = self.settings.evaluation.metric
-            self.emit(Evaluated(state.best_step, "test", after["test"], metric, is_best=True))
-        error: StorageError | None = None
-        if rank() == 0:
-            try:
-                self.store.export(
-                    lambda folder: write_model(
-                        folder, self.encoder, settings=self.settings, corpus=self.corpus, state=state, after=after
-                    )
-                )
-            except StorageError as caught:
-                error = caught
-        raise_together(error)
-        return RunFinished(
-            step=state.step,
-            best_step=state.best_step,
-            sentences_per_s=state.sentences / max(state.train_seconds, 1e-9),
-            stopped_early=stopped_early,
-            before=state.before,
-            after=after,
-        )
-
-    def _announce(self, precision: str) -> None:
         self.emit(
             RunStarted(
                 run=self.settings.run.name,
@@ -283,8 +248,45 @@ class _Trainer:
                 batch_size=self.settings.train.batch_size,
                 num_workers=world_size(),
                 device=str(self.encoder.device),
-                precision=precision,
+                precision=job.precision,
                 resumed=self.state.step > 0,
+            )
+        )
+        if job.source is not None and self.settings.negatives.source != "none":
+            self.negatives = GlobalNegatives(
+                self.settings,
+                corpus=self.corpus,
+                plan=self.plan,
+                dimension=self.encoder.dimension,
+                source=job.source,
+                notify=lambda text: self.emit(Notice(text)),
+            )
+            stack.callback(self.negatives.close)
+            self.negatives.resume(self.state, resumed.index)
+
+    def _finish(self, stopped_early: bool) -> RunFinished:
+        state = self.state
+        if self.best is not None:
+            self.encoder.load_weights(self.best)
+        after = {"dev": state.best_scores, "test": self._score("test")}
+        if after["test"]:
+            metric = self.settings.evaluation.metric
+            self._tell(Evaluated(state.best_step, "test", after["test"], metric, is_best=True))
+        from_first(
+            lambda: self.store.export(
+                lambda folder: write_model(
+                    folder, self.encoder, settings=self.settings, corpus=self.corpus, state=state, after=after
+                )
+            )
+        )
+        return from_first(
+            lambda: RunFinished(
+                step=state.step,
+                best_step=state.best_step,
+                sentences_per_s=state.sentences / max(state.train_seconds, 1e-9),
+                stopped_early=stopped_early,
+                before=state.before,
+                after=after,
             )
         )
 
@@ -307,8 +309,10 @@ class _Log:
         self._metrics.append(metrics)
         self._last_z1_BD = z1_BD
 
-    def means(self) -> tuple[dict[str, float], Tensor]:
+    def means(self) -> dict[str, float]:
+        """Return the means, and the uniformity of the last batch."""
         assert self._last_z1_BD is not None
+        uniformity = batch_uniformity(self._last_z1_BD)
         names = list(self._metrics[0])
         values = torch.stack([torch.stack([m[name].float() for name in names]) for m in self._metrics]).mean(dim=0)
-        return dict(zip(names, values.tolist(), strict=True)), self._last_z1_BD
+        return dict(zip(names, values.tolist(), strict=True)) | {"uniformity": float(uniformity)}

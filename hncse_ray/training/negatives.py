@@ -1,7 +1,7 @@
 """Global negatives in training: when to publish weights, what to look up ahead, which neighbours to use.
 
-The first rank talks to the source, selects, and hands the outcome to the others, so that all ranks see the same
-neighbours of the same version and none waits for another's answer.
+All of it is the first rank's: it talks to the source and selects, and the loop hands the outcome to the others, so
+that all ranks see the same neighbours of the same version.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hncse_ray.negatives import (
     select,
 )
 from hncse_ray.training.checkpoint import TrainState, Weights
-from hncse_ray.training.distributed import broadcast, rank, world_size
+from hncse_ray.training.distributed import rank, world_size
 from hncse_ray.training.prefetch import Prefetch
 from hncse_ray.training.step import StepNegatives
 
@@ -133,14 +133,14 @@ class _Window:
 
 
 class GlobalNegatives:
-    """What the loop knows of the world outside its batch.
+    """What the first rank's loop knows of the world outside its batch.
 
     Args:
         settings: of the run.
         corpus: its sentences.
         plan: its batches.
         dimension: width D of the embeddings.
-        source: on the first rank; None on the others.
+        source: where neighbours come from.
         notify: takes one line for the user.
     """
 
@@ -151,7 +151,7 @@ class GlobalNegatives:
         corpus: Corpus,
         plan: BatchPlan,
         dimension: int,
-        source: NegativeSource | None,
+        source: NegativeSource,
         notify: Callable[[str], None],
     ) -> None:
         s = settings.negatives
@@ -168,7 +168,7 @@ class GlobalNegatives:
         self._refresh_rules = RefreshRules(s.refresh_every_steps, s.refresh, s.max_staleness_steps)
         self._sync = s.refresh == "sync"
         check_candidates(settings, corpus)
-        self._prefetch: Prefetch[_LookedUp] | None = None if source is None else Prefetch(s.timeout_s)
+        self._prefetch: Prefetch[_LookedUp] = Prefetch(s.timeout_s)
         self._published_step: int | None = None
         self._published: Weights | None = None
         self._positive_similarity = 1.0
@@ -184,7 +184,7 @@ class GlobalNegatives:
             state: of the checkpoint.
             index_weights: what that version was made from; None if the checkpoint has none.
         """
-        if self._source is None or not self._sync or state.index_version is None or index_weights is None:
+        if not self._sync or state.index_version is None or index_weights is None:
             return
         every = self._refresh_rules.every_steps
         if every is not None and state.step % every == 0:
@@ -194,9 +194,7 @@ class GlobalNegatives:
         self._publish(index_weights, step, wait=True)
 
     def refresh(self, state: TrainState, copy_weights: Callable[[], Weights]) -> None:
-        """Publish the present weights if they are due, and wait if training must. Before each step, on all ranks."""
-        if self._source is None or self._prefetch is None:
-            return
+        """Publish the present weights if they are due, and wait if training must. Before each step."""
         status = self._status()
         facts = RefreshFacts(
             step=state.step,
@@ -215,32 +213,27 @@ class GlobalNegatives:
             self._wait()
 
     def take(self, numbers: Sequence[int], state: TrainState) -> list[BatchNegatives]:
-        """Return the neighbours of the batches of this step, and look up those of the next. On all ranks.
+        """Return the neighbours of the batches of this step, and look up those of the next.
 
         Raises:
             TrainingError: selection has left nothing for many batches in a row.
         """
-        taken: list[BatchNegatives] | None = None
-        if self._prefetch is not None:
-            ahead = numbers[-1] + 1 + self._settings.negatives.prefetch_batches
-            if self._sync and (every := self._refresh_rules.every_steps) is not None:
-                # What is looked up ahead must not be older than what a resumed run would find.
-                per_step = self._settings.train.accumulation_steps
-                ahead = min(ahead, (numbers[0] // per_step // every + 1) * every * per_step)
-            for number in range(numbers[0], ahead if self._served else 0):
-                self._prefetch.start(number, self._look_up)
-            taken = [self._take(number) for number in numbers]
-            version = taken[-1].version
-            if version is not None:
-                state.index_version = asdict(version) | {"positive_similarity": self._positive_similarity}
-        negatives = broadcast(taken)
-        self._check_used(negatives)
-        return negatives
+        ahead = numbers[-1] + 1 + self._settings.negatives.prefetch_batches
+        if self._sync and (every := self._refresh_rules.every_steps) is not None:
+            # What is looked up ahead must not be older than what a resumed run would find.
+            per_step = self._settings.train.accumulation_steps
+            ahead = min(ahead, (numbers[0] // per_step // every + 1) * every * per_step)
+        for number in range(numbers[0], ahead if self._served else 0):
+            self._prefetch.start(number, self._look_up)
+        taken = [self._take(number) for number in numbers]
+        version = taken[-1].version
+        if version is not None:
+            state.index_version = asdict(version) | {"positive_similarity": self._positive_similarity}
+        self._check_used(taken)
+        return taken
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Return the means since the last call, by name; empty on ranks other than the first."""
-        if self._source is None:
-            return {}
+        """Return the means since the last call, by name."""
         status = self._status() or SourceStatus()
         window, self._window = self._window, _Window()
         facts = window.facts()
@@ -257,15 +250,13 @@ class GlobalNegatives:
 
     @property
     def index_weights(self) -> Weights | None:
-        """What the served version was made from, if a checkpoint must keep it: in ``sync`` mode, on the first rank."""
+        """What the served version was made from, if a checkpoint must keep it: in ``sync`` mode."""
         return self._published if self._sync else None
 
     def close(self) -> None:
         """Stop looking ahead and let go of the source."""
-        if self._prefetch is not None:
-            self._prefetch.close()
-        if self._source is not None:
-            self._source.close()
+        self._prefetch.close()
+        self._source.close()
 
     def _check_used(self, negatives: Sequence[BatchNegatives]) -> None:
         for batch in negatives:
@@ -280,7 +271,6 @@ class GlobalNegatives:
 
     def _status(self) -> SourceStatus | None:
         """Ask how the source stands; None if it cannot say. What it last served may still be searched."""
-        assert self._source is not None and self._prefetch is not None
         try:
             status = self._source.status()
         except SourceUnavailable as error:
@@ -296,7 +286,6 @@ class GlobalNegatives:
         return status
 
     def _publish(self, weights: Weights, step: int, *, wait: bool) -> None:
-        assert self._source is not None
         arrays = {name: tensor.numpy() for name, tensor in weights.items()}
         try:
             if not self._source.publish(arrays, step=step):
@@ -314,7 +303,6 @@ class GlobalNegatives:
 
     def _wait(self) -> None:
         """Wait for the version that is being made; what was looked up in the one before is forgotten."""
-        assert self._source is not None and self._prefetch is not None
         try:
             self._source.wait(self._settings.negatives.build_timeout_s)
         except SourceUnavailable as error:
@@ -328,7 +316,6 @@ class GlobalNegatives:
         self._in_reach = False
 
     def _take(self, number: int) -> BatchNegatives:
-        assert self._prefetch is not None
         try:
             looked_up, waited = self._prefetch.take(number)
         except SourceUnavailable as error:
@@ -356,7 +343,6 @@ class GlobalNegatives:
             return self._look_up_once(number)
 
     def _look_up_once(self, number: int) -> _LookedUp:
-        assert self._source is not None
         started = time.perf_counter()
         row_ids_B, positive_similarity = self._plan.batch(number), self._positive_similarity
         hits = self._source.search(row_ids_B, k=self._settings.negatives.candidates + 1)  # the row itself is one

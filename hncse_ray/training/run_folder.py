@@ -31,6 +31,7 @@ _FREE = (
     "negatives.cpus_per_shard",
     "negatives.gpus_per_shard",
     "negatives.threads_per_shard",
+    "negatives.index_dir",
     "negatives.prefetch_batches",
     "negatives.timeout_s",
     "negatives.build_timeout_s",

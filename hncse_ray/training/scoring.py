@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -105,6 +106,23 @@ def resolve_suites(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(itertools.chain(*(FULL if name == "full" else (name,) for name in names))))
 
 
+def split_seeds(group: str) -> tuple[str, ...]:
+    """Return the models that a group names, joined by commas; of a folder whose own name has commas, all of it.
+
+    Raises:
+        SettingsError: a name is empty.
+    """
+    parts, models = group.split(","), []
+    while parts:
+        sizes = range(len(parts), 1, -1)
+        size = next((n for n in sizes if os.path.isdir(os.path.expanduser(",".join(parts[:n])))), 1)
+        models.append(",".join(parts[:size]))
+        parts = parts[size:]
+    if not all(models):
+        raise SettingsError("names a model without a name", repr(group), "Name a folder, a hub name or package:NAME")
+    return tuple(models)
+
+
 def score_models(
     groups: Sequence[str],
     suites: Sequence[str],
@@ -127,7 +145,7 @@ def score_models(
     Raises:
         HncseError: missing data, or a model that cannot be loaded or scored.
     """
-    members = [tuple(name for name in group.split(",") if name) for group in groups]
+    members = [split_seeds(group) for group in groups]
     for model in itertools.chain(*members):
         resolve_model(model)  # the last one's absence should not show after an hour with the others
     sets = load_evaluation_sets(settings.evaluation, settings.corpus, dev_needed=False)

@@ -9,11 +9,14 @@ import torch
 
 from hncse_ray.config import EncoderSettings, NegativesSettings
 from hncse_ray.corpus import Corpus
+from hncse_ray.corpus.cache import cache_folder
 from hncse_ray.encoder import load_encoder
-from hncse_ray.negatives import IndexPlan, Weights
+from hncse_ray.errors import StorageError
+from hncse_ray.negatives import IndexPlan, Weights, plan_index
 from hncse_ray.negatives.shard import IndexShard
 
 _ENCODE_BATCH = (128, 1024)  # rows encoded at a time on CPUs, and on a GPU
+_GPU_WORKING_BYTES = 1e9  # what encoding and searching take of a GPU beside model and index, at the least
 
 
 def build_shard(
@@ -26,7 +29,7 @@ def build_shard(
     count: int = 1,
     threads: int = 1,
     device: torch.device | None = None,
-    folder: Path | None = None,
+    cache_dir: str | None = None,
 ) -> IndexShard:
     """Load an encoder of its own for a shard; its weights are replaced at every build.
 
@@ -34,7 +37,7 @@ def build_shard(
     bf16 where training computes in it.
 
     Args:
-        negatives: batch size of encoding.
+        negatives: batch size of encoding, and where the index may spill to disk.
         encoder: which encoder.
         corpus: all rows; the shard takes its part.
         plan: the shard's index.
@@ -42,15 +45,21 @@ def build_shard(
         count: how many shards there are.
         threads: CPU threads of one search.
         device: of the encoder, and of the index if it was planned for a GPU; default: the CPU.
-        folder: where index kinds that spill to disk may do so.
+        cache_dir: the setting ``corpus.cache_dir``.
 
     Raises:
         ModelError: the encoder cannot be loaded.
+        ClusterError: the index does not fit beside it on the GPU.
+        StorageError: there is no place on disk for the index.
     """
     device = device or torch.device("cpu")
     model = load_encoder(encoder.model, encoder, device=device)
     model.keep_head()
     model.inference_autocast = model.autocast
+    if plan.on_gpu:
+        free, total = torch.cuda.mem_get_info(device)
+        taken = torch.cuda.memory_reserved(device)
+        plan = plan_for_gpu(negatives, plan, free_bytes=free, total_bytes=total, taken_bytes=taken)
 
     def load_weights(weights: Weights) -> None:
         model.load_weights({name: torch.tensor(np.asarray(array)) for name, array in weights.items()})
@@ -66,5 +75,40 @@ def build_shard(
         batch_size=negatives.encode_batch_size or _ENCODE_BATCH[device.type == "cuda"],
         encode_ahead=1 + (device.type == "cuda"),
         threads=threads,
-        folder=folder,
+        folder=_index_folder(negatives, cache_dir) if plan.bytes_on_disk else None,
     )
+
+
+def plan_for_gpu(
+    negatives: NegativesSettings, plan: IndexPlan, *, free_bytes: float, total_bytes: float, taken_bytes: float
+) -> IndexPlan:
+    """Plan a shard's index for the GPU that it is on, whose memory nobody else could know.
+
+    Args:
+        negatives: which index, and the part of the GPU that is the shard's.
+        plan: of the largest shard, its memory not yet bounded.
+        free_bytes: of the GPU, its encoder loaded.
+        total_bytes: of the GPU.
+        taken_bytes: by this process.
+
+    Raises:
+        ClusterError: it does not fit; the message does the sum.
+    """
+    part = negatives.gpus_per_shard if 0 < negatives.gpus_per_shard < 1 else 1.0
+    return plan_index(
+        negatives.index,
+        rows=plan.rows,
+        dimension=plan.dimension,
+        memory_bytes=max(0.0, min(free_bytes, part * total_bytes - taken_bytes) - _GPU_WORKING_BYTES),
+        nprobe=negatives.nprobe,
+        on_gpu=True,
+    )
+
+
+def _index_folder(negatives: NegativesSettings, cache_dir: str | None) -> Path:
+    folder = Path(negatives.index_dir).expanduser() if negatives.index_dir else cache_folder(cache_dir) / "index"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot be written ({error.strerror})", str(folder), "Set negatives.index_dir") from error
+    return folder

@@ -35,6 +35,11 @@ from hncse_ray.tuning.study import Stopping
 
 # The share of the cluster and where things lie may differ when a sweep is taken up again: they change no score.
 _FREE_SETTINGS = ("run.storage_path", "cluster.", "corpus.cache_dir", "corpus.num_processes")
+# Of the options of a sweep: the least and the most.
+_LIMITS = {
+    "trials": (1, 1_000_000), "grace_steps": (1, 2**31 - 1), "max_concurrent": (1, 4096), "seeds": (0, 10_000),
+    "top": (1, 10_000),
+}  # fmt: skip
 STATE_NAMES = {
     TrialState.COMPLETE: "finished",
     TrialState.PRUNED: "stopped early",
@@ -68,10 +73,11 @@ class SweepOptions:
         if self.stopping not in get_args(Stopping):
             raise SettingsError(f"unknown rule {self.stopping!r}; choose from {', '.join(get_args(Stopping))}",
                                 "--stopping")  # fmt: skip
-        for name, least in (("trials", 1), ("grace_steps", 1), ("max_concurrent", 1), ("seeds", 0), ("top", 1)):
+        for name, (least, most) in _LIMITS.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise SettingsError(f"{value} is too few; give {least} or more", f"--{name.replace('_', '-')}")
+            if value is not None and not least <= value <= most:
+                wrong = f"{value} is too few; give {least} or more" if value < least else f"{value} is more than {most}"
+                raise SettingsError(wrong, f"--{name.replace('_', '-')}")
 
 
 @dataclass(frozen=True)

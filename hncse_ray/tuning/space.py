@@ -278,24 +278,24 @@ def _distribution(key: str, spec: _Spec, kind: str, choices: list[Value] | None)
         raise SettingsError(f"{kind} takes [low, high], not {ends}", key)
     if kind == "loguniform" and spec.step is not None:
         raise SettingsError("loguniform takes no step", key, "Use uniform, or categorical with the values wanted")
-    low, high = map(_exact, ends)
+    low, high = ends
     if not low < high:
         raise SettingsError(f"its range [{low:g}, {high:g}] is empty", key, "The first must be smaller")
     kinds = setting_kinds(key)
     if kind != "int" and int in kinds and float not in kinds:
         raise SettingsError(f"is an integer, and {kind} draws fractions", key, "Use int, or categorical")
-    step = None if spec.step is None else _exact(spec.step)
-    if step is not None:
-        if not 0 < step <= high - low:
-            raise SettingsError(f"step {step:g} does not fit the range [{low:g}, {high:g}]", key)
+    if spec.step is not None:
+        step, width = _exact(spec.step), _exact(high) - _exact(low)
+        if not 0 < step <= width:
+            raise SettingsError(f"step {spec.step:g} does not fit the range [{low:g}, {high:g}]", key)
         if kind == "int" and step % 1:
-            raise SettingsError(f"step {step:g} of an int parameter is not whole", key)
-        high = low + (high - low) // step * step
+            raise SettingsError(f"step {spec.step:g} of an int parameter is not whole", key)
+        high = type(high)(_exact(low) + width // step * step)
     if kind == "int":
-        return IntDistribution(int(low), int(high), step=int(step or 1))
+        return IntDistribution(low, high, step=int(spec.step or 1))
     if kind == "loguniform" and low <= 0:
         raise SettingsError(f"loguniform from {low:g}: zero and less have no logarithm", key)
-    return FloatDistribution(float(low), float(high), log=kind == "loguniform", step=spec.step)
+    return FloatDistribution(low, high, log=kind == "loguniform", step=spec.step)
 
 
 def _exact(number: float) -> Decimal:

@@ -129,6 +129,10 @@ BAD_RUNS: dict[str, Case] = {
     "unknown objective": (overrides("objective.name=hybird"), ("hybird", "did you mean 'hybrid'?")),
     "out of range": (overrides("train.learning_rate=-1"), ("train.learning_rate = -1", "greater than 0")),
     "of another type": (overrides("train.batch_size=many"), ("train.batch_size = 'many'", "integer")),
+    "a warm-up longer than the run": (
+        overrides("train.max_steps=null", "train.warmup_steps=500"),
+        ("train.warmup_steps: 500 is not less than the", "Lower it, or raise train.epochs"),
+    ),
     "k too large": (
         overrides("objective.k=16"),
         ("objective.k = 16 is larger than the 15 candidates", "lower objective.k or raise train.batch_size"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pool_faults import (
 from tiny import make_sentences
 
 from hncse_ray.cluster import prepare
+from hncse_ray.cluster.node_corpus import NodeCorpus
 from hncse_ray.cluster.pool import PoolClient, PoolHandles, negative_pool
 from hncse_ray.cluster.resources import plan_pool
 from hncse_ray.config import Settings
@@ -38,6 +40,7 @@ from hncse_ray.errors import ClusterError, ModelError
 from hncse_ray.negatives import Hits, IndexVersion, SourceUnavailable, Weights, plan_index
 from hncse_ray.negatives.in_process import InProcessSource
 from hncse_ray.reporting import Reporters
+from hncse_ray.storage import locked
 from hncse_ray.training.shard import build_shard
 
 pytestmark = pytest.mark.timeout(600)
@@ -132,7 +135,7 @@ def world(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
 def start_pool(world: World, name: str, **negatives: Any) -> Any:
     """The context manager of a pool."""
     settings = world.settings.model_copy(update={"negatives": world.settings.negatives.model_copy(update=negatives)})
-    plan = plan_pool(settings.negatives, ray.cluster_resources(), rows=len(world.corpus), dimension=world.dimension)
+    plan = plan_pool(settings.negatives, [ray.cluster_resources()], rows=len(world.corpus), dimension=world.dimension)
     return negative_pool(settings, plan, world.corpus, world.folder / name)
 
 
@@ -319,6 +322,8 @@ class TestPool:
         status = client.status()
         assert status.version == served[0] and status.failed_builds == failed + 1 and not status.building
         assert "DataError" in status.last_failure and "not finite" in status.last_failure
+        kept = [file.name for file in (world.folder / "shared").glob("*.safetensors*")]
+        assert kept == [f"{served[0].weights_digest}.safetensors"]  # those of the failed one are gone
         hits = client.search(QUERIES, k=K)
         assert hits.complete and hits.version == served[0]
         assert_exact(hits, served[1], shards={0, 1, 2})
@@ -349,6 +354,9 @@ def test_a_build_that_hangs_is_given_up_and_an_error_in_the_body_leaves_nothing(
     with pytest.raises(ZeroDivisionError):
         with start_pool(world, "hanging", num_shards=2, cpus_per_shard=1, build_timeout_s=15) as pool:
             assert len(placement_groups()) == 1 and ray.available_resources()["CPU"] == 6
+            (each,) = {tuple(sorted(bundle.items())) for bundle in placement_groups()[0]["bundles"].values()}
+            rows = -(-ROWS // 2)
+            assert dict(each) == {"CPU": 1, "memory": rows * world.dimension * 4 * 2 + rows}  # two versions, and flags
             client = PoolClient(pool, timeout_s=3)
             assert client.publish(world.weights, step=0)
             client.wait(BACK_S)
@@ -379,10 +387,44 @@ def test_a_pool_that_cannot_come_up_says_why_and_leaves_nothing(world: World) ->
     settings = world.settings.model_copy(
         update={"encoder": world.settings.encoder.model_copy(update={"model": str(world.folder / "none")})}
     )
-    plan = plan_pool(settings.negatives, ray.cluster_resources(), rows=ROWS, dimension=world.dimension)
+    plan = plan_pool(settings.negatives, [ray.cluster_resources()], rows=ROWS, dimension=world.dimension)
     with pytest.raises(ModelError, match="none"), negative_pool(settings, plan, world.corpus, world.folder / "x"):
         pytest.fail("it came up")
     assert nothing_is_left()
+
+
+def test_a_corpus_that_must_be_prepared_first_takes_as_long_as_it_does(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other processes of the node hold the corpus up for longer than a shard may take to come up."""
+    clock_s = 15.0
+    monkeypatch.setattr("hncse_ray.cluster.pool._START_TIMEOUT_S", clock_s)
+    really, cache = NodeCorpus.of, world.folder / "another node"
+    (cache / "corpora").mkdir(parents=True)
+
+    def elsewhere(corpus: Corpus, settings: Settings) -> NodeCorpus:
+        here = really(corpus, settings)
+        asked = here.settings.model_copy(update={"cache_dir": str(cache)})
+        return replace(here, path=str(cache / "none"), settings=asked)
+
+    monkeypatch.setattr(NodeCorpus, "of", elsewhere)
+    preparing, over = cache / "corpora" / f".{world.corpus.digest}.lock", threading.Event()
+
+    def hold() -> None:
+        with locked(preparing, wait=True):
+            over.wait(clock_s + 10)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    soon(preparing.exists, within_s=10, what="the lock")
+    try:
+        with start_pool(world, "elsewhere", num_shards=1) as pool:
+            assert not holder.is_alive()  # it was waited for
+            assert ray.get(pool.shards[0].versions.remote()) == []
+    finally:
+        over.set()
+        holder.join()
+    assert len(list((cache / "corpora").glob("[!.]*"))) == 1 and nothing_is_left()
 
 
 def test_cpus_that_are_taken_are_said(world: World) -> None:

@@ -1,5 +1,6 @@
 """Settings: defaults, overrides, and an error for everything that is wrong."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,7 @@ def test_another_objective_keeps_what_it_knows() -> None:
         ("cluster={num_workers: 2, min_workers: 1}", "set use_gpu to true or false"),
         ("corpus.source=text", "needs a path"),
         ("corpus.path=x", "takes no path"),
+        ("train={warmup_steps: 5, max_steps: 5}", "train: warmup_steps 5 is not less than max_steps 5"),
         ("evaluation.metric=stsb/recall@1", "choose from stsb/spearman"),
         ("evaluation.suites=[pairs]", "needs pairs_dev"),
         ("train", "is not an override"),
@@ -174,6 +176,14 @@ def test_a_broken_recipe_is_refused(text: str, said: str, tmp_path: Path) -> Non
     with pytest.raises(SettingsError, match="broken.yaml") as caught:
         load_settings(recipe)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["objective.", "objective.k", "a.b", "", "."])
+def test_a_key_of_a_recipe_with_dots_is_an_unknown_setting(key: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "dots.yaml"
+    recipe.write_text(f"corpus: {{source: python-docs}}\n{key!r}: 1\n")
+    with pytest.raises(SettingsError, match=rf"unknown setting {re.escape(repr(key))}"):
+        load_settings(recipe)
 
 
 def test_a_binary_recipe_and_a_folder_are_refused(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_args
 
 import pytest
 from annotated_types import Le, Lt
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from hncse_ray.config import OBJECTIVES, Settings, load_settings
 from hncse_ray.errors import SettingsError
@@ -129,6 +131,13 @@ def test_what_a_list_or_a_mapping_holds_is_read_in_the_same_way(tmp_path: Path) 
     assert (section.batch_size, section.warmup_steps, section.epochs) == (100, 3, 2)
 
 
+def test_one_number_stands_for_a_list_of_one(tmp_path: Path) -> None:
+    assert load_settings(BASE, ["objective.dimensions=1e2"]).objective.dimensions == (100,)
+    for text in ("0100", "[0100]"):
+        with pytest.raises(SettingsError, match=r"objective.dimensions = .*in decimal digits"):
+            load_settings(BASE, [f"objective.dimensions={text}"])
+
+
 def test_an_override_leaves_the_mapping_of_the_caller_alone() -> None:
     recipe: dict[str, Any] = {**BASE, "cluster": {"trainer_labels": {"zone": "a"}}}
     load_settings(recipe, ["cluster.trainer_labels.zone=b", "train.epochs=2"])
@@ -190,25 +199,32 @@ def test_stored_settings_read_back_whatever_their_texts_are(tmp_path: Path) -> N
         assert load_settings(path) == settings
 
 
-def integers(section: type[BaseModel], path: str = "") -> dict[str, Any]:
+def bounds(metadata: list[Any]) -> list[Any]:
+    return [limit for m in metadata for limit in (m.metadata if isinstance(m, FieldInfo) else [m])]
+
+
+def limits(annotation: Any, metadata: list[Any]) -> Iterator[list[Any]]:
+    """The limits of each integer that a type is made of."""
+    if annotation is int:
+        yield metadata
+    for inner in get_args(annotation):
+        yield from limits(inner, [*metadata, *getattr(annotation, "__metadata__", ())])
+
+
+def integers(section: type[BaseModel], path: str = "") -> Iterator[tuple[str, list[Any]]]:
     """Every integer setting with its limits, by path."""
-    found: dict[str, Any] = {}
     for name, field in section.model_fields.items():
-        kinds = [field.annotation, *get_args(field.annotation)]
-        metadata = [*field.metadata, *(m for kind in kinds for m in getattr(kind, "__metadata__", ()))]
-        below = [kind for kind in kinds if isinstance(kind, type) and get_origin(kind) is None]
-        if int in below and bool not in below:
-            found[path + name] = metadata
-        for kind in below:
-            if issubclass(kind, BaseModel):
-                found |= integers(kind, f"{path}{name}.")
-    return found
+        yield from ((path + name, found) for found in limits(field.annotation, field.metadata))
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from integers(field.annotation, f"{path}{name}.")
 
 
 def test_every_integer_has_a_greatest_value_and_what_is_above_it_is_refused() -> None:
-    found = integers(Settings) | {k: v for cls in OBJECTIVES.values() for k, v in integers(cls, "objective.").items()}
-    assert len(found) > 30 and "train.batch_size" in found
-    unbounded = [path for path, metadata in found.items() if not any(isinstance(m, Le | Lt) for m in metadata)]
-    assert unbounded == []
+    found = [*integers(Settings), *(pair for cls in OBJECTIVES.values() for pair in integers(cls, "objective."))]
+    assert len(found) > 30 and {"train.batch_size", "objective.k", "objective.dimensions"} <= {
+        path for path, _ in found
+    }
+    unbounded = {path for path, metadata in found if not any(isinstance(m, Le | Lt) for m in bounds(metadata))}
+    assert unbounded == set()
     with pytest.raises(SettingsError, match=r"corpus.max_chars = 1000.*: input should be less than or equal to"):
         load_settings(BASE, ["corpus.max_chars=10000000000000000000"])

@@ -103,6 +103,15 @@ def test_a_worker_is_on_one_node() -> None:
         place_workers(settings(cluster={"num_workers": 3, "cpus_per_worker": 2}), nodes, None)
 
 
+def test_a_worker_is_on_one_gpu() -> None:
+    nodes = Nodes((node(8, 2), node(8, 2)))
+    part = {"num_workers": 5, "use_gpu": True, "gpus_per_worker": 0.6}  # 3 of the 4 GPUs in sum
+    with pytest.raises(ClusterError, match="5 workers x 0.6 GPUs do not fit nodes of 2, 2 GPUs"):
+        place_workers(settings(cluster=part), nodes, None)
+    assert place_workers(settings(cluster=part | {"use_gpu": "auto"}), nodes, None).gpus == 0
+    assert place_workers(settings(cluster=part | {"num_workers": 4}), nodes, None).cpus == 4
+
+
 def test_totals_add_up() -> None:
     assert total(FLEET.alive) == {"CPU": 20, "GPU": 3}
     assert total(()) == {}

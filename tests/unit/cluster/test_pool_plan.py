@@ -13,19 +13,20 @@ from hncse_ray.config import ClusterSettings, NegativesSettings
 from hncse_ray.errors import ClusterError, DataError
 from hncse_ray.negatives import IndexVersion
 from hncse_ray.negatives.shard import IndexShard
+from hncse_ray.training.shard import plan_for_gpu
 
 GB = 1e9
 
 
-def plan(total: dict[str, float], *, rows: int = 1000, dimension: int = 32, **settings: Any) -> PoolPlan:
+def plan(*nodes: dict[str, float], rows: int = 1000, dimension: int = 32, **settings: Any) -> PoolPlan:
     return plan_pool(
-        NegativesSettings.model_validate({"source": "pool"} | settings), total, rows=rows, dimension=dimension
+        NegativesSettings.model_validate({"source": "pool"} | settings), nodes, rows=rows, dimension=dimension
     )
 
 
-def refusal(total: dict[str, float], **settings: Any) -> str:
+def refusal(*nodes: dict[str, float], **settings: Any) -> str:
     with pytest.raises(ClusterError) as caught:
-        plan(total, **settings)
+        plan(*nodes, **settings)
     assert caught.value.hint
     return str(caught.value)
 
@@ -41,6 +42,61 @@ def test_shards_without_cpus_of_their_own_share_the_threads_of_all() -> None:
     assert plan({"CPU": 8}, num_shards=2, cpus_per_shard=3).threads == 3
     assert plan({"CPU": 8}, num_shards=2, cpus_per_shard=0.5).threads == 1
     assert plan({"CPU": 8}, num_shards=3, threads_per_shard=5).threads == 5
+
+
+def test_threads_are_those_of_a_node() -> None:
+    """A shard computes on one node, however many CPUs the cluster has."""
+    sixteen = {"CPU": 16.0, "memory": 64 * GB}
+    assert plan(*[sixteen] * 16).threads == 16
+    assert plan(*[sixteen] * 16, num_shards=16).threads == 16
+    assert plan(*[sixteen] * 2, num_shards=3).threads == 8  # two of them on one node
+    assert plan({"CPU": 0.0}, {"CPU": 4.0}, sixteen, num_shards=2).threads == 4
+    eight = {"CPU": 32.0, "GPU": 8.0}
+    assert plan(eight, eight, num_shards=4, gpus_per_shard=1).threads == 8  # Ray packs them on one node
+    assert plan(eight, eight, num_shards=16, gpus_per_shard=1).threads == 4
+
+
+def test_memory_is_that_of_a_node_and_reserved() -> None:
+    """3 million rows x 768 x 4 bytes are 9.2 GB, 18.4 GB for two versions."""
+    asked: dict[str, Any] = {"rows": 6_000_000, "dimension": 768, "num_shards": 2, "index": "flat"}
+    node = {"CPU": 8.0, "memory": 20 * GB}
+    pool = plan(node, node, **asked)
+    assert pool.memory == pool.index.bytes_building > 18.4 * GB
+    assert pool.each() == {"memory": pool.memory} and pool.strategy == "SPREAD"
+    quarters = [{"CPU": 8.0, "memory": 10 * GB}] * 4
+    assert "but 10.00 GB are free" in refusal(*quarters, **asked)  # though there are 40 GB
+    assert plan(*quarters, **asked | {"index": "auto"}).index.kind == "ivf_pq"
+    assert plan({"CPU": 8.0, "memory": 45 * GB}, quarters[0], **asked).memory == pool.memory  # both on the first
+    reserving = plan(node, node, **asked, cpus_per_shard=5)
+    assert reserving.each() == {"CPU": 5, "memory": pool.memory} and reserving.strategy == "PACK"
+    large = {"CPU": 5.0, "memory": 45 * GB}
+    assert "but 20.00 GB are free" in refusal(large, node, cpus_per_shard=5, **asked | {"rows": 8_000_000})
+
+
+def test_what_is_there_in_sum_but_not_in_one_piece_is_said() -> None:
+    nodes = [{"CPU": 3.0, "GPU": 1.0}] * 4
+    message = refusal(*nodes, num_shards=3, cpus_per_shard=4)
+    assert "3 shards x 4 CPUs do not fit nodes of 3, 3, 3, 3 CPUs" in message and "negatives.cpus_per_shard" in message
+    assert "2 shards x 2 GPUs do not fit" in refusal(*nodes, num_shards=2, gpus_per_shard=2)
+    message = refusal(*nodes, num_shards=5, gpus_per_shard=0.6)  # 3 of the 4 GPUs in sum, but a GPU each
+    assert "5 shards x 0.6 GPUs do not fit nodes of 1, 1, 1, 1 GPUs" in message
+
+
+def test_a_shard_on_a_gpu_sees_for_itself_what_that_has_room_for() -> None:
+    pool = plan({"CPU": 8.0, "GPU": 1.0}, rows=10_000_000, dimension=768, gpus_per_shard=1)
+    assert pool.index.kind == "exact_torch" and pool.memory == 0  # 31 GB of GPU memory while the next is built
+    asked = {"free_bytes": 80 * GB, "total_bytes": 80 * GB, "taken_bytes": 0}
+
+    def on_gpu(**changes: Any) -> str:
+        memory = {name: changes.pop(name, size) for name, size in asked.items()}
+        negatives = NegativesSettings.model_validate({"source": "pool", "gpus_per_shard": 1} | changes)
+        return plan_for_gpu(negatives, pool.index, **memory).kind
+
+    assert on_gpu() == on_gpu(gpus_per_shard=0.5) == "exact_torch"
+    assert on_gpu(gpus_per_shard=0.3) == on_gpu(taken_bytes=20 * GB, gpus_per_shard=0.5) == "ivf_pq"
+    assert on_gpu(free_bytes=20 * GB) == "ivf_pq"
+    with pytest.raises(ClusterError, match=r"exact_torch needs .* 30.73 GB; but 23.00 GB of GPU memory are free"):
+        on_gpu(free_bytes=24 * GB, index="exact_torch")
 
 
 def test_as_many_shards_as_rows_and_no_more() -> None:

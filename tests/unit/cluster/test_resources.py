@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hncse_ray.cluster.resources import WorkerPlan, plan_workers
+from hncse_ray.cluster.resources import WorkerPlan, largest_share, plan_workers
 from hncse_ray.config import ClusterSettings
 from hncse_ray.errors import ClusterError
 
@@ -59,3 +59,11 @@ def test_too_few_cpus_are_counted() -> None:
 
 def test_a_cluster_without_cpus_is_refused() -> None:
     assert "has 0" in refusal({})
+
+
+def test_the_largest_share_is_of_one_node() -> None:
+    threes = [{"CPU": 3.0}] * 3
+    assert largest_share(2, 4, threes) == 3  # 9 CPUs for two are 4 each, but nowhere
+    assert largest_share(4, 2, threes) == 1
+    assert largest_share(2, 4, None) == 4
+    assert largest_share(2, 8, [{"CPU": 16.0}, {"CPU": 4.0, "GPU": 2.0}], gpus=1) == 2

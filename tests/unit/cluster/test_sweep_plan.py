@@ -35,14 +35,20 @@ def settings(*overrides: str) -> Settings:
 def test_trials_side_by_side(
     overrides: list, cpus: int, gpus: int, asked: int | None, concurrent: int, share: float
 ) -> None:
-    plan = plan_sweep([settings(*overrides)], {"CPU": cpus, "GPU": gpus}, max_concurrent=asked)
+    plan = plan_sweep([settings(*overrides)], [{"CPU": cpus, "GPU": gpus}], max_concurrent=asked)
     assert (plan.concurrent, plan.cpus_per_worker) == (concurrent, share)
+
+
+def test_a_worker_of_a_trial_is_on_one_node() -> None:
+    nodes = [{"CPU": 5.0}, {"CPU": 5.0}, {"CPU": 5.0}]  # 15 CPUs for two trials are no 7 for each
+    assert plan_sweep([settings()], nodes, max_concurrent=2).cpus_per_worker == 5
+    assert plan_sweep([settings("cluster.num_workers=2")], nodes, max_concurrent=2).cpus_per_worker == 2
 
 
 def test_the_largest_trial_counts() -> None:
     trials = [settings("negatives.source=none"), settings("negatives.source=pool", "negatives.cpus_per_shard=2")]
-    assert plan_sweep(trials, {"CPU": 8.0}, max_concurrent=None).concurrent == 2
-    assert plan_sweep(trials[:1], {"CPU": 8.0}, max_concurrent=None).concurrent == 4
+    assert plan_sweep(trials, [{"CPU": 8.0}], max_concurrent=None).concurrent == 2
+    assert plan_sweep(trials[:1], [{"CPU": 8.0}], max_concurrent=None).concurrent == 4
 
 
 @pytest.mark.parametrize(
@@ -64,5 +70,5 @@ def test_what_does_not_fit_is_refused_with_the_sum(
     overrides: list, cpus: int, gpus: int, asked: int | None, said: str
 ) -> None:
     with pytest.raises(ClusterError) as caught:
-        plan_sweep([settings(*overrides)], {"CPU": cpus, "GPU": gpus}, max_concurrent=asked)
+        plan_sweep([settings(*overrides)], [{"CPU": cpus, "GPU": gpus}], max_concurrent=asked)
     assert said in str(caught.value), str(caught.value)

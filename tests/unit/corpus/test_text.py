@@ -1,12 +1,10 @@
 import hashlib
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hncse_ray.corpus import normalise, row_hash
-from hncse_ray.corpus.text import is_blank
 
 
 def test_white_space_and_nfc():
@@ -20,18 +18,6 @@ def test_a_row_hash_is_fixed_for_all_time_and_of_the_tokens_alone():
     expected = int.from_bytes(hashlib.blake2b(bytes_).digest()[:8], "little", signed=True)
     assert row_hash(np.array(ids, np.int32)) == row_hash(np.array([9, *ids], np.int32)[1:]) == expected
     assert row_hash(np.array(ids[:2], np.int32)) != expected
-
-
-@pytest.mark.parametrize(
-    "text", ["", " ", "\u200b", "\ufeff\u2060", "\ue000", "\u3164", "\u2800", "\u0301", "\x01\x7f", "\u00ad"]
-)
-def test_nothing_to_see(text):
-    assert is_blank(text)
-
-
-@pytest.mark.parametrize("text", ["a", "\u200ba", "1", ".", "\u4f60", "\U0001f600", "\u0915\u094d", "+"])
-def test_something_to_see(text):
-    assert not is_blank(text)
 
 
 @given(st.text())

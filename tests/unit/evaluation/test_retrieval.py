@@ -250,6 +250,7 @@ def test_formats(tmp_path: Path, suffix: str) -> None:
         ("a.tsv", "q\ta\nq\n", r"a\.tsv:2: has 1 column where 2 are needed"),
         ("a.tsv", "q\ta\n\nq\ta\tb\n", r"a\.tsv:3: has 3 columns where 2 are needed"),
         ("a.tsv", "q\t \n", r"a\.tsv:1: the answer is empty"),
+        ("a.tsv", "q\t\u200b\n", r"a\.tsv:1: the answer is empty"),
         ("a.tsv", "\n", "holds no pairs"),
         ("a.tsv", b"q\ta\n\xe9\ta\n", r"a\.tsv:2: the query is not UTF-8"),
         ("a.csv", "query,text\nq,a\n", "has no column 'answer'. It has: query, text"),

@@ -260,6 +260,23 @@ def test_vectors_that_are_no_numbers_are_refused(bad: float) -> None:
     assert shard.versions() == [version(0)]
 
 
+def test_a_version_built_while_others_are_dropped_is_kept() -> None:
+    """The end of its build falls between what the retirement reads and what it writes."""
+    shard = make_shard(Encoder())
+    shard.build(version(0), weights(0))
+
+    class Keep(list[IndexVersion]):
+        def __contains__(self, asked: object) -> bool:
+            building.start()
+            building.join(timeout=1)
+            return super().__contains__(asked)
+
+    building = threading.Thread(target=shard.build, args=(version(1), weights(1)))
+    shard.retire(Keep([version(0)]))
+    building.join()
+    assert shard.versions() == [version(0), version(1)]
+
+
 def test_two_builds_at_once_do_not_mix_their_weights() -> None:
     shard = make_shard(Encoder(lambda ids: time.sleep(0.0005)), batch_size=2)
     with ThreadPoolExecutor(4) as pool:

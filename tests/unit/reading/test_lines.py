@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from hncse_ray.errors import DataError
-from hncse_ray.reading import read_lines, text_lines
+from hncse_ray.reading import is_blank, read_lines, text_lines
 
 
 def write(path, data):
@@ -46,3 +46,15 @@ def test_standard_input_stays_open(monkeypatch):
 
 def test_another_encoding(tmp_path):
     assert read_lines(write(tmp_path / "a", b"caf\xe9\n"), encoding="latin-1") == ["caf\u00e9"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "\u200b", "\ufeff\u2060", "\ue000", "\u3164", "\u2800", "\u0301", "\x01\x7f", "\u00ad"]
+)
+def test_nothing_to_see(text):
+    assert is_blank(text)
+
+
+@pytest.mark.parametrize("text", ["a", "\u200ba", "1", ".", "\u4f60", "\U0001f600", "\u0915\u094d", "+"])
+def test_something_to_see(text):
+    assert not is_blank(text)

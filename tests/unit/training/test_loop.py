@@ -17,15 +17,14 @@ from tiny import make_collection
 from hncse_ray.config import OBJECTIVES, Settings, load_settings
 from hncse_ray.corpus import prepare_corpus
 from hncse_ray.encoder import load_encoder
-from hncse_ray.errors import HncseError, StorageError, TrainingError
-from hncse_ray.evaluation import evaluate_retrieval, read_collection
+from hncse_ray.errors import StorageError, TrainingError
+from hncse_ray.evaluation import evaluate_retrieval, read_collection, uniformity
 from hncse_ray.reporting import Event, MetricsFile, Notice, RunFinished, RunStarted
 from hncse_ray.reporting.events import CheckpointSaved, Evaluated, StepsLogged
 from hncse_ray.storage import write_folder
 from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets
-from hncse_ray.training import loop as loop_module
 from hncse_ray.training.checkpoint import Wish
-from hncse_ray.training.guards import Guards
+from hncse_ray.training.guards import Guards, batch_uniformity
 
 Tree = dict[str, Any]
 Merge = Callable[[Event], None]
@@ -528,23 +527,11 @@ def test_a_full_disk_is_a_storage_error_and_leaves_the_checkpoint_before(tree: T
     assert_same_weights(weights(store), weights(expected_store))
 
 
-def test_a_model_that_cannot_be_written_is_an_error_of_all_ranks(
-    tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The export runs on rank 0 only: what goes wrong there must go through raise_together, or the others hang."""
-    told: list[HncseError | None] = []
-    really = loop_module.raise_together
-
-    def watched(failure: HncseError | None) -> None:
-        told.append(failure)
-        really(failure)
-
-    monkeypatch.setattr(loop_module, "raise_together", watched)
+def test_a_model_that_cannot_be_written_is_an_error(tree: Tree, tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     store.export_error = StorageError("No space left")
     with pytest.raises(StorageError, match="No space left"):
         run(load_settings(tree, ["train.max_steps=2"]), store)
-    assert isinstance(told[-1], StorageError)
 
 
 # ------------------------------------------------------------------------------------------------ which weights
@@ -661,6 +648,20 @@ def test_collapse_ends_the_run(tree: Tree, tmp_path: Path) -> None:
     settings = load_settings(tree, ["train.max_uniformity=-3.99"])  # no batch is as uniform as that
     with pytest.raises(TrainingError, match="collapsed.*step 3.*max_uniformity"):
         run(settings, FolderStore(tmp_path))
+
+
+def test_the_uniformity_of_a_large_batch_is_that_of_a_sample_of_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z_BD = torch.nn.functional.normalize(torch.randn(4096, 16, generator=generator) + 0.5, dim=-1)
+    for rows in (2, 64, 1024):  # of so few, all
+        exact = uniformity(z_BD[:rows].numpy())
+        assert float(batch_uniformity(z_BD[:rows])) == pytest.approx(exact, abs=1e-5)
+    found = batch_uniformity(z_BD)
+    assert float(found) == pytest.approx(uniformity(z_BD.numpy()), abs=0.02) and found.device == z_BD.device
+    same = z_BD[:1].expand(4096, -1).clone()
+    assert float(batch_uniformity(same)) == pytest.approx(0, abs=1e-6)
+    same[[0, -1]] = z_BD[[0, 1]]  # the sample goes from the first row to the last
+    assert float(batch_uniformity(same)) < -1e-4
 
 
 class TestGuards:

@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from hncse_ray.config import OBJECTIVES, EncoderSettings, load_settings
 from hncse_ray.corpus import batch_mask, rank_slice
 from hncse_ray.encoder import freeze_unused, load_encoder
-from hncse_ray.errors import DataError, ModelError
+from hncse_ray.errors import ModelError
 from hncse_ray.evaluation import StsPair, StsPairs, evaluate_retrieval, paired_set, spearman
-from hncse_ray.training.distributed import ShardedEncode, broadcast, gather_rows, raise_together
+from hncse_ray.training.distributed import ShardedEncode, gather_rows
 from hncse_ray.training.objective import Objective
 from hncse_ray.training.step import LocalBatch, StepContext, StepNegatives, train_step
 
@@ -151,13 +151,8 @@ def work(rank: int, world: int, port: int, model: str, out: str) -> None:
     found: dict[str, object] = {"gradients": gradients(model, rank, world), "vectors": sharded_vectors(model)}
     found["scores"] = sharded_scores(model)
     found["global"] = global_gradients(model, rank, world)
-    found["broadcast"] = broadcast([1, "two"] if rank == 0 else None)
     gathered = gather_rows(torch.full((rank, 2), float(rank)), tuple(range(world)))
     found["gathered"] = gathered[:, 0].tolist()
-    try:
-        raise_together(DataError("only the last rank has met this") if rank == world - 1 else None)
-    except DataError as error:
-        found["error"] = str(error)
     try:
         broken_on_the_last_rank(model, rank == world - 1)
     except ModelError as error:
@@ -221,10 +216,6 @@ def test_the_cases_with_global_negatives_differ_as_they_should(global_reference:
         assert name.endswith(", cut") or abs(loss[name] - loss.get(f"{name}, cut", 0)) > 1e-3
 
 
-def test_the_first_rank_s_word_is_taken_by_all(ranks: list[dict]) -> None:
-    assert all(found["broadcast"] == [1, "two"] for found in ranks)
-
-
 def test_gradient_caching_changes_nothing(reference: Found) -> None:
     error = errors({"hybrid": reference["hybrid, cached"]}, {"hybrid": reference["hybrid"]})["hybrid"]
     assert error["loss"] <= 1e-5 and error["gradient"] <= 1e-5
@@ -254,7 +245,3 @@ def test_gathering_takes_ranks_of_any_size_even_none(ranks: list[dict]) -> None:
 def test_vectors_that_one_rank_refuses_are_refused_by_all(ranks: list[dict]) -> None:
     """None of them waits in the sum over ranks for one that does not come."""
     assert all(found["encoding error"] == "its vectors are not numbers" for found in ranks)
-
-
-def test_an_error_of_one_rank_is_raised_on_all(ranks: list[dict]) -> None:
-    assert all(found["error"] == "only the last rank has met this" for found in ranks)

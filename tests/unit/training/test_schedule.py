@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from hncse_ray.config import TrainSettings, load_settings
 from hncse_ray.encoder import freeze_unused, load_encoder
-from hncse_ray.training.schedule import build_optimizer, build_schedule
+from hncse_ray.errors import SettingsError
+from hncse_ray.training.schedule import build_optimizer, build_schedule, count_steps, plan_batches
 
 
 def rates(total: int, **changes: object) -> list[float]:
@@ -49,6 +51,18 @@ def test_warm_up_rises_evenly_to_the_full_rate_and_never_starts_at_zero(schedule
     assert max(found) == pytest.approx(0.1)
     assert found[-1] == pytest.approx(0.1 if schedule == "constant" else 0.0, abs=1e-12)
     assert all(left >= right for left, right in zip(found[4:], found[5:], strict=False))
+
+
+@pytest.mark.parametrize(("warmup", "refused"), [(0, False), (7, False), (8, True), (500, True)])
+def test_a_warm_up_ends_before_the_run_does(warmup: int, refused: bool) -> None:
+    overrides = ["train.batch_size=4", "train.epochs=1.5", "train.accumulation_steps=2", f"train.warmup_steps={warmup}"]
+    settings = load_settings({"corpus": {"source": "python-docs"}}, overrides)
+    plan = plan_batches(settings, np.ones(40, dtype=np.int64))  # 10 batches, so 15 / 2 steps
+    if refused:
+        with pytest.raises(SettingsError, match=rf"train.warmup_steps: {warmup} is not less than the 8 steps"):
+            count_steps(settings.train, plan)
+    else:
+        assert count_steps(settings.train, plan) == 8
 
 
 def test_matrices_decay_and_biases_and_norms_do_not(tiny_model: Path) -> None:

@@ -1,10 +1,11 @@
 from pathlib import Path
 
 import pytest
+from invoke import assert_refused, hncse
 
 from hncse_ray import load_settings
-from hncse_ray.errors import ModelError
-from hncse_ray.training.scoring import score_models
+from hncse_ray.errors import ModelError, SettingsError
+from hncse_ray.training.scoring import score_models, split_seeds
 
 
 def test_no_model_is_opened_if_a_later_one_is_missing(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> None:
@@ -26,3 +27,24 @@ def test_no_model_is_opened_if_a_later_one_is_missing(tiny_model: Path, pairs_fi
                 open_encoder=lambda model, encoder: opened.append(model),
             )
     assert not opened
+
+
+def test_seeds_are_parted_at_commas_but_for_folders_that_are_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "a,b", "x,1", "x,2"):
+        (tmp_path / name).mkdir()
+    assert split_seeds("a") == ("a",)
+    assert split_seeds("b,a") == ("b", "a")
+    assert split_seeds("a,b") == ("a,b",)
+    assert split_seeds("b,a,b") == ("b", "a,b")
+    assert split_seeds("x,1,x,2,owner/name") == ("x,1", "x,2", "owner/name")
+    assert split_seeds(f"{tmp_path}/x,2,y") == (f"{tmp_path}/x,2", "y")
+
+
+@pytest.mark.parametrize("group", ["", ",", "a,", ",a", "a,,b"])
+def test_a_model_without_a_name_is_refused(group: str) -> None:
+    with pytest.raises(SettingsError, match="a model without a name"):
+        split_seeds(group)
+    assert_refused(hncse("evaluate", "x", group), "a model without a name", "Name a folder")

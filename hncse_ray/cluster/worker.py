@@ -1,0 +1,117 @@
+"""One worker of a run: it opens what the driver has found whole, trains its part and keeps the records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+
+from hncse_ray.cluster.metrics import RayMetrics
+from hncse_ray.cluster.pool import PoolClient
+from hncse_ray.cluster.run_store import run_store
+from hncse_ray.cluster.visible import unseen
+from hncse_ray.config import Settings
+from hncse_ray.corpus import Corpus
+from hncse_ray.encoder import load_encoder
+from hncse_ray.errors import HncseError
+from hncse_ray.negatives import NegativeSource
+from hncse_ray.negatives.in_process import InProcessSource
+from hncse_ray.reporting import Event, MetricsFile, Notice, Reporter, Reporters, RunFinished, TensorBoard
+from hncse_ray.storage import keep_trying
+from hncse_ray.training import TrainJob, fit
+from hncse_ray.training.distributed import raise_together, rank, world_size
+from hncse_ray.training.remote_run import PATIENCE_S, MirrorPlan, bring_run, working_folder
+from hncse_ray.training.shard import build_shard
+
+
+def train_worker(config: dict[str, Any]) -> RunFinished | HncseError | None:
+    """Run one rank, to the end or (None) to a pause.
+
+    An expected failure is returned, not raised, since trying again would not help; but for one that this rank alone has
+    met, which the others wait for: Ray Train must end them.
+    """
+    torch.set_num_threads(config["threads"])
+    settings = Settings.model_validate(config["settings"])
+    events, mirror = config["events"], config["mirror"]
+    folder = Path(config["folder"]) if mirror is None else working_folder(settings)
+
+    def notify(text: str) -> None:
+        events.put.remote(Notice(text))
+
+    try:
+        job, failure = None, None
+        try:
+            _reach_run(folder, mirror, notify)
+            job = _build_job(settings, config)
+        except HncseError as error:
+            failure = error
+        raise_together(failure)
+        assert job is not None
+        if rank() == 0:
+            config["starts"].note()
+        with (
+            run_store(folder, mirror, notify, config["missing"], settings.cluster.min_workers) as store,
+            _records(folder, settings.run.name) as files,
+        ):
+
+            def emit(event: Event) -> None:
+                files.on(event)
+                events.put.remote(event)
+
+            return fit(job, store, emit)
+    except HncseError as error:
+        if world_size() > 1 and not error.on_all_ranks:
+            raise
+        return error
+
+
+def _reach_run(folder: Path, mirror: MirrorPlan | None, notify: Callable[[str], None]) -> None:
+    """Have what the run has reached on this node: fetched, or seen in the folder that all nodes share."""
+    if mirror is not None:
+        keep_trying(lambda: bring_run(mirror.remote, folder, notify), timeout_s=PATIENCE_S)
+    elif not (folder / "settings.yaml").exists():
+        raise unseen(folder)
+
+
+@contextmanager
+def _records(folder: Path, run: str) -> Iterator[Reporter]:
+    """Open the metrics on disk and Ray's. Rank 0 writes them, as it writes the checkpoints, not the driver.
+
+    So what a checkpoint has seen is in them, even if the driver was killed and the workers got a little further.
+    """
+    files = Reporters([MetricsFile(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard"), RayMetrics(run)])
+    try:
+        yield files
+    finally:
+        files.close()
+
+
+def _build_job(settings: Settings, config: dict[str, Any]) -> TrainJob:
+    device = ray.train.torch.get_device()
+    encoder = load_encoder(settings.encoder.model, settings.encoder, device=device, seed=settings.run.seed)
+    precision = f"{encoder.precision}, rows {'packed' if encoder.packs else 'padded'}"
+    corpus = config["corpus"].open()
+    source = _build_source(settings, corpus, config) if rank() == 0 else None
+    return TrainJob(settings, corpus, encoder, ray.get(config["sets"]), precision, source)
+
+
+def _build_source(settings: Settings, corpus: Corpus, config: dict[str, Any]) -> NegativeSource | None:
+    if config["pool"] is not None:
+        return PoolClient(config["pool"], timeout_s=settings.negatives.timeout_s)
+    if config["index"] is None:
+        return None
+    shard = build_shard(
+        settings.negatives,
+        settings.encoder,
+        corpus,
+        plan=config["index"],
+        threads=config["threads"],
+        device=ray.train.torch.get_device(),
+        cache_dir=settings.corpus.cache_dir,
+    )
+    return InProcessSource(shard, corpus_digest=corpus.digest, rows=len(corpus))

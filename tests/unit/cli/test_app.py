@@ -1,0 +1,69 @@
+"""What all commands share: what the file system, the user's home and the terminal can refuse is one message."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from invoke import assert_refused, hncse
+
+from hncse_ray.cli.app import command
+from hncse_ray.corpus.cache import cache_folder
+from hncse_ray.errors import StorageError
+
+
+def test_a_user_without_a_home_is_told_before_anything_is_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("HNCSE_CACHE", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54_321)  # an account that the system does not know, as in containers
+    for args in (("train", "quickstart"), ("evaluate", "x"), ("encode", "x", "-", "--out", "v.npy"), ("report", "x")):
+        assert_refused(hncse(*args), "HOME: this user has no home directory", "Set HOME to a folder")
+    with pytest.raises(StorageError, match="no such home directory.*HNCSE_CACHE"):
+        cache_folder(None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_home_of_nobody_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("a sentence of some words\n")
+    result = hncse("encode", "x", "~no-such-user/a.txt", "--out", "v.npy")
+    assert_refused(result, "~no-such-user/a.txt: no such file")
+    with pytest.raises(StorageError, match=r"~no-such-user/cache: there is no such home directory"):
+        cache_folder("~no-such-user/cache")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("args", [("report", "a" * 5000), ("train", "a" * 5000), ("tune", "--resume", "a/" * 3000)])
+def test_a_name_that_the_file_system_does_not_take_is_named(args: tuple[str, ...]) -> None:
+    assert_refused(hncse(*args), "a" if args[0] == "tune" else "a" * 5000, "File name too long")
+
+
+def test_a_fault_that_is_about_no_path_keeps_its_traceback() -> None:
+    def run(console: object) -> dict[str, object]:
+        raise ConnectionResetError("by peer")
+
+    with pytest.raises(ConnectionResetError):
+        command(run, as_json=False)
+
+
+def test_names_that_cannot_be_seen_are_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, shown in (("\n", "'\\n'"), ("\x1b[2J", "'\\x1b[2J'"), ("a\udce9", "'a\\udce9'")):
+        assert_refused(hncse("report", name), f"{shown}: no such")
+
+
+def test_what_a_stream_cannot_take_is_written_as_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="latin-1"))
+
+    def run(console: object) -> dict[str, object]:
+        console.print("é 北京 \udce9", markup=False)  # type: ignore[attr-defined]
+        return {}
+
+    command(run, as_json=False)
+    sys.stdout.flush()
+    assert raw.getvalue().rstrip() == b"\xe9 \\u5317\\u4eac \\udce9"
