@@ -20,8 +20,9 @@ _GRADE_LIMIT = 2**31
 def read_collection(folder: str | Path, splits: Sequence[str]) -> dict[str, RetrievalSet]:
     """Read a collection: ``corpus.jsonl`` (``_id``, ``title``, ``text``), ``queries.jsonl`` and ``qrels/SPLIT.tsv``.
 
-    A document's text is "title. text", or the one of the two that it has. All documents are candidates. Judgements of 0
-    or less say that a document is not right; queries without a right document are left out and counted in a warning.
+    A document's text is "title. text", without a second full stop behind a title that ends in one, or what there is of
+    the two. All documents are candidates. Judgements of 0 or less say that a document is not right; queries without a
+    right document are left out and counted in a warning.
 
     Args:
         folder: the collection.
@@ -54,12 +55,13 @@ def read_collection(folder: str | Path, splits: Sequence[str]) -> dict[str, Retr
 
 
 def _texts(path: Path, *, required: Sequence[str] = (), optional: Sequence[str] = ()) -> dict[str, str]:
-    """The text of each id; several columns are joined."""
+    """The text of each id; of several columns one sentence after the other."""
     found: dict[str, str] = {}
     for number, (name, *parts) in read_table(path, ("_id", *required), optional=optional):
         if name in found:
             raise DataError(f"the _id {name!r} comes twice", f"{path}:{number}")
-        found[name] = ". ".join(part for part in parts if part)
+        *firsts, last = [part for part in parts if part] or [""]
+        found[name] = " ".join([*(part if part.endswith((".", "!", "?")) else f"{part}." for part in firsts), last])
     return found
 
 

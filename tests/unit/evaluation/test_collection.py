@@ -26,6 +26,7 @@ CORPUS = [
     {"_id": "d1", "title": "Cats", "text": "They sleep."},
     {"_id": "d2", "title": "", "text": "No title"},
     {"_id": "d3", "title": "A title only", "text": ""},
+    {"_id": "d5", "title": "A full stop .", "text": "and a text"},
     {"_id": "d4", "text": "The column title is missing", "metadata": {"url": "x"}},
 ]
 QUERIES = [{"_id": "q1", "text": "who sleeps"}, {"_id": "q2", "text": "what lacks"}, {"_id": "q3", "text": "nothing"}]
@@ -35,7 +36,7 @@ def test_what_is_searched(tmp_path: Path) -> None:
     dev = "q2\td3\t1\nq2\td2\t2\nq2\td3\t1\nq3\td1\t0\nq2\td1\t-1\n"
     found = read_collection(write(tmp_path, CORPUS, QUERIES, dev=dev, test="q1\td1\t3\n"), ("dev", "test"))
     assert list(found) == ["dev", "test"]
-    texts = ("Cats. They sleep.", "No title", "A title only", "The column title is missing")
+    texts = ("Cats. They sleep.", "No title", "A title only", "A full stop . and a text", "The column title is missing")
     assert found["dev"].candidates == found["test"].candidates == texts
     assert (found["dev"].queries, found["dev"].grades) == (("what lacks",), ({2: 1, 1: 2},))
     assert (found["test"].queries, found["test"].grades) == (("who sleeps",), ({0: 3},))
@@ -83,7 +84,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "two columns": (lines("qrels/test.tsv", lambda r: [*r, "q1\td2\n"]), r"tsv:4: has 2 columns where 3 are needed"),
     "two judgements": (lines("qrels/test.tsv", lambda r: [*r, "q1\td1\t2\n"]), r"tsv:4: judges document 'd1' a second"),
-    "an id twice": (lines("corpus.jsonl", lambda r: [*r, r[0]]), r"corpus\.jsonl:5: the _id 'd1' comes twice"),
+    "an id twice": (lines("corpus.jsonl", lambda r: [*r, r[0]]), r"corpus\.jsonl:6: the _id 'd1' comes twice"),
     "a query without text": (
         lines("queries.jsonl", lambda r: [*r, '{"_id": "q4", "text": " "}\n']),
         r"queries\.jsonl:4: the text is empty",
