@@ -10,20 +10,22 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 
 
 class Command:
-    """``hncse ...`` in a process of its own."""
+    """``hncse ...`` in a process of its own, started in a folder."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, cwd: Path | None = None) -> None:
         self.mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
             [sys.executable, "-m", "hncse_ray.cli", *arguments, "--json"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            cwd=cwd,
             env=os.environ | {"HNCSE_TEST_MARK": self.mark},
             start_new_session=True,
             preexec_fn=lambda: signal.signal(

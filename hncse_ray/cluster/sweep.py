@@ -38,6 +38,7 @@ from hncse_ray.reporting import LineReporter, Reporter
 from hncse_ray.reporting.sweep import SweepLines, SweepReporter, TrialUpdate
 from hncse_ray.storage import check_outlasts_job, write_folder
 from hncse_ray.training import load_evaluation_sets
+from hncse_ray.training.distributed import ShardedEncode
 from hncse_ray.training.objective_check import check_objectives
 from hncse_ray.tuning import (
     STATE_NAMES,
@@ -386,8 +387,8 @@ def _finish(sweep: Sweep, folder: Path, study: SweepStudy) -> SweepResult:
     write_sweep_report(folder)
     evaluation = sweep.settings.evaluation.model_copy(update={"test": True})
     sets = load_evaluation_sets(evaluation, sweep.settings.corpus)
-    first = load_encoder(sweep.settings.encoder.model, sweep.settings.encoder)
-    last = load_encoder(folder / "model")
+    models = ((sweep.settings.encoder.model, sweep.settings.encoder), (folder / "model", None))
+    before, after = (sets.score(ShardedEncode(load_encoder(*model), evaluation.batch_size), "test") for model in models)
     return SweepResult(
         folder=str(folder),
         best_trial=best.number,
@@ -398,8 +399,8 @@ def _finish(sweep: Sweep, folder: Path, study: SweepStudy) -> SweepResult:
         model=str(folder / "model"),
         trials=dict(Counter(STATE_NAMES[t.state] for t in trials)),
         seeds=tuple(seeds),
-        before=sets.score(first.encode, "test"),
-        after=sets.score(last.encode, "test"),
+        before=before,
+        after=after,
     )
 
 

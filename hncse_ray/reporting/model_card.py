@@ -15,9 +15,14 @@ if TYPE_CHECKING:
 
 Scores = Mapping[str, Mapping[str, float]]
 
-_SUITES = {"stsb": "STS-Benchmark", "python-docs": "Documentation pairs of Python packages", "pairs": "Own pairs"}
+_SUITES = {
+    "stsb": "STS-Benchmark",
+    "python-docs": "Documentation pairs of Python packages",
+    "pairs": "Own pairs",
+    "retrieval": "Own search collections",
+}
 _FOLDERS = ("storage_path", "cache_dir")  # settings that a card leaves out
-_FILES = ("path", "senteval_path", "pairs_dev", "pairs_test")  # settings of which it tells the last part
+_FILES = ("path", "senteval_path", "pairs_dev", "pairs_test", "collection")  # settings of which it tells the last part
 
 
 @dataclass(frozen=True)
@@ -133,10 +138,10 @@ def _results(after: Scores) -> Iterator[EvalResult]:
     """Yield the scores of each suite, of its test split where it has one."""
     from huggingface_hub import EvalResult
 
-    tested = {name.partition("/")[0] for name in after.get("test", {})}
+    tested = {name.rpartition("/")[0] for name in after.get("test", {})}
     for split, scores in after.items():
         for name, value in scores.items():
-            suite, _, metric = name.partition("/")
+            suite, _, metric = name.rpartition("/")  # of one of several collections: retrieval/cran
             if split == "test" or suite not in tested:
                 yield EvalResult(
                     task_type="semantic-similarity" if metric == "spearman" else "information-retrieval",

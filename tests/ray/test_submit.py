@@ -152,6 +152,20 @@ def test_a_submitted_run_leaves_its_model_and_nothing_else(head: Head, recipe: P
     assert wait_for(head.is_idle, seconds=30), (head.list("actors"), head.list("placement_groups"))
 
 
+def test_an_objective_in_the_uploaded_folder_is_found_by_the_job_and_its_workers(
+    head: Head, recipe: Path, tmp_path: Path
+) -> None:
+    code = "def loss(z1, z2, *, margin):\n    return (1 - margin - (z1 * z2).sum(1)).mean(), {'margin': margin}\n"
+    (recipe.parent / "losses_of_the_job.py").write_text(code)
+    own = "objective={name: losses_of_the_job:loss, settings: {margin: 0.5}}"
+    process = submit(head, recipe, "train", "small.yaml", own)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    metrics = (tmp_path / "runs" / "small" / "metrics.jsonl").read_text()
+    assert metrics.count('"margin": 0.5') == 12
+    assert wait_for(head.is_idle, seconds=30), (head.list("actors"), head.list("placement_groups"))
+
+
 def test_the_exit_status_and_the_message_of_the_job_come_through(head: Head, recipe: Path) -> None:
     process = submit(head, recipe, "train", "small.yaml", "train.batch_sise=8")
     out, err = process.communicate(timeout=120)

@@ -111,11 +111,16 @@ def test_the_papers_of_the_objective_are_cited(objective: str) -> None:
 
 
 def test_no_folder_of_this_machine_is_told() -> None:
-    card_facts = facts("evaluation.pairs_dev=/home/someone/pairs.tsv", "corpus.path=[../other/notes.txt, b.txt]")
+    card_facts = facts(
+        "evaluation.pairs_dev=/home/someone/pairs.tsv",
+        "evaluation.collection=[/home/someone/cran, shared/med]",
+        "corpus.path=[../other/notes.txt, b.txt]",
+    )
     text = model_card(card_facts)
     assert "/home" not in text and "someone" not in text and "../" not in text
     tree = shareable_settings(card_facts.settings)
     assert tree["corpus"]["path"] == ["notes.txt", "b.txt"] and tree["evaluation"]["pairs_dev"] == "pairs.tsv"
+    assert tree["evaluation"]["collection"] == ["cran", "med"]
     assert tree["encoder"]["model"] == "base" and "storage_path" not in tree["run"]
     collapsed = text.split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(collapsed) == tree

@@ -137,12 +137,9 @@ def sharded_scores(model: str | Path) -> dict[str, float]:
 
 def broken_on_the_last_rank(model: str, broken: bool) -> None:
     encoder = load_encoder(model, EncoderSettings(model=model, pooling="mean"))
-
-    def refuse(rows: object) -> np.ndarray:
-        raise ModelError("its vectors are not numbers")
-
     if broken:
-        encoder.encode_rows = refuse  # type: ignore[method-assign]
+        with torch.no_grad():
+            next(encoder.parameters()).fill_(torch.nan)
     ShardedEncode(encoder, batch_size=5)(SENTENCES)
 
 
@@ -244,4 +241,4 @@ def test_gathering_takes_ranks_of_any_size_even_none(ranks: list[dict]) -> None:
 
 def test_vectors_that_one_rank_refuses_are_refused_by_all(ranks: list[dict]) -> None:
     """None of them waits in the sum over ranks for one that does not come."""
-    assert all(found["encoding error"] == "its vectors are not numbers" for found in ranks)
+    assert all("its vectors are not numbers" in found["encoding error"] for found in ranks)
