@@ -7,12 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+from waits import seconds, soon
 
 
 class Command:
@@ -33,11 +32,15 @@ class Command:
             ),  # ignored where tests run in the background
         )
 
-    def finish(self, seconds: float = 300) -> dict:
+    def finish(self, within_s: float = 300) -> dict:
         """Wait for a good end and return what the command printed."""
-        out, err = self.process.communicate(timeout=seconds)
+        out, err = self.ended(within_s)
         assert self.process.returncode == 0, err
         return json.loads(out.splitlines()[-1])
+
+    def ended(self, within_s: float) -> tuple[str, str]:
+        """Wait until the command has ended, and return what it wrote to standard output and error."""
+        return self.process.communicate(timeout=seconds(within_s))
 
     def processes(self) -> list[psutil.Process]:
         """Everything that the command started and that is still there."""
@@ -52,14 +55,4 @@ class Command:
 
     def is_gone(self) -> bool:
         """Wait until no process of this command is left; Ray's agents take some seconds to notice a kill."""
-        return wait_for(lambda: not self.processes(), seconds=40)
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 240) -> bool:
-    """Wait until a condition holds; False if it does not in time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.1)
-    return False
+        return soon(lambda: not self.processes(), within_s=40, what=self.processes)

@@ -6,14 +6,22 @@ from pathlib import Path
 
 import pytest
 from tiny import make_model, make_sentences
+from waits import seconds, slowness
+
+
+def pytest_configure() -> None:
+    slowness()  # before anything else runs, and for xdist's workers too
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With several workers, tests that start Ray take turns on one; any other file stays whole, for its fixtures."""
     for item in items:
         starts_ray = {"ray", "e2e"} & {*item.path.parts}
         item.add_marker(pytest.mark.xdist_group("ray" if starts_ray else str(item.path)))
+        marked = item.get_closest_marker("timeout")
+        limit = marked.args[0] if marked else config.getoption("timeout") or config.getini("timeout")
+        item.add_marker(pytest.mark.timeout(seconds(float(limit))), append=False)
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,13 @@ import os
 import socket
 import subprocess
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from waits import seconds, soon
 
 BUCKET = "tests"
 
@@ -118,22 +118,22 @@ def gcs_server(folder: Path) -> Iterator[Gate]:
         gate.close()
 
 
+def _answers(request: urllib.request.Request) -> bool:
+    try:
+        urllib.request.urlopen(request, timeout=seconds(10)).read()
+    except OSError:
+        return False
+    return True
+
+
 @contextmanager
 def _serving(command: list[str], log: Path, first: urllib.request.Request) -> Iterator[None]:
     """Run a server, from when it has answered the first request."""
     with log.open("w") as file:
         server = subprocess.Popen(command, stdout=file, stderr=file)
     try:
-        end = time.monotonic() + 90
-        while True:
-            try:
-                urllib.request.urlopen(first, timeout=10).read()
-                break
-            except OSError:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.2)
+        soon(lambda: _answers(first), within_s=90, what=f"an answer of {command[0]}, see {log}")
         yield
     finally:
         server.terminate()
-        server.wait(timeout=30)
+        server.wait(timeout=seconds(30))

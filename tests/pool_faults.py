@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import psutil
@@ -21,6 +21,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.util import placement_group_table
+from waits import seconds, soon
 
 from hncse_ray.cluster import train
 from hncse_ray.cluster.pool import PoolClient
@@ -29,7 +30,6 @@ from hncse_ray.negatives import Hits, SourceUnavailable
 from hncse_ray.storage import is_url
 from hncse_ray.training.remote_run import working_folder
 
-Value = TypeVar("Value")
 POOL = ("ShardActor", "PoolCoordinator")
 TIMINGS = {"sentences_per_s"} | {
     f"negatives/{name}" for name in ("waited", "search_ms_p50", "search_ms_p99", "build_seconds", "build_rows_per_s")
@@ -55,21 +55,12 @@ def nodes(*cpus: int) -> Iterator[Cluster]:
             cluster.shutdown()
 
 
-def announce(cluster: Cluster, node_id: str, seconds: float) -> None:
+def announce(cluster: Cluster, node_id: str, left_s: float) -> None:
     """Say what an autoscaler says of a spot instance that its cloud takes back."""
     accepted, why = ray._raylet.GcsClient(address=cluster.address).drain_node(
-        node_id, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "spot", int((time.time() + seconds) * 1000)
+        node_id, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "spot", int((time.time() + left_s) * 1000)
     )
     assert accepted, why
-
-
-def soon(condition: Callable[[], Value], *, within_s: float, what: str, every_s: float = 0.1) -> Value:
-    """Return the first true value of a condition; fail if there is none in time."""
-    end = time.monotonic() + within_s
-    while not (value := condition()):
-        assert time.monotonic() < end, f"not within {within_s:g} s: {what}"
-        time.sleep(every_s)
-    return value
 
 
 def actors(*names: str) -> list[psutil.Process]:
@@ -101,8 +92,8 @@ def placement_groups() -> list[dict[str, Any]]:
 def nothing_is_left() -> bool:
     """Wait until the pool, the workers and what was reserved for them are gone."""
     names = (*POOL, "EventQueue", "RayTrainWorker", "TrainController")
-    soon(lambda: not actors(*names), within_s=20, what=f"end of {actors(*names)}")
-    soon(lambda: not placement_groups(), within_s=20, what=f"release of {placement_groups()}")
+    soon(lambda: not actors(*names), within_s=20, what=lambda: f"the end of {actors(*names)}")
+    soon(lambda: not placement_groups(), within_s=20, what=lambda: f"the release of {placement_groups()}")
     return True
 
 
@@ -124,7 +115,7 @@ class Searching:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join(30)
+        self._thread.join(seconds(30))
         assert not self._thread.is_alive(), "a search does not return"
 
     def _run(self) -> None:
@@ -175,8 +166,8 @@ class Training:
 
     def finish(self, *, within_s: float) -> Any:
         """Return what ``train`` returns."""
-        self._thread.join(within_s)
-        assert self._result, f"training has not ended within {within_s:g} s"
+        self._thread.join(seconds(within_s))
+        assert self._result, f"training has not ended within {seconds(within_s):.3g} s"
         if isinstance(self._result[0], BaseException):
             raise self._result[0]
         return self._result[0]
@@ -229,4 +220,4 @@ class Training:
             yield
         finally:
             stop.set()
-            thread.join(10)
+            thread.join(seconds(10))

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import ray
-from pool_faults import Training, announce, nodes, nothing_is_left, soon
+from pool_faults import Training, announce, nodes, nothing_is_left
 from ray.cluster_utils import Cluster
+from waits import seconds, soon
 
 from hncse_ray.config import Settings
 from hncse_ray.errors import ClusterError
@@ -110,7 +111,7 @@ def test_an_announced_loss_costs_nothing_where_enough_are_left(cluster: Cluster,
     with training.slowly():
         training.line(lambda row: row["step"] >= 10, within_s=180, what="steps")
         leaving = next(iter(cluster.worker_nodes))
-        announce(cluster, leaving.node_id, seconds=120)
+        announce(cluster, leaving.node_id, left_s=seconds(120))
         soon(lambda: len(starts(training)) == 2, within_s=100, what="the run with one worker")
         cluster.remove_node(leaving, allow_graceful=False)
         training.line(lambda row: True, within_s=60, what="steps after the node is gone")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +11,10 @@ import numpy as np
 import pytest
 import ray
 import torch
-from pool_faults import actors, kill, soon
+from pool_faults import actors, kill
 from tiny import make_model, make_sentences
 from typer.testing import CliRunner
+from waits import soon
 
 from hncse_ray.cli import app
 from hncse_ray.cluster.encoding import EncodingPool
@@ -127,7 +127,7 @@ def test_a_lost_actor_ends_it_with_one_message(tiny_model: Path) -> None:
     with EncodingPool(2) as pool:
         encoder = pool.open(str(tiny_model), MEAN)
         kill(pool._actors[0])
-        time.sleep(1)
+        soon(lambda: len(actors("EncodingActor")) == 1, within_s=10, what="its end")
         with pytest.raises(ClusterError, match="a worker was lost"):
             encoder.encode(TEXTS, batch_size=4)
     assert nothing_is_left()

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import ray
-from pool_faults import soon
 from ray.util.placement_group import placement_group
+from waits import soon
 
 from hncse_ray.cluster.placement import orphaned_groups, state, without_orphaned_groups
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import Command, wait_for
+from commands import Command
+from waits import soon
 
 from hncse_ray.config import load_settings
 
@@ -61,7 +62,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(recipe: Path, tmp_path: Path)
     assert whole.is_gone(), whole.processes()
     run = tmp_path / "runs" / "small"
     killed = Command("train", "recipe.yaml", cwd=tmp_path)
-    assert wait_for((run / "checkpoints" / "step_000000010").exists)
+    soon((run / "checkpoints" / "step_000000010").exists, within_s=240, what="a checkpoint")
     killed.process.kill()
     assert killed.is_gone(), killed.processes()
     assert not (run / "model").exists()
@@ -90,7 +91,7 @@ def test_its_settings_can_be_searched(recipe: Path, tmp_path: Path) -> None:
     command = Command(
         "tune", "recipe.yaml", *short, "--space", "space.yaml", "--out", str(tmp_path / "out"), cwd=tmp_path
     )
-    assert command.finish(seconds=600)["trials"] == {"finished": 2}
+    assert command.finish(within_s=600)["trials"] == {"finished": 2}
     rows = list(csv.DictReader((tmp_path / "out" / "trials.csv").open()))
     assert [(row["objective.name"], row["objective.settings.noise"]) for row in rows] == [
         ("my_losses:loss", "0.25"), ("info_nce", ""),

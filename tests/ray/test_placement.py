@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import psutil
 import pytest
 import ray
-from pool_faults import Training, nothing_is_left, soon
+from pool_faults import Training, nothing_is_left
 from ray.cluster_utils import Cluster
+from waits import seconds, soon, within
 
 from hncse_ray.cluster import train
 from hncse_ray.cluster.network import _use_interface_of_node
@@ -81,25 +81,22 @@ def test_a_label_that_no_node_has_is_refused_at_once(cluster: Cluster, settings:
     wrong = settings.model_copy(
         update={"cluster": settings.cluster.model_copy(update={"trainer_labels": {"hncse-role": "trainr"}})}
     )
-    started = time.monotonic()
-    with pytest.raises(
-        ClusterError, match="no node of the cluster has the label hncse-role=trainr.*2 with hncse-role=t"
-    ):
+    refused = pytest.raises(ClusterError, match="no node .* has the label hncse-role=trainr.*2 with hncse-role=t")
+    with within(30, "the refusal"), refused:
         train(wrong)
-    assert time.monotonic() - started < 30
     assert not os.path.exists(settings.run_dir)
 
 
 def test_room_that_comes_while_it_is_waited_for_is_used(cluster: Cluster) -> None:
     bundle = {"bundles": [{"CPU": 2}], "bundle_label_selector": [{"hncse-role": "pool"}]}
     holder = ray.util.placement_group(**bundle)
-    assert holder.wait(20)
+    assert holder.wait(seconds(20))
     waiting = ray.util.placement_group(**bundle)
     try:
         with pytest.raises(ClusterError, match="are not free on the cluster, after 1 s"):
             _wait_for_room(waiting, "1 shard", 1.0)
         ray.util.remove_placement_group(holder)
-        _wait_for_room(waiting, "1 shard", 60.0)
+        _wait_for_room(waiting, "1 shard", seconds(60.0))
     finally:
         ray.util.remove_placement_group(waiting)
 

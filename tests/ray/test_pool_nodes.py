@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import ray
-from pool_faults import Training, nodes, nothing_is_left, soon
+from pool_faults import Training, nodes, nothing_is_left
 from ray.cluster_utils import Cluster
+from waits import seconds, soon
 
 from hncse_ray.config import Settings
 
@@ -43,7 +44,7 @@ def test_training_goes_on_when_a_node_of_the_pool_is_lost(cluster: Cluster, smal
         "candidates": 16,
         "max_score": None,
         "refresh_every_steps": 20,
-        "build_timeout_s": 12,
+        "build_timeout_s": seconds(12),
     }
     tree["cluster"] = {"cpus_per_worker": 2}
     tree["train"] |= {

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from pool_faults import Training, announce, nodes, nothing_is_left, soon
+from pool_faults import Training, announce, nodes, nothing_is_left
 from ray.cluster_utils import Cluster
+from waits import seconds, soon
 
 from hncse_ray.config import Settings
 
@@ -33,7 +34,7 @@ def test_a_node_that_is_announced_to_go_costs_next_to_nothing(cluster: Cluster, 
         training.line(lambda row: row["step"] >= 10, within_s=180, what="steps")
         assert not list(checkpoints.glob("step_*"))
         (leaving,) = cluster.worker_nodes
-        announce(cluster, leaving.node_id, seconds=60)
+        announce(cluster, leaving.node_id, left_s=seconds(60))
         soon(lambda: list(checkpoints.glob("step_*")), within_s=30, what="a checkpoint out of turn")
         (saved,) = (int(path.name[5:]) for path in checkpoints.glob("step_*"))
         assert saved % 5 == 0 and 10 < saved < STEPS

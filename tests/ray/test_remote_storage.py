@@ -11,9 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import ray
 import yaml
 from object_stores import BUCKET, Gate, gcs_server, s3_server
 from ray.cluster_utils import Cluster
+from waits import seconds, soon
 
 from hncse_ray.cluster import train
 from hncse_ray.cluster.visible import check_visible
@@ -33,15 +33,6 @@ from hncse_ray.training.remote_run import working_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = 60
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 300) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.2)
-    return False
 
 
 class Machine:
@@ -61,7 +52,7 @@ class Machine:
         )
 
     def finish(self) -> tuple[dict, str]:
-        out, err = self.process.communicate(timeout=500)
+        out, err = self.process.communicate(timeout=seconds(500))
         assert self.process.returncode == 0, err
         return json.loads(out.splitlines()[-1]), err
 
@@ -73,7 +64,7 @@ class Machine:
                     process.send_signal(signal.SIGKILL)
             except psutil.Error:
                 continue
-        self.process.communicate(timeout=60)
+        self.process.communicate(timeout=seconds(60))
 
 
 @pytest.fixture(scope="module", params=["s3", "gs"])
@@ -156,7 +147,7 @@ def test_a_machine_dies_and_another_goes_on_with_the_same_losses(
 ) -> None:
     remote = Remote(f"{runs}/killed")
     first = Machine(recipe, "killed", tmp_path / "one")
-    assert wait_for(lambda: len(whole_folders(remote, "checkpoints")) >= 1)
+    soon(lambda: whole_folders(remote, "checkpoints"), within_s=300, what="a checkpoint at the URL")
     first.kill()
     assert remote.read("result.json") is None
     result, err = Machine(recipe, "killed", tmp_path / "two").finish()
@@ -172,10 +163,10 @@ def test_the_storage_is_away_for_a_while(
     remote = Remote(f"{runs}/outage")
     machine = Machine(recipe, "outage", tmp_path)
     work = working_folder(machine.settings)
-    assert wait_for(lambda: whole_folders(remote, "checkpoints"))
+    soon(lambda: whole_folders(remote, "checkpoints"), within_s=300, what="a checkpoint at the URL")
     gate.close()
     try:
-        assert wait_for(lambda: "could not be stored yet" in (work / "log.txt").read_text())
+        soon(lambda: "could not be stored yet" in (work / "log.txt").read_text(), within_s=300, what="the news")
     finally:
         gate.open()
     machine.finish()
@@ -213,7 +204,7 @@ class TestTwoNodes:
         killer = threading.Thread(target=kill_a_worker, args=(settings,), daemon=True)
         killer.start()
         result = train(settings, reporter=seen)
-        killer.join(timeout=10)
+        killer.join(timeout=seconds(10))
         assert result.steps == 400
         starts = [event for event in seen.events if isinstance(event, RunStarted)]
         assert len(starts) == 2 and starts[0].step == 0 and starts[1].step >= 20
@@ -239,6 +230,6 @@ class Seen:
 
 def kill_a_worker(settings: Settings) -> None:
     store = Remote(settings.run_dir)
-    assert wait_for(lambda: whole_folders(store, "checkpoints"), 120)
+    soon(lambda: whole_folders(store, "checkpoints"), within_s=120, what="a checkpoint at the URL")
     workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
     workers[-1].kill()

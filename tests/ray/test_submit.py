@@ -11,8 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import psutil
 import pytest
 import requests
 import yaml
+from waits import seconds, soon, within
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -34,15 +34,6 @@ def free_ports(count: int) -> list[int]:
     finally:
         for s in sockets:
             s.close()
-
-
-def wait_for(condition: Callable[[], object], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.2)
-    return False
 
 
 def processes_with(mark: str) -> list[psutil.Process]:
@@ -61,6 +52,7 @@ class Head:
     """A cluster of one node, and its job server."""
 
     address: str
+    joined: str
     token: str
     home: Path
 
@@ -71,7 +63,7 @@ class Head:
 
     def list(self, what: str) -> list[dict[str, Any]]:
         answer = requests.get(
-            f"{self.address}/api/v0/{what}", headers={"Authorization": f"Bearer {self.token}"}, timeout=20
+            f"{self.address}/api/v0/{what}", headers={"Authorization": f"Bearer {self.token}"}, timeout=seconds(20)
         )
         answer.raise_for_status()
         return answer.json()["data"]["result"]["result"]
@@ -89,7 +81,7 @@ def head() -> Iterator[Head]:
     folder = Path(tempfile.mkdtemp(prefix="hncse", dir="/tmp"))  # short: it holds Unix sockets
     port, dashboard, client, agent = free_ports(4)
     mark, token = secrets.token_hex(8), secrets.token_hex(32)
-    head = Head(f"http://127.0.0.1:{dashboard}", token, folder)
+    head = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", token, folder)
     log = (folder / "head.log").open("w")
     process = subprocess.Popen(
         [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2",
@@ -110,14 +102,14 @@ def head() -> Iterator[Head]:
             except (requests.RequestException, KeyError):
                 return False
 
-        assert wait_for(is_up, seconds=120), (folder / "head.log").read_text()
+        soon(is_up, within_s=120, what=(folder / "head.log").read_text)
         yield head
     finally:
         for left in processes_with(mark):  # at once: an orderly end takes Ray half a minute
             left.kill()
-        process.wait(20)
+        process.wait(seconds(20))
         log.close()
-        assert wait_for(lambda: not processes_with(mark), seconds=20)
+        soon(lambda: not processes_with(mark), within_s=20, what="the end of the head")
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -141,7 +133,7 @@ def submit(head: Head, recipe: Path, *arguments: str, **environment: str) -> sub
 
 def test_a_submitted_run_leaves_its_model_and_nothing_else(head: Head, recipe: Path, tmp_path: Path) -> None:
     process = submit(head, recipe, "--json", "train", "small.yaml", "--json")
-    out, log = process.communicate(timeout=300)
+    out, log = process.communicate(timeout=seconds(300))
     assert process.returncode == 0, log
     facts = json.loads(out)
     assert facts["status"] == "SUCCEEDED" and facts["exit_code"] == 0
@@ -149,7 +141,7 @@ def test_a_submitted_run_leaves_its_model_and_nothing_else(head: Head, recipe: P
     result = json.loads(next(line for line in reversed(log.splitlines()) if line.startswith("{")))
     assert result["steps"] == 12 and Path(result["model"]) == tmp_path / "runs" / "small" / "model"
     assert (tmp_path / "runs" / "small" / "model" / "model.safetensors").is_file()
-    assert wait_for(head.is_idle, seconds=30), (head.list("actors"), head.list("placement_groups"))
+    soon(head.is_idle, within_s=30, what=lambda: (head.list("actors"), head.list("placement_groups")))
 
 
 def test_an_objective_in_the_uploaded_folder_is_found_by_the_job_and_its_workers(
@@ -159,19 +151,39 @@ def test_an_objective_in_the_uploaded_folder_is_found_by_the_job_and_its_workers
     (recipe.parent / "losses_of_the_job.py").write_text(code)
     own = "objective={name: losses_of_the_job:loss, settings: {margin: 0.5}}"
     process = submit(head, recipe, "train", "small.yaml", own)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=seconds(300))
     assert process.returncode == 0, out + err
     metrics = (tmp_path / "runs" / "small" / "metrics.jsonl").read_text()
     assert metrics.count('"margin": 0.5') == 12
-    assert wait_for(head.is_idle, seconds=30), (head.list("actors"), head.list("placement_groups"))
+    soon(head.is_idle, within_s=30, what=lambda: (head.list("actors"), head.list("placement_groups")))
 
 
 def test_the_exit_status_and_the_message_of_the_job_come_through(head: Head, recipe: Path) -> None:
     process = submit(head, recipe, "train", "small.yaml", "train.batch_sise=8")
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=seconds(120))
     assert process.returncode == 2, err
     assert "unknown setting 'train.batch_sise' (did you mean 'train.batch_size'?)" in out
     assert "FAILED" in out and "Traceback" not in out + err
+
+
+def test_a_run_that_would_be_lost_with_its_job_is_refused(head: Head, recipe: Path) -> None:
+    """Submitted by the address of the head, which knows that of its job server."""
+    process = submit(head, recipe, "--address", head.joined, "train", "small.yaml", "run.storage_path=runs")
+    out, err = process.communicate(timeout=seconds(120))
+    assert process.returncode == 2, err
+    assert "run.storage_path=runs: lies in the folder of a submitted job" in out and "Traceback" not in out + err
+
+
+@pytest.mark.parametrize("token", ["", "0" * 64])
+def test_without_the_right_token_a_cluster_is_not_joined(head: Head, recipe: Path, token: str) -> None:
+    environment = head.environment(RAY_AUTH_TOKEN=token, RAY_ADDRESS=head.joined)
+    if token:
+        environment["RAY_AUTH_MODE"] = "token"
+    command = [sys.executable, "-m", "hncse_ray.cli", "train", "small.yaml"]
+    with within(40, "the refusal"):
+        ended = subprocess.run(command, cwd=recipe.parent, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and "asks for a token" in ended.stderr and "Traceback" not in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1, ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -179,10 +191,10 @@ def test_the_exit_status_and_the_message_of_the_job_come_through(head: Head, rec
 )
 def test_without_the_right_token_nothing_is_submitted(head: Head, recipe: Path, token: str, message: str) -> None:
     jobs = len(head.list("jobs"))
-    started = time.monotonic()
     process = submit(head, recipe, "train", "small.yaml", RAY_AUTH_TOKEN=token)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and time.monotonic() - started < 20
+    with within(20, "the refusal"):
+        out, err = process.communicate(timeout=seconds(60))
+    assert process.returncode == 2
     assert message in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
     assert not out and len(head.list("jobs")) == jobs
     assert head.token not in err
@@ -193,26 +205,26 @@ def test_a_job_that_is_not_waited_for_runs_on_and_interrupt_stops_it_if_asked(he
     long = "train.max_steps=100000"
     process = submit(head, recipe, "--stop-on-interrupt", "train", "small.yaml", long)
     metrics = recipe.parent.parent / "runs" / "small" / "metrics.jsonl"
-    assert wait_for(lambda: metrics.exists() and '"loss"' in metrics.read_text(), seconds=200)
+    soon(lambda: metrics.exists() and '"loss"' in metrics.read_text(), within_s=200, what="steps")
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=90)
+    out, err = process.communicate(timeout=seconds(90))
     assert process.returncode == 130, err
     assert "STOPPED" in out and "Traceback" not in out + err
     job = out.split()[1]  # it was given the time to put its workers away, as by Ctrl-C
     log = requests.get(
-        f"{head.address}/api/jobs/{job}/logs", headers={"Authorization": f"Bearer {head.token}"}, timeout=20
+        f"{head.address}/api/jobs/{job}/logs", headers={"Authorization": f"Bearer {head.token}"}, timeout=seconds(20)
     )
     assert "stopped; the same command again goes on where it stopped" in log.json()["logs"]
-    assert wait_for(head.is_idle, seconds=60), head.list("actors")
+    soon(head.is_idle, within_s=60, what=lambda: (head.list("actors"), head.list("placement_groups")))
 
     process = submit(head, recipe, "train", "small.yaml", long, "run.name=other")
-    assert wait_for(lambda: (metrics.parents[1] / "other" / "settings.yaml").exists(), seconds=120)
+    soon((metrics.parents[1] / "other" / "settings.yaml").exists, within_s=120, what="the other run's folder")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=seconds(30))
     assert process.returncode == 130 and "the job runs on" in err and "ray job stop" in err
     running = [job for job in head.list("jobs") if job["status"] == "RUNNING"]
     assert len(running) == 1 and running[0]["submission_id"] in err
 
     process = submit(head, recipe, "--no-wait", "prepare", "small.yaml")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=seconds(60))
     assert process.returncode == 0 and out.startswith("raysubmit_") and len(out.split()) == 1, err

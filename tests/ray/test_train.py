@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from commands import Command, wait_for
+from commands import Command
+from waits import soon
 
 pytestmark = pytest.mark.timeout(900)  # a start takes 40 s on two quiet cores, and some tests make three
 STEPS = 100  # long enough that a kill at a checkpoint comes before the end
@@ -100,19 +101,19 @@ def test_a_finished_run_is_not_run_again(recipe: Path, reference: tuple[Path, di
 def test_killed_then_interrupted_goes_on_with_the_same_losses(recipe: Path, reference: tuple[Path, dict]) -> None:
     run = recipe.parent / "runs" / "stopped"
     first = Command("train", str(recipe), "run.name=stopped")
-    assert wait_for((run / "settings.yaml").exists)
+    soon((run / "settings.yaml").exists, within_s=240, what="the run's folder")
     rival = Command("train", str(recipe), "run.name=stopped")
-    _, err = rival.process.communicate(timeout=200)
+    _, err = rival.ended(within_s=200)
     assert rival.process.returncode == 2 and "in use by another process" in err
-    assert wait_for(checkpoint(recipe, "stopped", 10))
+    soon(checkpoint(recipe, "stopped", 10), within_s=240, what="a checkpoint")
     first.process.kill()
     assert first.is_gone(), first.processes()
     assert not (run / "model").exists()
 
     second = Command("train", str(recipe), "run.name=stopped")
-    assert wait_for(lambda: "resumes at step" in (run / "log.txt").read_text())
+    soon(lambda: "resumes at step" in (run / "log.txt").read_text(), within_s=240, what="the run to go on")
     second.process.send_signal(signal.SIGINT)
-    _, err = second.process.communicate(timeout=120)
+    _, err = second.ended(within_s=120)
     assert second.process.returncode == 130
     assert "the same command again goes on" in err and "Traceback" not in err
     assert second.is_gone(), second.processes()
@@ -129,7 +130,7 @@ def test_killed_then_interrupted_goes_on_with_the_same_losses(recipe: Path, refe
 def test_one_of_two_workers_killed_is_replaced(recipe: Path, reference: tuple[Path, dict]) -> None:
     run = recipe.parent / "runs" / "two"
     command = Command("train", str(recipe), "run.name=two", "cluster.num_workers=2")
-    assert wait_for(checkpoint(recipe, "two", 10))
+    soon(checkpoint(recipe, "two", 10), within_s=240, what="a checkpoint")
     workers = [p for p in command.processes() if "RayTrainWorker" in " ".join(p.cmdline())]
     assert len(workers) == 2
     workers[1].kill()

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import Command, wait_for
+from commands import Command
 from optuna.trial import FrozenTrial, TrialState
+from waits import soon
 
 from hncse_ray.config import load_settings
 from hncse_ray.tuning import open_study
@@ -75,7 +76,7 @@ def test_a_sweep_leaves_the_best_and_says_why_a_trial_failed(recipe: Path, sourc
         "tune", str(recipe), f"negatives.source={source}", "negatives.max_score=null", "negatives.refresh=sync",
         "--space", str(recipe.parent / "space.yaml"), "--trials", "3", "--stopping", "none", "--out", str(out),
     )  # fmt: skip
-    result = command.finish(seconds=1200)
+    result = command.finish(within_s=1200)
     assert command.is_gone(), command.processes()
     assert result["trials"] == {"finished": 2, "failed": 1}
 
@@ -103,8 +104,9 @@ def test_killed_and_interrupted_a_sweep_goes_on_and_runs_nothing_twice(recipe: P
     space = str(recipe.parent / "space.yaml")
     arguments = ["tune", str(recipe), "train.max_steps=60", "--trials", "5", "--space", space, "--out", str(out)]
     first = Command(*arguments)
-    assert wait_for(lambda: len(ended(out)) >= 1 and any(t.intermediate_values for t in trials_of(out)), seconds=400)
-    assert wait_for(lambda: (out / "trials" / "trial-0002" / "checkpoints").exists(), seconds=300)
+    soon(lambda: len(ended(out)) >= 1 and any(t.intermediate_values for t in trials_of(out)), within_s=400,
+         what="a trial at its end and another's score")  # fmt: skip
+    soon((out / "trials" / "trial-0002" / "checkpoints").exists, within_s=300, what="a third trial's checkpoints")
     known = ended(out)
     first.process.kill()
     assert first.is_gone(), first.processes()
@@ -112,16 +114,16 @@ def test_killed_and_interrupted_a_sweep_goes_on_and_runs_nothing_twice(recipe: P
     assert known.items() <= before.items()
 
     second = Command("tune", "--resume", str(out))
-    assert wait_for(lambda: len(ended(out)) > len(before), seconds=400)
+    soon(lambda: len(ended(out)) > len(before), within_s=400, what="a further trial at its end")
     second.process.send_signal(signal.SIGINT)
-    _, err = second.process.communicate(timeout=120)
+    _, err = second.ended(within_s=120)
     assert second.process.returncode == 130 and "Traceback" not in err
     assert second.is_gone(), second.processes()
     between = ended(out)
     assert before.items() <= between.items()
 
     third = Command("tune", "--resume", str(out))
-    third.finish(seconds=900)
+    third.finish(within_s=900)
     assert third.is_gone(), third.processes()
     after = ended(out)
     assert between.items() <= after.items() and len(after) == 5
@@ -137,7 +139,7 @@ def test_further_seeds_decide_and_only_the_chosen_model_sees_the_test_set(recipe
         "tune", str(recipe), "--space", str(recipe.parent / "space.yaml"), "--trials", "3", "--seeds", "2",
         "--top", "2", "--out", str(out),
     )  # fmt: skip
-    result = command.finish(seconds=1200)
+    result = command.finish(within_s=1200)
     assert command.is_gone(), command.processes()
     assert {len(row["scores"]) for row in result["seeds"]} == {2}
     means = [sum(row["scores"].values()) / 2 for row in result["seeds"]]

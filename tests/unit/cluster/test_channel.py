@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 
+from waits import seconds
+
 from hncse_ray.cluster.channel import EventQueue
 from hncse_ray.reporting import Notice
 
@@ -26,7 +28,7 @@ def test_taking_from_an_empty_queue_ends_after_the_timeout() -> None:
     async def use() -> None:
         started = time.monotonic()
         assert await EventQueue().take(0.05) == []
-        assert 0.04 < time.monotonic() - started < 5
+        assert 0.04 < time.monotonic() - started < seconds(5)
 
     asyncio.run(use())
 
@@ -35,11 +37,11 @@ def test_an_event_ends_the_wait_and_so_does_waking() -> None:
     async def use() -> None:
         for rouse, expected in ((lambda q: q.put(Notice("x")), [Notice("x")]), (lambda q: q.wake(), [])):
             queue, started = EventQueue(), time.monotonic()
-            waiting = asyncio.create_task(queue.take(60))
+            waiting = asyncio.create_task(queue.take(seconds(60)))
             await asyncio.sleep(0.01)
             await rouse(queue)
             assert await waiting == expected
-            assert time.monotonic() - started < 10
+            assert time.monotonic() - started < seconds(10)
 
     asyncio.run(use())
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from waits import seconds, soon
 
 from hncse_ray.config import CorpusSettings
 from hncse_ray.corpus import Corpus, row_hash
@@ -255,7 +256,7 @@ def _prepare_elsewhere(path, cache, tokenizer, gate, slow, results):
     whole = module.tokenize
 
     def tokenize(*arguments):
-        gate.wait(30)
+        gate.wait(seconds(30))
         time.sleep(slow)
         return whole(*arguments)
 
@@ -280,9 +281,9 @@ def test_two_processes_at_once_both_end_well(prepare, text_file, tmp_path, token
     both = [processes.Process(target=_prepare_elsewhere, args=arguments) for _ in range(2)]
     for process in both:
         process.start()
-    found = [results.get(timeout=30) for _ in both]
+    found = [results.get(timeout=seconds(30)) for _ in both]
     for process in both:
-        process.join(30)
+        process.join(seconds(30))
     assert [process.exitcode for process in both] == [0, 0]
     assert found[0] == found[1] == (prepare(path=text_file).digest, [LINES[5]])
     assert folders(tmp_path) == [found[0][0]]
@@ -296,11 +297,9 @@ def test_a_killed_preparation_leaves_nothing_that_is_taken_for_whole(
     arguments = (text_file, str(tmp_path / "cache"), tokenizer, gate, 60, results)
     process = processes.Process(target=_prepare_elsewhere, args=arguments)
     process.start()
-    deadline = time.monotonic() + 20
-    while not list(tmp_path.glob("cache/corpora/.tmp-*/corpus.arrow")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    soon(lambda: list(tmp_path.glob("cache/corpora/.tmp-*/corpus.arrow")), within_s=20, what="a file in the making")
     os.kill(process.pid, signal.SIGKILL)
-    process.join(10)
+    process.join(seconds(10))
     (left,) = folders(tmp_path)
     assert left.startswith(".tmp-")
     corpus = prepare(path=text_file)

@@ -5,6 +5,7 @@ import sys
 import textwrap
 
 import pytest
+from waits import seconds
 
 from hncse_ray.corpus import docstring_sentences, docstrings, documentation_pairs, python_docs
 from hncse_ray.errors import DataError
@@ -165,7 +166,7 @@ def test_a_worker_never_runs_the_callers_main(tree):
         capture_output=True,
         text=True,
         env={"PYTHONPATH": ":".join(paths)},
-        timeout=60,
+        timeout=seconds(60),
     )
     assert done.stdout.split() == ["started", "2"], done.stderr
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waits import seconds
 
 from hncse_ray.errors import ClusterError, DataError, StorageError
 from hncse_ray.negatives.index import _ExactIndex, merge_hits, new_index, plan_index
@@ -193,7 +194,7 @@ def test_threads_search_at_once_and_bound_their_own_openmp(kind):
     gate, bounds = threading.Barrier(4), {}
 
     def search(number):
-        gate.wait(timeout=20)
+        gate.wait(timeout=seconds(20))
         threads = 1 + number % 2
         hits = index.search(vectors[parts[number]], 10, threads=threads)
         bounds[number] = faiss.omp_get_max_threads() - threads

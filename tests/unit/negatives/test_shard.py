@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from waits import seconds
 
 from hncse_ray.errors import DataError
 from hncse_ray.negatives import (
@@ -209,7 +210,7 @@ def test_searches_during_a_build_are_answered_from_the_version_before() -> None:
     def hold(ids: np.ndarray) -> None:
         if len(encoder.calls) > 13:  # in the middle of the second build, of 9 batches
             half_way.set()
-            assert go_on.wait(30)
+            assert go_on.wait(seconds(30))
 
     encoder = Encoder(hold)
     shard = make_shard(encoder)
@@ -218,7 +219,7 @@ def test_searches_during_a_build_are_answered_from_the_version_before() -> None:
     with ThreadPoolExecutor(1) as builder:
         build = builder.submit(shard.build, version(1), weights(1))
         try:
-            assert half_way.wait(30)
+            assert half_way.wait(seconds(30))
             assert shard.versions() == [version(0)]
             np.testing.assert_array_equal(shard.search(version(0), queries, k=4)[1], expected)
             assert_close(shard.vectors(version(0), np.arange(ROWS)), queries)

@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waits import seconds, soon
 
 from hncse_ray.errors import StorageError
 from hncse_ray.storage import Lease, LeaseLost, Remote, check_lease
 
-BEAT_S, STALE_S = 0.2, 3.0
+BEAT_S, STALE_S = seconds(0.2), seconds(3.0)  # a live one must come to beat in time
+DEAD_S = 0.5  # where nobody lives
 
 
-def lease(remote: Remote, folder: Path) -> Lease:
-    return Lease(remote, folder, beat_s=BEAT_S, stale_s=STALE_S)
+def lease(remote: Remote, folder: Path, stale_s: float = STALE_S) -> Lease:
+    return Lease(remote, folder, beat_s=BEAT_S, stale_s=stale_s)
 
 
 def leave(remote: Remote, **facts: object) -> None:
@@ -50,11 +52,11 @@ def test_one_that_shows_no_life_is_taken_over_and_it_is_said(
     remote: Remote, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     leave(remote, time=time.time() + 500)  # a clock that is ahead is no sign of life
-    mine = lease(remote, tmp_path)
+    mine = lease(remote, tmp_path, DEAD_S)
     started = time.monotonic()
     with caplog.at_level(logging.WARNING):
         mine.acquire()
-    assert STALE_S <= time.monotonic() - started < 3 * STALE_S
+    assert time.monotonic() - started >= DEAD_S
     assert "over from a process on elsewhere that shows no life" in caplog.text
     mine.release()
 
@@ -81,7 +83,7 @@ def test_one_of_a_process_that_died_in_this_very_folder_is_taken_over_at_once(re
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"time": "x"}', b"\xff"])
 def test_one_that_cannot_be_read_is_watched_like_any_other(remote: Remote, tmp_path: Path, content: bytes) -> None:
     remote.write("lease.json", content)
-    mine = lease(remote, tmp_path)
+    mine = lease(remote, tmp_path, DEAD_S)
     mine.acquire()
     check_lease(remote, mine.token)
     mine.release()
@@ -106,8 +108,7 @@ def test_one_that_was_read_by_half_is_not_a_sign_that_another_took_over(
     monkeypatch.setattr(Remote, "read", really)
     before = remote.read("lease.json")
     assert before is not None and len(before) == whole
-    time.sleep(4 * BEAT_S)
-    assert remote.read("lease.json") != before  # it goes on beating
+    soon(lambda: remote.read("lease.json") != before, within_s=30, what="the next beat")
     mine.release()
 
 
@@ -129,7 +130,7 @@ class Turns:
         def run(*args: Any) -> Any:
             with self._changed:
                 assert self._changed.wait_for(
-                    lambda: not self._order or self._order[0] == number or self._order[0] in self._ended, 60
+                    lambda: not self._order or self._order[0] == number or self._order[0] in self._ended, seconds(60)
                 )
                 if self._order:
                     self._order.pop(0)
@@ -196,7 +197,7 @@ def test_of_two_who_start_at_once_one_gets_it(
 def test_the_claim_of_a_process_that_died_while_it_started_is_removed(remote: Remote, tmp_path: Path) -> None:
     for name in ("0", "g"):  # before and after any other by name
         remote.write(f"lease.claim-{name}.json", b"")
-        mine = lease(remote, tmp_path)
+        mine = lease(remote, tmp_path, DEAD_S)
         mine.acquire()
         assert remote.names() == ["lease.json"]
         mine.release()
@@ -206,7 +207,9 @@ def test_a_holder_that_was_taken_over_learns_it_and_leaves_the_other_s_alone(rem
     mine = lease(remote, tmp_path)
     mine.acquire()
     leave(remote, token="other")
-    time.sleep(4 * BEAT_S)
+    beating = mine._thread
+    assert beating is not None
+    soon(lambda: not beating.is_alive(), within_s=30, what="the end of its beats")
     with pytest.raises(LeaseLost, match="was taken over"):
         check_lease(remote, mine.token)
     mine.release()
@@ -222,13 +225,8 @@ def test_it_survives_an_outage(remote: Remote, tmp_path: Path, monkeypatch: pyte
         raise StorageError("no connection", self.url)
 
     monkeypatch.setattr(Remote, "write", fail)
-    end = time.monotonic() + 30
-    while len(failures) < 2 and time.monotonic() < end:
-        time.sleep(0.05)
-    assert len(failures) >= 2
+    soon(lambda: len(failures) >= 2, within_s=30, what="two beats that fail")
     before = remote.read("lease.json")
     monkeypatch.setattr(Remote, "write", really)
-    while remote.read("lease.json") == before and time.monotonic() < end:
-        time.sleep(0.05)
-    assert remote.read("lease.json") != before
+    soon(lambda: remote.read("lease.json") != before, within_s=30, what="a beat")
     mine.release()

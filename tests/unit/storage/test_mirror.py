@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from waits import seconds, soon
 
 from hncse_ray.errors import StorageError
 from hncse_ray.storage import (
@@ -156,27 +157,25 @@ class TestUploader:
 
         def slow() -> None:
             begun.set()
-            free.wait(30)
+            free.wait(seconds(30))
             sent.append("1")
 
         uploader.submit("1", slow)
-        assert begun.wait(30)
+        assert begun.wait(seconds(30))
         started = time.monotonic()
         for name in "234":
             uploader.submit(name, lambda name=name: sent.append(name))  # type: ignore[misc]
-        assert time.monotonic() - started < 1 and uploader.sending == "1"
+        assert time.monotonic() - started < seconds(1) and uploader.sending == "1"
         free.set()
-        uploader.finish(30)
+        uploader.finish(seconds(30))
         assert sent == ["1", "4"] and uploader.sending is None
 
     def test_a_failure_is_said_once_and_tried_again(self, uploader: Uploader, notices: Notices) -> None:
         done: list[str] = []
         uploader.submit("step 4", failing(4, done))
-        uploader.finish(30)
+        uploader.finish(seconds(30))
         assert done == ["sent"]
-        end = time.monotonic() + 30
-        while len(notices) < 2 and time.monotonic() < end:  # the second comes just after the end
-            time.sleep(0.01)
+        soon(lambda: len(notices) >= 2, within_s=30, what="the second notice")  # just after the end
         assert "step 4 could not be stored yet" in notices[0] and "no connection" in notices[0]
         assert notices[1:] == ["step 4 is stored; the storage works again"]
 
@@ -185,7 +184,7 @@ class TestUploader:
         uploader.submit("1", failing(10**9, done))
         time.sleep(0.05)
         uploader.submit("2", lambda: done.append("2"))
-        uploader.finish(30)
+        uploader.finish(seconds(30))
         assert done == ["2"]
 
     def test_what_cannot_be_sent_to_the_end_is_an_error_that_says_where_it_is(self, uploader: Uploader) -> None:
@@ -197,7 +196,7 @@ class TestUploader:
     def test_whatever_is_raised_the_thread_lives(self, uploader: Uploader, notices: Notices) -> None:
         done: list[str] = []
         uploader.submit("1", lambda: done.append("x") if done else (done.append("y"), 1 / 0))  # type: ignore[func-returns-value]
-        uploader.finish(30)
+        uploader.finish(seconds(30))
         assert done == ["y", "x"] and "division by zero" in notices[0]
 
     def test_a_run_that_was_taken_over_sends_no_more(self, uploader: Uploader) -> None:
@@ -206,14 +205,14 @@ class TestUploader:
 
         uploader.submit("1", lost)
         with pytest.raises(LeaseLost):
-            uploader.finish(30)
+            uploader.finish(seconds(30))
         with pytest.raises(LeaseLost):
             uploader.submit("2", lambda: None)
 
 
 def test_trying_goes_on_for_a_time_and_no_longer() -> None:
     done: list[str] = []
-    keep_trying(failing(3, done), timeout_s=30, first_pause_s=0.01)
+    keep_trying(failing(3, done), timeout_s=seconds(30), first_pause_s=0.01)
     assert done == ["sent"]
     with pytest.raises(StorageError, match="no connection"):
         keep_trying(failing(10**9, done), timeout_s=0.1, first_pause_s=0.01)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from negative_runs import FolderStore, Run, Stopped, carry_out, negatives_settings, prepared, taken
 from safetensors.torch import load_file
+from waits import seconds
 
 from hncse_ray.negatives import SourceUnavailable
 from hncse_ray.reporting import Event
@@ -167,7 +168,7 @@ def test_an_answer_that_does_not_come_in_time_is_done_without(tree: Tree, tmp_pa
 
     def hold(method: str, number: int) -> None:
         if method == "search" and number in (4, 5):  # both threads
-            assert go_on.wait(60)
+            assert go_on.wait(seconds(60))
 
     def let_go(event: Event) -> None:
         if isinstance(event, StepsLogged) and event.step == 7:

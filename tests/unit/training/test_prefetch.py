@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from waits import seconds
 
 from hncse_ray.negatives import SourceUnavailable
 from hncse_ray.training.prefetch import _FIRST_PAUSE_S, _LONGEST_PAUSE_S, Prefetch
@@ -29,7 +30,7 @@ class LookUps:
 
     def __call__(self, number: int) -> int:
         self.asked.append(number)
-        assert self.gate.wait(30)
+        assert self.gate.wait(seconds(30))
         if self.error is not None:
             raise self.error
         return 10 * number
@@ -199,11 +200,11 @@ def test_closing_neither_waits_nor_begins_anything(look_up: LookUps, clock: Cloc
         prefetch.start(number, look_up)
     closing = threading.Thread(target=prefetch.close)
     closing.start()
-    closing.join(10)
+    closing.join(seconds(10))
     assert not closing.is_alive()
     threads: Callable[[], list[threading.Thread]] = lambda: list(prefetch._threads._threads)  # noqa: E731
     look_up.gate.set()
     for thread in threads():
-        thread.join(10)
+        thread.join(seconds(10))
         assert not thread.is_alive()
     assert not set(look_up.asked) & {2, 3, 4}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from object_stores import BUCKET, Gate, s3_server
+from waits import seconds, soon
 
 from hncse_ray.config import Settings, load_settings
 from hncse_ray.errors import StorageError
@@ -175,8 +176,7 @@ class TestTravelling:
         for step in (4, 8, 12):
             newest = checkpoint(here, step)
             mirror.send_checkpoint(newest)
-            while newest.name not in whole_folders(remote, "checkpoints"):
-                time.sleep(0.01)
+            soon(lambda name=newest.name: name in whole_folders(remote, "checkpoints"), within_s=30, what="the copy")
         mirror.finish(newest, here / "model")
         assert whole_folders(remote, "checkpoints") == ["step_000000012", "step_000000008"]
         bring_run(remote, there, pytest.fail)
@@ -243,7 +243,7 @@ class TestTravelling:
             send_folder(remote, f"checkpoints/step_{step:09d}", checkpoint(here, step))
         mirror = self.mirror(remote, here)
         mirror.send_checkpoint(here / "checkpoints/step_000000008")
-        mirror._uploader.finish(30)
+        mirror._uploader.finish(seconds(30))
         assert whole_folders(remote, "checkpoints") == ["step_000000008", "step_000000004"]
 
     def test_one_who_was_taken_over_overwrites_nothing(self, remote: Remote, tmp_path: Path) -> None:
@@ -266,17 +266,14 @@ class TestAcrossAnOutageOfS3:
         remote, here, said = Remote(f"s3://{BUCKET}/outage/run"), tmp_path / "here", list[str]()
         mirror = RunMirror(MirrorPlan(remote, "me", keep=2), here, said.append)
         mirror.send_checkpoint(checkpoint(here, 4))
-        while not whole_folders(remote, "checkpoints"):
-            time.sleep(0.05)
+        soon(lambda: whole_folders(remote, "checkpoints"), within_s=60, what="the copy")
         gate.close()
         started = time.monotonic()
         for step in (8, 12):
             newest = checkpoint(here, step)
             mirror.send_checkpoint(newest)
-        assert time.monotonic() - started < 1
-        end = time.monotonic() + 60
-        while not said and time.monotonic() < end:
-            time.sleep(0.1)
+        assert time.monotonic() - started < seconds(1)
+        soon(lambda: said, within_s=60, what="the news of the failure")
         gate.open()
         (here / "model").mkdir()
         (here / "model/w").write_text("w")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waits import seconds
 
 from hncse_ray.config import Settings, load_settings
 from hncse_ray.errors import StorageError
@@ -129,7 +130,7 @@ class TestClaiming:
             assert holder.stdout.readline() == b"held\n"
             assert "is in use by another process" in refusal(chosen)
         finally:
-            holder.communicate(timeout=30)
+            holder.communicate(timeout=seconds(30))
         with claim_run_folder(chosen):  # free once its holder has ended
             pass
 
