@@ -51,15 +51,22 @@ def _find(name: str | Path, kind: str, noun: str) -> Path:
     raise SettingsError(f"no such {noun}", str(name), f"{hint}Known by name: {', '.join(names)}")
 
 
-NOTHING = ("", "~", "null", "Null", "NULL", "none", "None")
+YAML_NULLS = ("", "~", "null", "Null", "NULL")
+NOTHING = (*YAML_NULLS, "none", "None")
 
 
-class Nothing(str):
-    """One of the words of :data:`NOTHING`, written without quotes: no value, or the word where only text will do."""
+class Plain(str):
+    """A text that was written without quotes; what it means depends on what it was written for."""
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether it is one of the words for no value, where there may be none."""
+        return self in NOTHING
 
 
 _NULL = "tag:yaml.org,2002:null"
-_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map", None)  # None: any other is refused
+_TEXT = "tag:yaml.org,2002:str"
+_TAGS = ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map", None)  # None: any other is refused
 
 
 class _Loader(yaml.SafeLoader):
@@ -90,9 +97,8 @@ class _Dumper(yaml.SafeDumper):
     """YAML that puts every text into quotes that the loader above, or PyYAML's own, would not take for text."""
 
 
-_Loader.add_constructor(_NULL, lambda loader, node: Nothing(node.value))
-for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver(_NULL, re.compile("|".join(f"{word}$" for word in NOTHING)), ["~", "n", "N", ""])
+_Loader.add_constructor(_TEXT, lambda loader, node: node.value if node.style else Plain(node.value))
+_Dumper.add_implicit_resolver(_NULL, re.compile("|".join(f"{word}$" for word in NOTHING)), ["~", "n", "N", ""])
 
 
 def parse_yaml(text: str, where: str) -> Any:

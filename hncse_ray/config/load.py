@@ -14,7 +14,7 @@ from hncse_ray.config.objective import InfoNCE, objective_class
 from hncse_ray.config.sections import Settings
 from hncse_ray.config.values import Typed, is_section, kinds_of, read_kinds
 from hncse_ray.errors import SettingsError
-from hncse_ray.recipe import Nothing, find_recipe, parse_yaml, read_yaml
+from hncse_ray.recipe import Plain, find_recipe, parse_yaml, read_yaml
 
 
 def load_settings(
@@ -106,7 +106,7 @@ def _mapping(value: Any, section: str, where: str) -> dict[str, Any]:
     """Return a copy of a section; one with nothing in it is empty."""
     if isinstance(value, Typed):
         value = parse_yaml(value, where)
-    if value is None or isinstance(value, Nothing):
+    if value is None or isinstance(value, Plain) and value.is_nothing:
         return {}
     if not isinstance(value, Mapping):
         raise SettingsError(f"{section!r} is a value, not a section", where)

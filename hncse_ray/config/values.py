@@ -17,7 +17,7 @@ from pydantic import BaseModel, JsonValue
 from pydantic_core import PydanticCustomError
 
 from hncse_ray.errors import SettingsError
-from hncse_ray.recipe import NOTHING, Nothing, parse_yaml
+from hncse_ray.recipe import YAML_NULLS, Plain, parse_yaml
 
 _TRUTHS = {"true": True, "false": False}
 _SWITCHES = _TRUTHS | {"yes": True, "on": True, "no": False, "off": False}
@@ -33,7 +33,7 @@ def read_value(value: Any, annotation: Any) -> Any:
     """Return a value as a type takes it; one that does not fit is left for pydantic to refuse.
 
     Args:
-        value: from YAML (text, :class:`~hncse_ray.recipe.Nothing`, lists, mappings), an override or Python.
+        value: from YAML (text, :class:`~hncse_ray.recipe.Plain` where unquoted, lists, mappings), an override, Python.
         annotation: the type of its setting.
 
     Raises:
@@ -50,8 +50,10 @@ def read_kinds(value: Any, kinds: frozenset[Any]) -> Any:
         value = _as_typed(value, kinds)
     if isinstance(value, Mapping | list | tuple):
         return _read_items(value, kinds)
-    if value is None or isinstance(value, Nothing):
-        if type(None) in kinds and value not in kinds or JsonValue in kinds:
+    if JsonValue in kinds:
+        return _as_yaml(value) if isinstance(value, Plain) else value
+    if value is None or (isinstance(value, Plain) and value.is_nothing):
+        if type(None) in kinds and value not in kinds:
             return None
         if any(map(is_section, kinds)):
             return {}  # a heading with nothing below it: all as by default
@@ -68,8 +70,6 @@ def _read_text(text: str, kinds: frozenset[Any]) -> Any:
         raise PydanticCustomError("no_text", "it is not valid UTF-8 text, or holds a NUL")
     if text in kinds:  # one of the words that a setting may be
         return text
-    if JsonValue in kinds:
-        return _number(text, whole=True) if _NUMBER.fullmatch(text) else _TRUTHS.get(text.lower(), text)
     if int in kinds or float in kinds:
         if not _NUMBER.fullmatch(text):
             noun = "number" if float in kinds else "integer"
@@ -78,6 +78,13 @@ def _read_text(text: str, kinds: frozenset[Any]) -> Any:
     if bool in kinds or True in kinds:
         return _SWITCHES.get(text.lower(), text)
     return text
+
+
+def _as_yaml(text: Plain) -> Any:
+    """What YAML takes a text for of whose setting nothing is known."""
+    if text in YAML_NULLS:
+        return None
+    return _number(text, whole=True) if _NUMBER.fullmatch(text) else _TRUTHS.get(text.lower(), str(text))
 
 
 def _number(text: str, *, whole: bool) -> int | float:
@@ -112,7 +119,7 @@ def _as_typed(typed: Typed, kinds: frozenset[Any]) -> Any:
             value = None
         if isinstance(value, (str,) * quoted + (list,) * is_list + (dict,) * is_mapping):
             return value
-    return Nothing(typed) if typed in NOTHING else str(typed)
+    return Plain(typed)
 
 
 def is_section(kind: Any) -> TypeGuard[type[BaseModel]]:

@@ -275,7 +275,7 @@ def write_best(folder: Path, sweep: Sweep, trial: FrozenTrial) -> Path:
     score = f"{trial.value:.4f}" if trial.value is not None else "no score"
     head = (
         f"# The best of a sweep: trial {trial.number}, {sweep.metric} {score} on dev.\n"
-        f"# Found values: {', '.join(f'{k}={v}' for k, v in trial.user_attrs['values'].items())}\n"
+        f"# Found values: {', '.join(f'{k}={v!r}' for k, v in trial.user_attrs['values'].items())}\n"
     )
     path = folder / "best.yaml"
     write_atomically(path, head + best_settings(sweep, trial).to_yaml())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from invoke import hncse
 from odd_input import overrides, texts, try_out
 
-EXAMPLES = [25, pytest.param(600, marks=pytest.mark.slow)]
+EXAMPLES = [25, pytest.param(600, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
 # What would take long if it were valid: other sources than the small corpus, many processes.
 LONG = ("corpus.source", "corpus.num_processes")
 

@@ -16,7 +16,7 @@ from hncse_ray.recipe import parse_yaml, read_yaml
 from hncse_ray.tuning import parse_space
 
 BASE = {"corpus": {"path": "a.txt"}}
-EXAMPLES = [150, pytest.param(10_000, marks=pytest.mark.slow)]
+EXAMPLES = [150, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
 
 
 def assert_one_message(error: SettingsError) -> None:

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from hncse_ray.config import OBJECTIVES, Settings, load_settings
 from hncse_ray.errors import SettingsError
-from hncse_ray.recipe import parse_yaml, write_yaml
+from hncse_ray.recipe import Plain, parse_yaml, write_yaml
 
 BASE = {"corpus": {"source": "python-docs"}}
 NAMES = ["1.10", "007", "1_000", "2024-01-01", "on", "no", "1e3", "null", "None", "0x10", "0o17", "True", "1.0"]
@@ -131,6 +131,16 @@ def test_what_a_list_or_a_mapping_holds_is_read_in_the_same_way(tmp_path: Path) 
     assert (section.batch_size, section.warmup_steps, section.epochs) == (100, 3, 2)
 
 
+def test_the_settings_of_an_objective_of_ones_own_are_what_yaml_says(tmp_path: Path) -> None:
+    text = "objective.settings={a: null, b: none, c: 1e3, d: on, e: true, f: [007, 0.5, {g: ~}], h: '1'}"
+    read = load_settings(BASE, ["objective.name=my:loss", text, "objective.settings.i=[1, x]"]).objective
+    own = {"a": None, "b": "none", "c": 1000, "d": "on", "e": True, "f": ["007", 0.5, {"g": None}], "h": "1"}
+    assert read.settings == own | {"i": [1, "x"]}  # type: ignore[union-attr]
+    path = tmp_path / "settings.yaml"
+    path.write_text(load_settings(BASE, ["objective.name=my:loss", text]).to_yaml())
+    assert load_settings(path).objective.settings == own  # type: ignore[union-attr]
+
+
 def test_one_number_stands_for_a_list_of_one(tmp_path: Path) -> None:
     assert load_settings(BASE, ["objective.dimensions=1e2"]).objective.dimensions == (100,)
     for text in ("0100", "[0100]"):
@@ -191,7 +201,8 @@ def test_stored_settings_read_back_whatever_their_texts_are(tmp_path: Path) -> N
     words = [*PATHS, "~", "", "nOne", "x\n", "\u2028", "é", "#", "true", "!!int 3", "*a"]
     tree = {"texts": words, "nothing": None, "number": 1e-5, "flag": True}
     back = parse_yaml(write_yaml(tree), "")
-    assert [str(text) for text in back["texts"]] == words and {type(text) for text in back["texts"]} == {str}
+    assert [str(text) for text in back["texts"]] == words
+    assert not any(isinstance(text, Plain) and text.is_nothing for text in back["texts"])
     for word in [word for word in words if word]:
         settings = load_settings({"corpus": {"source": "hub", "path": word, "subset": word}})
         path = tmp_path / "settings.yaml"
