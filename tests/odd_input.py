@@ -16,9 +16,9 @@ _KEYS = [
     for cls in (OBJECTIVES.values() if section == "objective" else [field.annotation])
     for name in cls.model_fields  # type: ignore[union-attr]
 ]
-# Nothing that is absolute or leads upwards: a test writes where it stands. "~nobody" is a home that does not exist.
+# Nothing that is absolute or leads upwards: a test writes where it stands. "~no-such-user" is a home that does not exist.
 _ODD = [
-    *("", " ", "-", "--", ".", "~nobody", "~nobody/x", ",", "a,b", "a,,b", "package:", "package:x/y", "owner/name"),
+    *("", " ", "-", "--", ".", "~no-such-user", "~no-such-user/x", ",", "a,b", "a,,b", "package:", "package:x/y", "owner/name"),
     *("a/b/c", "é", "\udce9", "\u2028", "\ufeff", "a" * 300, "a" * 5000, "'", '"', '"a', "[", "[]", "[a, b]", "{"),
     *("{}", "{a: b}", "*", "&a", "!!int 3", "%20", "?", "#", "a #b", "=", "a=b", "null", "none", "None", "true", "off"),
     *("0", "-1", "1", "2", "007", "1_000", "12:30", "0x10", "1e3", "1e400", "-1e400", ".nan", ".inf", "nan", "9" * 400),
@@ -28,7 +28,7 @@ _ODD = [
 
 def harmless(text: str) -> bool:
     """Whether a text, taken for a path, stays below the folder that the test stands in."""
-    return not text.strip("'\"[{ ").startswith(("/", "~")) and ".." not in text or text.startswith("~nobody")
+    return not text.strip("'\"[{ ").startswith(("/", "~")) and ".." not in text or text.startswith("~no-such-user")
 
 
 def texts(longest: int = 12) -> st.SearchStrategy[str]:

@@ -25,7 +25,7 @@ def resolve_model(model: str | Path, *, revision: str | None = None) -> Path:
     Raises:
         ModelError: there is no such model, or the hub cannot be reached; the message names alternatives.
     """
-    name, path = str(model), Path(model).expanduser()
+    name, path = str(model), Path(os.path.expanduser(model))  # pathlib's raises where there is no such user
     if hub_name(name) is not None:
         return _hub_folder(name, revision)
     if revision is not None:
