@@ -1,4 +1,4 @@
-"""Search a recipe's settings: ``ray job submit --working-dir . -- python jobs/tune.py RECIPE --space SPACE --out FOLDER``."""
+"""Search settings: ``ray job submit --working-dir . -- python jobs/tune.py RECIPE --space SPACE --out FOLDER``."""
 
 from hncse_ray.cli import run_job
 
