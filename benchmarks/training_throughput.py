@@ -146,7 +146,7 @@ def make_corpus(args: argparse.Namespace, folder: Path) -> tuple[Corpus, dict[st
         name = f"python-docs, a sample of {args.sentences}"
     encoder = load_encoder(args.model)
     corpus = prepare_corpus(
-        settings, tokenizer=encoder.tokenizer, tokenizer_digest=encoder.tokenizer_digest(), max_length=args.max_length
+        settings, tokenize=encoder.token_rows, tokenizer_digest=encoder.tokenizer_digest(), max_length=args.max_length
     )
     return corpus, {
         "name": name,

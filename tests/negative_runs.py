@@ -24,6 +24,7 @@ from hncse_ray.storage import write_folder
 from hncse_ray.training import TrainJob, fit, load_evaluation_sets
 from hncse_ray.training.checkpoint import Wish
 from hncse_ray.training.negatives import BatchNegatives, GlobalNegatives
+from hncse_ray.training.schedule import plan_batches
 from hncse_ray.training.shard import build_shard
 
 BASE = (
@@ -145,19 +146,13 @@ def prepared(settings: Settings) -> Run:
     encoder = fresh_encoder(settings)
     corpus = prepare_corpus(
         settings.corpus,
-        tokenizer=encoder.tokenizer,
+        tokenize=encoder.token_rows,
         tokenizer_digest=encoder.tokenizer_digest(),
         max_length=settings.encoder.max_length,
     )
     plan = plan_index("flat", rows=len(corpus), dimension=encoder.dimension, memory_bytes=None)
     shard = build_shard(settings.negatives, settings.encoder, corpus, plan=plan)
-    batches = BatchPlan(
-        corpus.lengths,
-        batch_size=settings.train.batch_size,
-        seed=settings.run.seed,
-        bucket_by_length=settings.train.bucket_by_length,
-        min_batch=2,
-    )
+    batches = plan_batches(settings, corpus.view_lengths)
     source = WatchedSource(InProcessSource(shard, corpus_digest=corpus.digest, rows=len(corpus)), batches)
     return Run(source, corpus, encoder, batches)
 

@@ -50,3 +50,8 @@ def remembers_what_it_is_given(
     found = {"negatives": negatives, "seed": generator.initial_seed(), "total_steps": total_steps, "x": x}
     GIVEN.append(found | others)
     return (z1 - z2).square().sum(), {"a_number": 2, "a_tensor": z1.sum()}
+
+
+def takes_no_negatives(z1: Tensor, z2: Tensor) -> Result:
+    """Alignment alone, and what keeps it from collapsing."""
+    return (z1 - z2).square().sum(1).mean() + torch.pdist(z1).pow(2).mul(-2).exp().mean().log(), {}

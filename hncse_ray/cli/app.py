@@ -26,7 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Train sentence encoders by contrast, without labels, on a laptop or on a Ray cluster.",
+    help="Train sentence encoders by contrast, from text or from pairs, on a laptop or on a Ray cluster.",
 )
 
 RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes with hncse_ray.")]

@@ -70,6 +70,8 @@ def _print_corpus(console: Console, corpus: Corpus) -> None:
     for reason, count in report.dropped.items():
         table.add_row(f"dropped: {reason.replace('_', ' ')}", f"{count:,}")
     table.add_row("kept", f"{report.rows:,}")
+    if report.without_positive is not None:
+        table.add_row("of these without a positive", f"{report.without_positive:,}")
     console.print(table)
     console.print(
         f"{report.mean_tokens:.1f} tokens a sentence, prepared in {report.seconds:.1f} s -> {corpus.path}", markup=False

@@ -16,8 +16,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from hncse_ray.cluster.placement import survey
 from hncse_ray.cluster.resources import largest_share
 from hncse_ray.cluster.session import ray_session
-from hncse_ray.config import EncoderSettings
-from hncse_ray.encoder import Progress, SentenceEncoder, Side, length_batches, load_encoder
+from hncse_ray.config import EncoderSettings, Side
+from hncse_ray.encoder import Progress, SentenceEncoder, length_batches, load_encoder
 from hncse_ray.errors import ClusterError, HncseError
 
 logger = logging.getLogger(__name__)

@@ -78,7 +78,7 @@ def prepare(settings: Settings, encoder: SentenceEncoder, reporter: Reporter) ->
     """
     return prepare_corpus(
         settings.corpus,
-        tokenizer=encoder.tokenizer,
+        tokenize=encoder.token_rows,
         tokenizer_digest=encoder.tokenizer_digest(),
         max_length=settings.encoder.max_length,
         seed=settings.run.seed,
@@ -135,26 +135,41 @@ def check_run(settings: Settings, reporter: Reporter) -> tuple[SentenceEncoder, 
     """
     model = settings.encoder.model
     encoder = load_encoder(model, settings.encoder, seed=settings.run.seed)
-    if not has_dropout(encoder):
-        raise ModelError("it has no dropout, so both views of a sentence would be the same", model,
-                         "Set encoder.dropout=0.1")  # fmt: skip
+    if settings.corpus.positive_column is None:
+        _check_dropout(encoder)
+    elif encoder.unpooled_prompt("query") != encoder.unpooled_prompt("document"):
+        raise ModelError(
+            "it leaves prompts out of its pooling, which cannot be done where those of queries and documents differ"
+            " in length",
+            model,
+            "Set encoder.prompts, such as encoder.prompts={query: '', document: ''}",
+        )
     if settings.encoder.max_length > (limit := encoder.length_limit):
         raise ModelError(f"it takes {limit} tokens at most", model, "Lower encoder.max_length")
     batch_size = settings.train.batch_size
     check_objective(settings, dimension=encoder.dimension, batch_size=batch_size)
     sets = load_evaluation_sets(settings.evaluation, settings.corpus)
     corpus = prepare(settings, encoder, reporter)
+    if corpus.report.without_positive:
+        _check_dropout(encoder, f"{corpus.report.without_positive:,} rows have no positive, and ")
     if len(corpus) < batch_size:
         raise DataError(
             f"has {len(corpus)} sentences, fewer than train.batch_size = {batch_size}",
             f"corpus {settings.corpus.place}",
             "Lower train.batch_size or give a larger corpus",
         )
-    count_steps(settings.train, plan_batches(settings, corpus.lengths))  # refuses a warm-up that does not end
+    count_steps(settings.train, plan_batches(settings, corpus.view_lengths))  # refuses a warm-up that does not end
     check_candidates(settings, corpus)
     if (last_batch := len(corpus) % batch_size) >= settings.smallest_batch:
         check_objective(settings, dimension=encoder.dimension, batch_size=last_batch)
     return encoder, sets, corpus
+
+
+def _check_dropout(encoder: SentenceEncoder, why: str = "") -> None:
+    """See that two views of a sentence would differ."""
+    if not has_dropout(encoder):
+        raise ModelError(f"{why}it has no dropout, so both views of a sentence would be the same", encoder.name,
+                         "Set encoder.dropout=0.1")  # fmt: skip
 
 
 def _train(settings: Settings, folder: RunFolder, reporter: Reporter) -> RunFinished:

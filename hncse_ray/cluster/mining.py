@@ -57,8 +57,9 @@ class MineReport:
 def mine(settings: Settings, out: Path, *, reporter: Reporter | None = None) -> MineReport:
     """Find hard negatives for every sentence of a corpus, by the settings' selection rules.
 
-    The positive of an unlabelled sentence is the sentence itself: sentence-transformers' losses then contrast two
-    dropout passes of it, as SimCSE does (arXiv 2104.08821). Interrupted, the same call goes on where it stopped.
+    With pairs, the negatives of a row are the positives of others. The positive of an unlabelled sentence is the
+    sentence itself: sentence-transformers' losses then contrast two dropout passes of it, as SimCSE does (arXiv
+    2104.08821). Interrupted, the same call goes on where it stopped.
 
     Args:
         settings: ``corpus``, ``encoder`` and ``negatives`` are used.
@@ -194,16 +195,16 @@ def _mine_block(source: NegativeSource, parts: _Parts, settings: Settings, first
         hits.ids_Bk,
         hits.scores_Bk,
         row_ids_B=ids_B,
-        hashes_Bk=corpus.hashes[hits.ids_Bk],
-        row_hashes_B=corpus.hashes[ids_B],
+        contents=corpus.contents,
+        documents=corpus.kept_apart(settings.corpus),
         positive_score=1.0,
         rules=SelectionRules.of(negatives, per_anchor=negatives.per_anchor, exclude_batch=False, unique=False),
         seed=(settings.run.seed, first),
     )
     full_B = selection.mask_Bm.all(axis=1)
-    anchors = corpus.texts(ids_B[full_B])
-    chosen = [corpus.texts(column) for column in selection.ids_Bm[full_B].T]
-    columns = dict(zip(_columns(negatives.per_anchor), [anchors, anchors, *chosen], strict=True))
+    anchors, positives = corpus.texts(ids_B[full_B]), corpus.target_texts(ids_B[full_B])
+    chosen = [corpus.target_texts(column) for column in selection.ids_Bm[full_B].T]
+    columns = dict(zip(_columns(negatives.per_anchor), [anchors, positives, *chosen], strict=True))
     facts = {
         "rows": int(full_B.sum()),
         "without": int((~full_B).sum()),

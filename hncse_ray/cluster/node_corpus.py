@@ -72,7 +72,7 @@ class NodeCorpus:
             encoder = load_encoder(self.encoder.model, self.encoder)
             return prepare_corpus(
                 self.settings,
-                tokenizer=encoder.tokenizer,
+                tokenize=encoder.token_rows,
                 tokenizer_digest=encoder.tokenizer_digest(),
                 max_length=self.encoder.max_length,
                 seed=self.seed,

@@ -16,6 +16,7 @@ from hncse_ray.config.sections import (
     Pooling,
     Precision,
     Settings,
+    Side,
     TrainSettings,
 )
 
@@ -38,6 +39,7 @@ __all__ = [
     "SUITE_METRICS",
     "Section",
     "Settings",
+    "Side",
     "TrainSettings",
     "load_settings",
     "read_setting",

@@ -27,6 +27,7 @@ Pooling = Literal[
     "last_two_mean",
 ]
 Precision = Literal["auto", "fp32", "bf16"]
+Side = Literal["query", "document"]
 CorpusSource = Literal["auto", "text", "jsonl", "csv", "parquet", "hub", "python-docs"]
 Suite = Literal["stsb", "pairs", "python-docs", "retrieval"]
 
@@ -52,11 +53,17 @@ class RunSettings(Section):
 
 
 class CorpusSettings(Section):
-    """Where the unlabelled sentences come from and which of them are kept."""
+    """Where the sentences or pairs come from and which of them are kept."""
 
     source: CorpusSource = Field("auto", description="auto = files, each read as its ending says")
     path: StrTuple = Field((), description="files and globs, or one data set name (hub)")
     column: str = Field("text", description="the column of jsonl, csv, parquet and hub sources")
+    positive_column: str | None = Field(
+        None, min_length=1, description="what a row of `column` belongs to, such as the answer to a question"
+    )
+    negative_columns: StrTuple = Field((), description="what it does not belong to, each a text or a list of texts")
+    document_column: str | None = Field(None, min_length=1, description="which rows belong together")
+    repel_within_document: bool = Field(False, description="rows of one document are negatives of each other too")
     subset: str | None = Field(None, description="the configuration of a hub data set")
     split: str = Field("train", description="the split of a hub data set")
     packages: StrTuple = Field((), description="python-docs: packages to read; empty = a tested selection")
@@ -82,6 +89,28 @@ class CorpusSettings(Section):
             raise ValueError(f"source {self.source!r} needs a path; python-docs needs none")
         elif self.source == "hub" and len(self.path) > 1:
             raise ValueError("source 'hub' takes one data set name")
+        return self
+
+    @property
+    def further_columns(self) -> tuple[tuple[str, str], ...]:
+        """The columns beside ``column`` that are asked for, each after the name of its setting."""
+        found = [("positive_column", self.positive_column)]
+        found += [("negative_columns", name) for name in self.negative_columns]
+        found += [("document_column", self.document_column)]
+        return tuple((setting, name) for setting, name in found if name is not None)
+
+    @model_validator(mode="after")
+    def _columns_fit(self) -> CorpusSettings:
+        if self.further_columns and self.source in ("text", "python-docs"):
+            setting = self.further_columns[0][0]
+            raise ValueError(f"source {self.source!r} has no columns, so {setting} cannot be read from it")
+        if self.negative_columns and self.positive_column is None:
+            raise ValueError("negative_columns needs positive_column")
+        if self.repel_within_document and self.document_column is None:
+            raise ValueError("repel_within_document needs document_column")
+        texts = [self.column, *(name for setting, name in self.further_columns if setting != "document_column")]
+        if twice := [name for name in texts if texts.count(name) > 1]:
+            raise ValueError(f"column {twice[0]!r} is named twice among column, positive_column and negative_columns")
         return self
 
 
@@ -319,10 +348,14 @@ class Settings(Section):
 
     def _check_neighbours(self) -> None:
         negatives, name = self.negatives, self.objective.name
-        if negatives.source == "none":
+        given = bool(self.corpus.negative_columns)
+        if given and name == "instance_smoothing":
+            raise ValueError("objective 'instance_smoothing' has no use for corpus.negative_columns")
+        if negatives.source == "none" and not given:
             return
         if negatives.columns == "none" and name in ("info_nce", "three_view"):
-            raise ValueError(f"negatives.columns = none leaves objective {name!r} without use for global negatives")
+            what = "global negatives" if negatives.source != "none" else "corpus.negative_columns"
+            raise ValueError(f"negatives.columns = none leaves objective {name!r} without use for {what}")
         if name == "instance_smoothing":
             if negatives.use == "fresh":
                 raise ValueError("instance_smoothing draws its groups from stored vectors; set negatives.use=stored")

@@ -59,15 +59,23 @@ def batch_mask(*keys_B: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_] | None
     """Return which rows of a global batch may repel each other: those that differ in every key.
 
     Args:
-        keys_B: what rows are known by, such as the hashes of their tokens `[B]`; as many keys as there are.
+        keys_B: what rows are known by, such as the hashes of their tokens `[B]`; as many keys as there are. Of a key
+            with several values a row `[B, n]`, rows differ that share none.
 
     Returns:
         Bool `[B, B]`, symmetric, False on the diagonal; None, which costs nothing, where all rows differ.
     """
-    twice = [key_B for key_B in keys_B if len(np.unique(key_B)) < len(key_B)]
-    if not twice:
-        return None
-    mask_BB: npt.NDArray[np.bool_] = np.all([key_B[:, None] != key_B for key_B in twice], axis=0)
+    mask_BB = None
+    for key_B in keys_B:
+        values, row_of = key_B.ravel(), np.repeat(np.arange(len(key_B)), key_B.size // len(key_B))
+        order = np.argsort(values, kind="stable")
+        bounds = np.concatenate([[0], np.flatnonzero(np.diff(values[order])) + 1, [len(values)]])
+        for alike in np.flatnonzero(np.diff(bounds) > 1):
+            rows = row_of[order[bounds[alike] : bounds[alike + 1]]]
+            if rows[0] != rows[-1]:  # in rising order
+                if mask_BB is None:
+                    mask_BB = ~np.eye(len(key_B), dtype=np.bool_)
+                mask_BB[np.ix_(rows, rows)] = False
     return mask_BB
 
 

@@ -14,35 +14,45 @@ import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from hncse_ray.config import CorpusSettings
+from hncse_ray.config import CorpusSettings, Side
 from hncse_ray.corpus.cache import cache_folder
 from hncse_ray.corpus.corpus import DATA_FILE, FORMAT_VERSION, REPORT_FILE, Corpus
-from hncse_ray.corpus.sources import DROP_REASONS, read_sentences, source_identity
-from hncse_ray.corpus.text import row_hash
+from hncse_ray.corpus.sources import DROP_REASONS, Example, read_examples, source_identity
+from hncse_ray.corpus.text import name_hash, row_hash
 from hncse_ray.errors import DataError
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int | None], None]
-Row = tuple[str, int, npt.NDArray[np.int32]]  # text, hash, token ids
+TokenRow = npt.NDArray[np.int32]
+Row = tuple[Any, ...]  # one value for each column of the schema
 
-_BATCH = 4096  # sentences tokenised, and written, at a time
+_BATCH = 4096  # rows tokenised, and written, at a time
 _FOREIGN_STALE_S = 7 * 24 * 3600.0  # a temporary folder of another host is removed after so long
-_SCHEMA = pa.schema({"text": pa.string(), "hash": pa.int64(), "input_ids": pa.list_(pa.int32())})
+_TOKENS = pa.list_(pa.int32())
+
+
+class Tokenize(Protocol):
+    """Turns texts into token rows, those of a text without tokens empty; see ``SentenceEncoder.token_rows``."""
+
+    def __call__(self, texts: Sequence[str], max_length: int, *, side: Side | None) -> list[TokenRow]:
+        """Return a row of each text, of at most ``max_length`` tokens, with the prompt of its side."""
+        ...
 
 
 def prepare_corpus(
     settings: CorpusSettings,
     *,
-    tokenizer: Any,
+    tokenize: Tokenize,
     tokenizer_digest: str,
     max_length: int,
     seed: int = 0,
@@ -54,8 +64,9 @@ def prepare_corpus(
 
     Args:
         settings: the source, its filters and the cache.
-        tokenizer: a fast tokenizer of transformers.
-        tokenizer_digest: what identifies the tokenizer's behaviour.
+        tokenize: makes token rows; sentences are of no side, those that have positives are queries, and positives and
+            negatives are documents.
+        tokenizer_digest: what identifies its behaviour.
         max_length: tokens a row at most, special tokens included; longer sentences are truncated.
         seed: chooses the sample where ``settings.max_sentences`` asks for one.
         progress: called with (what is done, rows done, rows in all if known).
@@ -91,7 +102,7 @@ def prepare_corpus(
             "Set corpus.cache_dir or HNCSE_CACHE",
         ) from None
     try:
-        facts = _write(temporary, settings, tokenizer, max_length, seed, progress)
+        facts = _write(temporary, settings, tokenize, max_length, seed, progress)
         facts |= {
             "digest": digest,
             "format": FORMAT_VERSION,
@@ -161,7 +172,7 @@ def _alive(pid: int) -> bool:
 def _write(
     folder: Path,
     settings: CorpusSettings,
-    tokenizer: Any,
+    tokenize: Tokenize,
     max_length: int,
     seed: int,
     progress: Progress | None,
@@ -173,15 +184,19 @@ def _write(
 
     started = time.monotonic()
     counts: Counter[str] = Counter()
-    rows = _unique_rows(read_sentences(settings, counts), counts, tokenizer, max_length, progress)
+    schema = _schema(settings)
+    prepared = _prepared(read_examples(settings, counts), settings, tokenize, max_length)
+    rows = _unique_rows(prepared, settings, counts, progress)
     if settings.max_sentences is not None:
         rows = _sample(rows, settings.max_sentences, seed, counts)
-    written = tokens = 0
-    with ArrowWriter(features=Features.from_arrow_schema(_SCHEMA), path=str(folder / DATA_FILE)) as writer:
+    written = tokens = without_positive = 0
+    with ArrowWriter(features=Features.from_arrow_schema(schema), path=str(folder / DATA_FILE)) as writer:
         while batch := list(itertools.islice(rows, _BATCH)):
-            writer.write_table(pa.table(list(zip(*batch, strict=True)), schema=_SCHEMA))
+            table = pa.table(list(zip(*batch, strict=True)), schema=schema)
+            writer.write_table(table)
             written += len(batch)
-            tokens += sum(len(ids) for *_, ids in batch)
+            tokens += sum(len(ids) for _, _, ids, *_ in batch)
+            without_positive += table["positive"].null_count if settings.positive_column else 0
         if not written:
             dropped = ", ".join(f"{reason} {counts[reason]}" for reason in DROP_REASONS if counts[reason])
             raise DataError(
@@ -196,41 +211,97 @@ def _write(
         "dropped": dict(sorted(counts.items())),
         "seconds": round(time.monotonic() - started, 3),
         "mean_tokens": tokens / written,
+        "without_positive": without_positive if settings.positive_column else None,
         "bytes": (folder / DATA_FILE).stat().st_size,
     }
 
 
-def tokenize(tokenizer: Any, texts: list[str], max_length: int) -> list[list[int]]:
-    """Return the token ids of sentences, special tokens included; a fast tokenizer's threads share it."""
-    encoded = tokenizer(
-        texts,
-        truncation=True,
-        max_length=max_length,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-    )
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
+def _schema(settings: CorpusSettings) -> pa.Schema:
+    columns = {"text": pa.string(), "hash": pa.int64(), "input_ids": _TOKENS}
+    if settings.positive_column is not None:
+        columns |= {"positive": pa.string(), "positive_ids": _TOKENS, "target_hash": pa.int64()}
+    if settings.negative_columns:
+        columns |= {"negative_ids": pa.list_(_TOKENS), "negative_hashes": pa.list_(pa.int64())}
+    if settings.document_column is not None:
+        columns["document"] = pa.int64()
+    return pa.schema(columns)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """The token rows of an example, None where the model sees nothing of a text."""
+
+    example: Example
+    ids: TokenRow | None
+    positive_ids: TokenRow | None
+    negative_ids: list[TokenRow]
+
+
+def _prepared(
+    examples: Iterator[Example], settings: CorpusSettings, tokenize: Tokenize, max_length: int
+) -> Iterator[list[_Prepared]]:
+    """Tokenise examples, a batch at a time."""
+    side: Side | None = None if settings.positive_column is None else "query"
+    own = _Own(tokenize, max_length)
+    while batch := list(itertools.islice(examples, _BATCH)):
+        rows = own([example.text for example in batch], side)
+        others = iter(own([text for e in batch for text in (e.positive, *e.negatives) if text is not None], "document"))
+        found = []
+        for example, ids in zip(batch, rows, strict=True):
+            positive_ids = None if example.positive is None else next(others)
+            negatives = [row for row in itertools.islice(others, len(example.negatives)) if row is not None]
+            found.append(_Prepared(example, ids, positive_ids, negatives))
+        yield found
+
+
+class _Own:
+    """Tokenises texts of a side; None for those without a token of their own, beside prompt and special tokens."""
+
+    def __init__(self, tokenize: Tokenize, max_length: int) -> None:
+        self._tokenize, self._max_length = tokenize, max_length
+        self._nothing: dict[Side | None, TokenRow] = {}
+
+    def __call__(self, texts: list[str], side: Side | None) -> list[TokenRow | None]:
+        if not texts:
+            return []
+        if side not in self._nothing:
+            (self._nothing[side],) = self._tokenize([""], self._max_length, side=side)
+            if len(self._nothing[side]) >= self._max_length:
+                raise DataError("the prompt leaves no token for the text", f"encoder.max_length = {self._max_length}",
+                                "Raise it, or see encoder.prompts")  # fmt: skip
+        rows = self._tokenize(texts, self._max_length, side=side)
+        return [None if np.array_equal(row, self._nothing[side]) else row for row in rows]
 
 
 def _unique_rows(
-    texts: Iterator[str], counts: Counter[str], tokenizer: Any, max_length: int, progress: Progress | None
+    batches: Iterator[list[_Prepared]], settings: CorpusSettings, counts: Counter[str], progress: Progress | None
 ) -> Iterator[Row]:
-    """Tokenise sentences and yield those that have a token of their own, the first of each token row."""
+    """Yield the rows that have a token of their own, the first of those that are the same to the model."""
     seen: set[int] = set()
-    special = tokenizer.num_special_tokens_to_add()
-    while batch := list(itertools.islice(texts, _BATCH)):
-        for text, tokens in zip(batch, tokenize(tokenizer, batch, max_length), strict=True):
-            if len(tokens) <= special:
+    for batch in batches:
+        for prepared in batch:
+            if prepared.ids is None:
                 counts["no_token"] += 1
                 continue
-            ids = np.asarray(tokens, dtype=np.int32)
-            key = row_hash(ids)
+            anchor = row_hash(prepared.ids)
+            target = anchor if prepared.positive_ids is None else row_hash(prepared.positive_ids)
+            key, negatives = anchor, [row_hash(ids) for ids in prepared.negative_ids]
+            if settings.positive_column is not None:
+                key = hash((anchor, target, *negatives))
             if key in seen:
                 counts["duplicate"] += 1
-            else:
-                seen.add(key)
-                yield text, key, ids
+                continue
+            seen.add(key)
+            row: Row = (prepared.example.text, anchor, prepared.ids)
+            if settings.positive_column is not None:
+                # A positive of the same tokens is none: there are only the sentence's own two views.
+                given = target != anchor
+                row += (prepared.example.positive, prepared.positive_ids, target) if given else (None, None, anchor)
+            if settings.negative_columns:
+                row += (prepared.negative_ids, negatives)
+            if settings.document_column is not None:
+                row += (name_hash(prepared.example.document or f"\0{key}"),)  # a document of its own
+            yield row
         if progress is not None:
             progress("preparing the corpus", len(seen), None)
 

@@ -1,4 +1,4 @@
-"""Every source of a corpus as one stream of clean sentences, with a count of what was dropped and why."""
+"""Every source of a corpus as one stream of clean rows, with a count of what was dropped and why."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hncse_ray.corpus.text import normalise
 from hncse_ray.errors import DataError
 from hncse_ray.reading import (
     MAX_RECORD,
+    Kind,
     check_file,
     explained,
     is_blank,
@@ -32,29 +34,53 @@ from hncse_ray.reading import (
 DROP_REASONS = ("undecodable", "malformed", "too_long", "empty", "too_short", "no_token", "duplicate")
 
 
-def read_sentences(settings: CorpusSettings, counts: Counter[str]) -> Iterator[str]:
-    """Yield the normalised sentences of a source that pass the settings' filters, duplicates included.
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row of a source, normalised.
+
+    Attributes:
+        text: the sentence.
+        positive: what belongs to it, if anything does.
+        negatives: what does not.
+        document: which document it is of, if of any.
+    """
+
+    text: str
+    positive: str | None = None
+    negatives: tuple[str, ...] = ()
+    document: str | None = None
+
+
+def read_examples(settings: CorpusSettings, counts: Counter[str]) -> Iterator[Example]:
+    """Yield the normalised rows of a source that pass the settings' filters, duplicates included.
+
+    A row with a cell that cannot be used is dropped whole. Positives and negatives may be of any number of words.
 
     Args:
         settings: the source and its filters.
         counts: gains ``read`` (all lines seen) and one of ``DROP_REASONS`` for each line dropped.
 
     Raises:
-        DataError: a file, column, package or data set cannot be read.
+        DataError: a file, column, package or data set cannot be read, or a column has nothing in any row.
     """
-    for raw in _raw(settings, counts):
+    blank, kept = set(settings.further_columns), False
+    for cells in _raw(settings, counts):
         counts["read"] += 1
-        # Before normalisation, which would make a string of a gigabyte of spaces look short.
-        if len(raw) > settings.max_chars:
-            counts["too_long"] += 1
-        elif "\0" in raw or not is_unicode(raw):
-            counts["undecodable"] += 1
-        elif is_blank(text := normalise(raw)):
+        try:
+            example = _example(cells, settings, blank)
+        except _Unusable as error:
+            counts[error.reason] += 1
+            continue
+        if not example.text:
             counts["empty"] += 1
-        elif text.count(" ") + 1 < settings.min_words:
+        elif example.text.count(" ") + 1 < settings.min_words:
             counts["too_short"] += 1
         else:
-            yield text
+            kept = True
+            yield example
+    for setting, name in settings.further_columns:
+        if kept and (setting, name) in blank:
+            raise DataError(f"column {name!r} has nothing in any row", settings.place, f"See corpus.{setting}")
 
 
 def source_identity(settings: CorpusSettings) -> str:
@@ -66,16 +92,29 @@ def source_identity(settings: CorpusSettings) -> str:
     if settings.source == "python-docs":
         return "python-docs " + " ".join(package_versions(settings.packages))
     if settings.source == "hub":
-        return f"hub {settings.column} {_hub_identity(_load_hub(settings))}"
+        return f"hub {_columns_identity(settings)} {_hub_identity(_load_hub(settings))}"
     digest = hashlib.sha256()
     tables = False
     for path in find_files(settings.path):
-        kind = kind_of(path, settings.source)
+        kind = _kind(path, settings)
         tables |= kind != "text"
         with explained(path), path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
         digest.update(f"{kind} {path.suffix.lower() == '.gz'}".encode())
-    return f"files {settings.column if tables else ''} {digest.hexdigest()}"
+    return f"files {_columns_identity(settings) if tables else ''} {digest.hexdigest()}"
+
+
+def _columns_identity(settings: CorpusSettings) -> str:
+    further = settings.further_columns
+    return json.dumps([settings.column, *further]) if further else settings.column
+
+
+def _kind(path: Path, settings: CorpusSettings) -> Kind:
+    kind = kind_of(path, settings.source)
+    if kind == "text" and settings.further_columns:
+        what = f"is plain text and has no columns, so corpus.{settings.further_columns[0][0]} cannot be read from it"
+        raise DataError(what, str(path), "Give a table: TSV, CSV, JSONL or Parquet")
+    return kind
 
 
 def find_files(patterns: Iterable[str]) -> list[Path]:
@@ -99,46 +138,94 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
     return files
 
 
-def _raw(settings: CorpusSettings, counts: Counter[str]) -> Iterator[str]:
+def _raw(settings: CorpusSettings, counts: Counter[str]) -> Iterator[Sequence[object]]:
+    """Yield the cells of each row: the sentence, and those of the further columns in their order."""
+    columns = [settings.column, *(name for _, name in settings.further_columns)]
     if settings.source == "python-docs":
-        yield from docstring_sentences(settings.packages, settings.num_processes)
+        yield from ((text,) for text in docstring_sentences(settings.packages, settings.num_processes))
         return
     if settings.source == "hub":
-        yield from _hub_rows(settings, counts)
+        yield from _hub_rows(settings, columns)
         return
     for path in find_files(settings.path):
-        kind = kind_of(path, settings.source)
+        kind = _kind(path, settings)
         if kind == "text":
             for line in text_lines(path, limit=settings.max_chars):
                 if line is None:
                     counts.update(read=1, too_long=1)
                 else:
-                    yield line
+                    yield (line,)
             continue
-        for record in read_records(path, [settings.column], kind=kind, limit=max(MAX_RECORD, 8 * settings.max_chars)):
+        for record in read_records(path, columns, kind=kind, limit=max(MAX_RECORD, 8 * settings.max_chars)):
             if record.fault == "blank":
-                yield ""
+                yield [None] * len(columns)
             elif record.fault:
                 counts.update({"read": 1, record.fault: 1})
             else:
-                yield from _cell(record.cells[0], counts)
+                yield record.cells
 
 
-def _cell(value: object, counts: Counter[str]) -> Iterator[str]:
+class _Unusable(Exception):
+    """A cell cannot be used; says which of ``DROP_REASONS`` it is."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def _example(cells: Sequence[object], settings: CorpusSettings, blank: set[tuple[str, str]]) -> Example:
+    """Read the cells of a row; columns in which there is something leave ``blank``."""
+    text, *further = cells
+    positive: str | None = None
+    document: str | None = None
+    negatives: list[str] = []
+    for column, cell in zip(settings.further_columns, further, strict=True):
+        if column[0] == "document_column":
+            document = _name(cell)
+            is_blank = document is None
+        else:
+            values = cell if isinstance(cell, list) and column[0] == "negative_columns" else [cell]
+            texts = [found for value in values if (found := _clean(value, settings))]
+            is_blank = not texts
+            if column[0] == "negative_columns":
+                negatives += texts
+            elif texts:
+                (positive,) = texts
+        if not is_blank:
+            blank.discard(column)
+    return Example(_clean(text, settings), positive, tuple(negatives), document)
+
+
+def _clean(value: object, settings: CorpusSettings) -> str:
+    """Return a cell's text, normalised; empty if there is nothing to see in it."""
     if value is None:
-        yield ""
-    elif isinstance(value, str):
-        yield value
-    else:
-        counts.update(read=1, undecodable=1)
+        return ""
+    # Before normalisation, which would make a string of a gigabyte of spaces look short.
+    if isinstance(value, str) and len(value) > settings.max_chars:
+        raise _Unusable("too_long")
+    if not isinstance(value, str) or "\0" in value or not is_unicode(value):
+        raise _Unusable("undecodable")
+    text = normalise(value)
+    return "" if is_blank(text) else text
 
 
-def _hub_rows(settings: CorpusSettings, counts: Counter[str]) -> Iterator[str]:
+def _name(value: object) -> str | None:
+    """Return what a document is called: a text or a number; None if it is none."""
+    if value is None or value != value:  # not a number: what some tables have for none
+        return None
+    if isinstance(value, str) and is_unicode(value):
+        return normalise(value) or None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(int(value)) if value == value // 1 else str(value)
+    raise _Unusable("undecodable")
+
+
+def _hub_rows(settings: CorpusSettings, columns: Sequence[str]) -> Iterator[Sequence[object]]:
     rows = _load_hub(settings)
-    require_column(settings.column, rows.column_names, settings.path[0])
-    for batch in rows.select_columns([settings.column]).iter(batch_size=1000):
-        for value in batch[settings.column]:
-            yield from _cell(value, counts)
+    for name in columns:
+        require_column(name, rows.column_names, settings.path[0])
+    for batch in rows.select_columns([*dict.fromkeys(columns)]).iter(batch_size=1000):
+        yield from zip(*(batch[name] for name in columns), strict=True)
 
 
 def _load_hub(settings: CorpusSettings) -> Any:

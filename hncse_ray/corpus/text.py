@@ -14,6 +14,11 @@ def normalise(line: str) -> str:
     return " ".join(unicodedata.normalize("NFC", line).split())
 
 
+def name_hash(name: str) -> int:
+    """Return what a document is known by: the first 8 bytes of its name's BLAKE2b as a signed 64-bit integer."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
+
+
 def row_hash(ids: npt.NDArray[np.int32]) -> int:
     """Return what a token row is known by: the first 8 bytes of its BLAKE2b as a signed 64-bit integer.
 

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hncse_ray.config import Precision
+from hncse_ray.config import Precision, Side
 from hncse_ray.corpus.batches import pad_rows
 from hncse_ray.encoder.adapters import has_adapters, merged_adapters
 from hncse_ray.encoder.attention import use_packed_attention
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 TokenRows = Sequence[NDArray[np.integer]]
-Side = Literal["query", "document"]
 
 _PROBES = (
     "One.",
@@ -158,7 +157,7 @@ class SentenceEncoder(nn.Module):
         """
         lengths_B = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
         features: dict[str, Any] = {"modality": self._modality}
-        if not self._pools_prompt() and (length := self._prompt_length(self.prompt(side))):
+        if length := self.unpooled_prompt(side):
             features["prompt_length"] = length
         if (self.packs if pack is None else pack) and lengths_B.max() <= self._reach:
             order_B = np.argsort(lengths_B, kind="stable")
@@ -188,6 +187,13 @@ class SentenceEncoder(nn.Module):
                 return prompts[name] or ""
         return ""
 
+    def unpooled_prompt(self, side: Side | None) -> int:
+        """Return how many tokens at the beginning of a row the pooling leaves out: those of its side's prompt, or 0."""
+        pooled = all(stage.include_prompt for stage in self.model if isinstance(stage, Pooling))
+        if pooled or not (prompt := self.prompt(side)):
+            return 0
+        return int(self.model.preprocess(["text"], prompt=prompt).get("prompt_length", 0))
+
     def tokenize(
         self, texts: Sequence[str], max_length: int | None = None, *, side: Side | None = None
     ) -> list[NDArray[np.int32]]:
@@ -201,16 +207,23 @@ class SentenceEncoder(nn.Module):
         Raises:
             DataError: a text has no token.
         """
-        rows: list[NDArray[np.int32]] = []
-        for start in range(0, len(texts), _CHUNK):
-            chunk = list(texts[start : start + _CHUNK])
-            rows += self._tokenize(chunk, min(max_length or self.max_length, self.length_limit), side)
+        rows = self.token_rows(texts, max_length, side=side)
         if empty := [i for i, row in enumerate(rows) if not len(row)]:
             raise DataError(f"text {empty[0] + 1} of {len(rows)} has no token ({texts[empty[0]]!r})", self.name,
                             "Leave out empty texts, and those of characters that cannot be seen")  # fmt: skip
         return rows
 
-    def _tokenize(self, texts: list[str], max_length: int, side: Side | None) -> list[NDArray[np.int32]]:
+    def token_rows(
+        self, texts: Sequence[str], max_length: int | None = None, *, side: Side | None = None
+    ) -> list[NDArray[np.int32]]:
+        """Turn texts into token rows as :meth:`tokenize` does; those of a text without tokens are empty."""
+        rows: list[NDArray[np.int32]] = []
+        for start in range(0, len(texts), _CHUNK):
+            chunk = list(texts[start : start + _CHUNK])
+            rows += self._token_rows(chunk, min(max_length or self.max_length, self.length_limit), side)
+        return rows
+
+    def _token_rows(self, texts: list[str], max_length: int, side: Side | None) -> list[NDArray[np.int32]]:
         encoded = self.model.preprocess(
             texts,
             prompt=self.prompt(side) or None,
@@ -340,12 +353,6 @@ class SentenceEncoder(nn.Module):
     def _modality(self) -> str:
         """How the first stage is fed: chat models get texts as messages."""
         return "message" if "message" in getattr(self.model[0], "modality_config", {}) else "text"
-
-    def _pools_prompt(self) -> bool:
-        return all(stage.include_prompt for stage in self.model if isinstance(stage, Pooling))
-
-    def _prompt_length(self, prompt: str) -> int:
-        return int(self.model.preprocess(["text"], prompt=prompt).get("prompt_length", 0)) if prompt else 0
 
     def _probe(self) -> None:
         """See whether token rows give the vectors of the texts, padded and packed."""

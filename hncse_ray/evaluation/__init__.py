@@ -13,7 +13,7 @@ from hncse_ray.evaluation.geometry import (
 from hncse_ray.evaluation.retrieval import METRICS, RetrievalSet, evaluate_retrieval, paired_set, read_pairs
 from hncse_ray.evaluation.sts import STS_TASKS, StsPair, StsPairs, evaluate_sts, evaluate_stsb, read_sts, spearman
 from hncse_ray.evaluation.transfer import TRANSFER_TASKS, evaluate_transfer
-from hncse_ray.evaluation.vectors import Encode, Side, encode_checked, encode_unit, on_side, unit_rows
+from hncse_ray.evaluation.vectors import Encode, encode_checked, encode_unit, on_side, unit_rows
 
 __all__ = [
     "METRICS",
@@ -22,7 +22,6 @@ __all__ = [
     "Difference",
     "Encode",
     "RetrievalSet",
-    "Side",
     "SimilarityHistogram",
     "StsPair",
     "StsPairs",

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hncse_ray.config import Side
 from hncse_ray.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 Encode = Callable[[list[str]], np.ndarray]
 """Sentences in, one vector a sentence out ``[N, D]``; rows need not be unit-norm."""
-
-Side = Literal["query", "document"]
 
 FloatArray = NDArray[np.floating[Any]]
 

@@ -5,8 +5,10 @@ Letters of shapes: B anchors, k hits of each, m negatives chosen for each.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,7 +36,7 @@ class SelectionRules:
         sampling: `top` takes the hardest, `uniform` any with equal chance, `softmax` each with a probability
             in proportion to exp(score / temperature); always without replacement.
         temperature: of softmax sampling; above 0.
-        exclude_batch: drop hits with the tokens of a row of the batch.
+        exclude_batch: drop hits that hold what a row of the batch holds.
         unique: choose each row for one anchor of the batch only, the first that would take it.
 
     Raises:
@@ -85,10 +87,11 @@ class Selection:
         mask_Bm: bool [B, m], True where usable; the usable ones of an anchor stand first.
         columns_mask: with `rules.unique`, where every anchor sees everyone's negatives, bool [B, B*m]: column
             j*m + n is negative n of anchor j. False in row i where that negative is not usable, is row i
-            itself or has its tokens, or was among anchor i's hits and removed by `max_score` or
-            `relative_margin`. None without `rules.unique`.
+            itself, holds what it holds or is of its document, or was among anchor i's hits and removed by
+            `max_score` or `relative_margin`. None without `rules.unique`.
         removed: hits that each rule removed, a hit counted by the first rule that removes it. The keys in
-            order: itself, same_content, in_batch, max_score, relative_margin, skip_hardest, chosen_twice.
+            order: itself, same_content, same_document, in_batch, max_score, relative_margin, skip_hardest,
+            chosen_twice.
     """
 
     ids_Bm: Int64
@@ -103,8 +106,8 @@ def select(
     scores_Bk: Float32,
     *,
     row_ids_B: Int64,
-    hashes_Bk: Int64,
-    row_hashes_B: Int64,
+    contents: Callable[[Int64], Int64],
+    documents: Int64 | None = None,
     positive_score: float,
     rules: SelectionRules,
     seed: Sequence[int],
@@ -124,8 +127,10 @@ def select(
             -inf), counted nowhere.
         scores_Bk: their scores [B, k].
         row_ids_B: row ids of the anchors [B].
-        hashes_Bk: hash of each hit's tokens [B, k]; anything where there is none.
-        row_hashes_B: hash of each anchor's tokens [B].
+        contents: of row ids [...], the hashes of what the rows hold [..., n]: their tokens, those of their targets.
+            Rows that share one are never contrasted.
+        documents: what the document of each row is known by [N]; rows that share one are never contrasted. None: rows
+            have no documents, or are contrasted all the same.
         positive_score: what an anchor scores with its positive, the measure of `relative_margin`.
         rules: which hits may be negatives, and which of those are taken.
         seed: integers >= 0 that the sampling is drawn from, such as the run's seed and the batch's number.
@@ -140,9 +145,9 @@ def select(
     hits = _Hits(
         ids_Bk=np.asarray(ids_Bk, np.int64),
         scores_Bk=np.asarray(scores_Bk, np.float32),
-        hashes_Bk=np.asarray(hashes_Bk, np.int64),
         row_ids_B=np.asarray(row_ids_B, np.int64),
-        row_hashes_B=np.asarray(row_hashes_B, np.int64),
+        contents=contents,
+        documents=documents,
     )
     limit = _margin_limit(positive_score, rules.relative_margin)
     alive_Bk, too_close_Bk, removed = _filter(hits, margin_limit=limit, rules=rules)
@@ -158,12 +163,11 @@ def select(
     slots = np.cumsum(chosen_Bk, axis=1)[anchors, places] - 1
     shape = (len(chosen_Bk), rules.per_anchor)
     ids_Bm, scores_Bm = np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
-    hashes_Bm, mask_Bm = np.zeros(shape, np.int64), np.zeros(shape, np.bool_)
+    mask_Bm = np.zeros(shape, np.bool_)
     ids_Bm[anchors, slots] = hits.ids_Bk[anchors, places]
     scores_Bm[anchors, slots] = hits.scores_Bk[anchors, places]
-    hashes_Bm[anchors, slots] = hits.hashes_Bk[anchors, places]
     mask_Bm[anchors, slots] = True
-    columns_mask = _columns_mask(ids_Bm, hashes_Bm, hits=hits, too_close_Bk=too_close_Bk) if rules.unique else None
+    columns_mask = _columns_mask(ids_Bm, hits=hits, too_close_Bk=too_close_Bk) if rules.unique else None
     return Selection(ids_Bm, scores_Bm, mask_Bm, columns_mask, removed)
 
 
@@ -173,19 +177,33 @@ class _Hits:
 
     ids_Bk: Int64
     scores_Bk: Float32
-    hashes_Bk: Int64
     row_ids_B: Int64
-    row_hashes_B: Int64
+    contents: Callable[[Int64], Int64]
+    documents: Int64 | None
 
     def __post_init__(self) -> None:
         if self.ids_Bk.ndim != 2:
             raise ValueError(f"ids_Bk must be [B, k], got shape {self.ids_Bk.shape}")
         B, k = self.ids_Bk.shape
-        for name, shape in {"scores_Bk": (B, k), "hashes_Bk": (B, k), "row_ids_B": (B,), "row_hashes_B": (B,)}.items():
+        for name, shape in {"scores_Bk": (B, k), "row_ids_B": (B,)}.items():
             if (found := getattr(self, name).shape) != shape:
                 raise ValueError(f"{name} must have shape {shape} to fit ids_Bk {(B, k)}, got {found}")
         if not np.isfinite(self.scores_Bk[self.ids_Bk >= 0]).all():
             raise ValueError("scores_Bk: the score of a hit is not finite")
+
+    def same_content(self, ids: Int64) -> Bool:
+        """Which rows [B, n] share what they hold with the anchor [B]."""
+        theirs, own = self.contents(ids), self.contents(self.row_ids_B)
+        pairs = itertools.product(np.moveaxis(theirs, -1, 0), own.T)  # few; all at once would be a large array
+        shared: Bool = functools.reduce(np.logical_or, [their == of_anchor[:, None] for their, of_anchor in pairs])
+        return shared
+
+    def same_document(self, ids: Int64) -> Bool:
+        """Which rows [B, n] are of the anchor's document [B]."""
+        if self.documents is None:
+            return np.zeros(ids.shape, np.bool_)
+        same: Bool = self.documents[ids] == self.documents[self.row_ids_B][:, None]
+        return same
 
 
 def _margin_limit(positive_score: float, relative_margin: float | None) -> float | None:
@@ -202,10 +220,14 @@ def _filter(hits: _Hits, *, margin_limit: float | None, rules: SelectionRules) -
     def above(limit: float | None) -> Bool:
         return np.zeros(hits.ids_Bk.shape, np.bool_) if limit is None else hits.scores_Bk > np.float32(limit)
 
+    in_batch_Bk = above(None)
+    if rules.exclude_batch:
+        in_batch_Bk = np.any(np.isin(hits.contents(hits.ids_Bk), hits.contents(hits.row_ids_B)), axis=-1)
     breaches: dict[str, Bool] = {
         "itself": hits.ids_Bk == hits.row_ids_B[:, None],
-        "same_content": hits.hashes_Bk == hits.row_hashes_B[:, None],
-        "in_batch": np.isin(hits.hashes_Bk, hits.row_hashes_B) if rules.exclude_batch else above(None),
+        "same_content": hits.same_content(hits.ids_Bk),
+        "same_document": hits.same_document(hits.ids_Bk),
+        "in_batch": in_batch_Bk,
         "max_score": above(rules.max_score),
         "relative_margin": above(margin_limit),
     }
@@ -262,10 +284,11 @@ def _choose_unique(order_Bk: Int64, alive_Bk: Bool, *, ids_Bk: Int64, per_anchor
     return chosen_Bk, twice
 
 
-def _columns_mask(ids_Bm: Int64, hashes_Bm: Int64, *, hits: _Hits, too_close_Bk: Bool) -> Bool:
+def _columns_mask(ids_Bm: Int64, *, hits: _Hits, too_close_Bk: Bool) -> Bool:
     """Return which of all negatives (columns, B*m) each anchor may be contrasted with [B, B*m]; see `Selection`."""
-    ids_C, hashes_C = ids_Bm.ravel(), hashes_Bm.ravel()
-    mask_BC: Bool = (ids_C >= 0) & (ids_C != hits.row_ids_B[:, None]) & (hashes_C != hits.row_hashes_B[:, None])
+    ids_C = ids_Bm.ravel()
+    barred_BC = hits.same_content(ids_C[None]) | hits.same_document(ids_C[None]) | (ids_C == hits.row_ids_B[:, None])
+    mask_BC: Bool = (ids_C >= 0) & ~barred_BC
     # Where each hit that was too close stands among the columns, if it does: a usable id is in one column only.
     anchors, places = np.nonzero(too_close_Bk)
     ids = hits.ids_Bk[anchors, places]

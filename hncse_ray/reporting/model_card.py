@@ -58,13 +58,14 @@ class CardFacts:
         base: front matter that tells of the base model, as far as known: ``base_model`` with ``base_model_revision`` if
             it is one of the hub, and what is passed on of its card: licence and language.
         corpus_digest: names source, tokenizer and settings of the corpus.
-        corpus_rows: unique sentences trained on.
+        corpus_rows: unique sentences or pairs trained on.
         corpus_read: lines that they were chosen from.
         steps: optimiser steps taken.
         best_step: the step whose weights these are.
         before: scores by split and ``suite/metric`` of the base model.
         after: the same of this model.
         index_step: the step whose weights the last index of global negatives was made from; None without one.
+        corpus_without_positive: sentences among the pairs that had no positive; None where there are no pairs.
     """
 
     settings: Mapping[str, Any]
@@ -78,6 +79,7 @@ class CardFacts:
     before: Scores
     after: Scores
     index_step: int | None
+    corpus_without_positive: int | None = None
 
 
 def model_card(facts: CardFacts) -> str:

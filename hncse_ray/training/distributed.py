@@ -16,7 +16,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hncse_ray.encoder import SentenceEncoder, Side, length_batches
+from hncse_ray.config import Side
+from hncse_ray.encoder import SentenceEncoder, length_batches
 from hncse_ray.errors import HncseError
 
 Value = TypeVar("Value")

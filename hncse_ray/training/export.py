@@ -51,6 +51,7 @@ def write_model(
             corpus_digest=corpus.digest,
             corpus_rows=corpus.report.rows,
             corpus_read=corpus.report.read,
+            corpus_without_positive=corpus.report.without_positive,
             steps=state.step,
             best_step=state.best_step,
             before=state.before,

@@ -12,20 +12,21 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hncse_ray.config import Settings
-from hncse_ray.corpus import Corpus, batch_mask, rank_slice
+from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import SentenceEncoder, freeze_unused
 from hncse_ray.errors import HncseError, StorageError
 from hncse_ray.negatives import NegativeSource
 from hncse_ray.reporting.events import CheckpointSaved, Evaluated, Event, Notice, RunFinished, RunStarted, StepsLogged
+from hncse_ray.training.batch import local_batch
 from hncse_ray.training.checkpoint import Resumed, RunStore, Wish, read_newest, write_checkpoint
-from hncse_ray.training.distributed import ShardedEncode, from_first, raise_together, rank, world_size
+from hncse_ray.training.distributed import ShardedEncode, from_first, raise_together, world_size
 from hncse_ray.training.evaluator import EvaluationSets, Scores, Split
 from hncse_ray.training.export import write_model
 from hncse_ray.training.guards import Guards, batch_uniformity
-from hncse_ray.training.negatives import BatchNegatives, GlobalNegatives, to_step
+from hncse_ray.training.negatives import BatchNegatives, GlobalNegatives
 from hncse_ray.training.objective import Metrics, Objective
 from hncse_ray.training.schedule import build_optimizer, build_schedule, count_steps, plan_batches
-from hncse_ray.training.step import LocalBatch, StepContext, StepNegatives, train_step
+from hncse_ray.training.step import LocalBatch, StepContext, train_step
 
 Emit = Callable[[Event], None]
 _SPLITS: tuple[Split, ...] = ("dev", "test")
@@ -73,7 +74,7 @@ class _Trainer:
         self.settings, self.encoder, self.sets, self.corpus = job.settings, job.encoder, job.sets, job.corpus
         self.store, self.emit = store, emit
         train = self.settings.train
-        self.plan = plan_batches(self.settings, self.corpus.lengths)
+        self.plan = plan_batches(self.settings, self.corpus.view_lengths)
         self.total_steps = count_steps(train, self.plan)
         freeze_unused(self.encoder)
         self.optimizer = build_optimizer(self.encoder, train)
@@ -154,17 +155,13 @@ class _Trainer:
     def _next_batches(self) -> list[LocalBatch]:
         first = self.state.step * self.settings.train.accumulation_steps
         numbers = range(first, first + self.settings.train.accumulation_steps)
-        negatives: Sequence[StepNegatives | None] = [None] * len(numbers)
+        found: Sequence[BatchNegatives | None] = [None] * len(numbers)
         if self.settings.negatives.source != "none":
-            taken = from_first(lambda: self._take_negatives(numbers))
-            negatives = [to_step(each, self.corpus) for each in taken]
-        batches = []
-        for number, own in zip(numbers, negatives, strict=True):
-            ids = self.plan.batch(number)
-            sizes = tuple(len(rank_slice(ids, r, world_size())) for r in range(world_size()))
-            rows = self.corpus.token_rows(rank_slice(ids, rank(), world_size()))
-            batches.append(LocalBatch(number, rows, sizes, own, batch_mask(self.corpus.hashes[ids])))
-        return batches
+            found = from_first(lambda: self._take_negatives(numbers))
+        return [
+            local_batch(number, self.plan.batch(number), self.corpus, own, settings=self.settings)
+            for number, own in zip(numbers, found, strict=True)
+        ]
 
     def _take_negatives(self, numbers: Sequence[int]) -> list[BatchNegatives]:
         assert self.negatives is not None

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hncse_ray.config import Settings
-from hncse_ray.corpus import BatchPlan, Corpus, rank_slice
+from hncse_ray.corpus import BatchPlan, Corpus
 from hncse_ray.errors import DataError, TrainingError
 from hncse_ray.negatives import (
     IndexVersion,
@@ -30,9 +30,7 @@ from hncse_ray.negatives import (
     select,
 )
 from hncse_ray.training.checkpoint import TrainState, Weights
-from hncse_ray.training.distributed import rank, world_size
 from hncse_ray.training.prefetch import Prefetch
-from hncse_ray.training.step import StepNegatives
 
 _UNUSED_BATCHES = 50
 
@@ -69,16 +67,6 @@ def check_candidates(settings: Settings, corpus: Corpus) -> None:
             f"corpus {settings.corpus.place}",
             "Lower negatives.candidates or give a larger corpus",
         )
-
-
-def to_step(negatives: BatchNegatives, corpus: Corpus) -> StepNegatives:
-    """Add the token rows of this rank's share, if they are to be encoded again."""
-    fresh_bm = None
-    if negatives.vectors_BmD is None:
-        ids_bm = rank_slice(negatives.ids_Bm, rank(), world_size())
-        rows = iter(corpus.token_rows(ids_bm[ids_bm >= 0]))
-        fresh_bm = [[next(rows) if i >= 0 else None for i in ids_m] for ids_m in ids_bm]
-    return StepNegatives(negatives.mask_Bm, negatives.columns_mask, negatives.vectors_BmD, fresh_bm)
 
 
 @dataclass(frozen=True)
@@ -347,13 +335,12 @@ class GlobalNegatives:
         row_ids_B, positive_similarity = self._plan.batch(number), self._positive_similarity
         hits = self._source.search(row_ids_B, k=self._settings.negatives.candidates + 1)  # the row itself is one
         seconds = time.perf_counter() - started
-        hashes = self._corpus.hashes
         selection = select(
             hits.ids_Bk,
             hits.scores_Bk,
             row_ids_B=row_ids_B,
-            hashes_Bk=hashes[hits.ids_Bk],
-            row_hashes_B=hashes[row_ids_B],
+            contents=self._corpus.contents,
+            documents=self._corpus.kept_apart(self._settings.corpus),
             positive_score=positive_similarity,
             rules=self._selection_rules,
             seed=(self._settings.run.seed, number),

@@ -33,10 +33,14 @@ def check_objective(settings: Settings, *, dimension: int, batch_size: int) -> N
     if not isinstance(settings.objective, OwnObjective):
         return
     where = f"objective.name = {settings.objective.name}"
-    m = 0 if negatives.source == "none" else settings.neighbours_per_anchor
+    given = len(settings.corpus.negative_columns)  # each may hold several
+    m = given + (0 if negatives.source == "none" else settings.neighbours_per_anchor)
     if m and "negatives" not in objective.takes:
-        raise SettingsError(f"it takes no negatives, but negatives.source is {negatives.source}", where,
-                            "Give it a parameter `negatives`, or set negatives.source=none")  # fmt: skip
+        what, without = ("negatives.source is " + negatives.source, "negatives.source=none")
+        if given:
+            what, without = "corpus.negative_columns gives some", "corpus.negative_columns=[]"
+        raise SettingsError(f"it takes no negatives, but {what}", where,
+                            f"Give it a parameter `negatives`, or set {without}")  # fmt: skip
     if m and negatives.columns != "own" and "columns" not in objective.takes:
         raise SettingsError(f"it takes no `columns`, so negatives.columns={negatives.columns} has no effect", where,
                             "Give it a parameter `columns`, or set negatives.columns=own")  # fmt: skip

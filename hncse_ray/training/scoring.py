@@ -12,8 +12,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hncse_ray.config import EncoderSettings, Settings
-from hncse_ray.encoder import Progress, Side, load_encoder, resolve_model
+from hncse_ray.config import EncoderSettings, Settings, Side
+from hncse_ray.encoder import Progress, load_encoder, resolve_model
 from hncse_ray.errors import SettingsError
 from hncse_ray.evaluation import (
     STS_TASKS,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hncse_ray.config import EncoderSettings, NegativesSettings
+from hncse_ray.config import EncoderSettings, NegativesSettings, Side
 from hncse_ray.corpus import Corpus
 from hncse_ray.corpus.cache import cache_folder
 from hncse_ray.encoder import load_encoder
@@ -31,7 +31,7 @@ def build_shard(
     device: torch.device | None = None,
     cache_dir: str | None = None,
 ) -> IndexShard:
-    """Load an encoder of its own for a shard; its weights are replaced at every build.
+    """Load an encoder of its own for a shard; its weights are replaced at every build. It indexes the rows' targets.
 
     The encoder works as in training but for dropout: with the head, if the objective sees vectors behind it, and in
     bf16 where training computes in it.
@@ -61,14 +61,16 @@ def build_shard(
         taken = torch.cuda.memory_reserved(device)
         plan = plan_for_gpu(negatives, plan, free_bytes=free, total_bytes=total, taken_bytes=taken)
 
+    side: Side | None = "document" if corpus.has_pairs else None
+
     def load_weights(weights: Weights) -> None:
         model.load_weights({name: torch.tensor(np.asarray(array)) for name, array in weights.items()})
 
     return IndexShard(
         number=number,
         count=count,
-        lengths=corpus.lengths,
-        encode=lambda ids: model.encode_rows(corpus.token_rows(ids), unit_norm=True),
+        lengths=corpus.target_lengths,
+        encode=lambda ids: model.encode_rows(corpus.targets(ids), side=side, unit_norm=True),
         load_weights=load_weights,
         plan=plan,
         device=device if plan.on_gpu else torch.device("cpu"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -26,8 +27,9 @@ class LocalBatch:
         number: index of the global batch since the start of training; seeds dropout and random pairs.
         rows: token ids of this rank's b sentences.
         sizes: b of every rank.
-        negatives: the global negatives of the whole batch; None where the run uses none.
+        negatives: the global and the given negatives of the whole batch; None where the run uses none.
         mask_BB: which rows of the whole batch may repel each other; see :func:`~hncse_ray.corpus.batch_mask`.
+        targets: token ids of what the sentences belong to, the second view; None: the sentences themselves.
     """
 
     number: int
@@ -35,17 +37,18 @@ class LocalBatch:
     sizes: tuple[int, ...]
     negatives: StepNegatives | None = None
     mask_BB: NDArray[np.bool_] | None = None
+    targets: Sequence[NDArray[np.integer]] | None = None
 
 
 @dataclass(frozen=True)
 class StepNegatives:
-    """Global negatives as a step needs them.
+    """Negatives beside the batch as a step needs them: first those that are stored, then those that it encodes.
 
     Attributes:
         mask_Bm: which are usable, of all ranks.
         columns_mask: ``[B, B * m]``, see the objectives, or None.
-        stored_BmD: their vectors, where they come from the index; None where they are encoded again.
-        fresh_bm: token ids of this rank's, where they are encoded again, None where not usable.
+        stored_BmD: vectors of those that come as the index has them, or None.
+        fresh_bm: token ids of this rank's that are encoded with the batch, None where not usable, or None.
     """
 
     mask_Bm: NDArray[np.bool_]
@@ -147,7 +150,8 @@ def _loss(embedded: list[Tensor], batch: LocalBatch, context: StepContext) -> tu
     generator = torch.Generator(device=device).manual_seed(_seed(context.seed, batch.number))
     neighbours = None
     if (negatives := batch.negatives) is not None:
-        vectors_BmD = fresh[0] if negatives.stored_BmD is None else _tensor(negatives.stored_BmD, device)
+        stored = [] if negatives.stored_BmD is None else [_tensor(negatives.stored_BmD, device)]
+        vectors_BmD = torch.cat([*stored, *fresh], dim=1)
         columns_mask = None if negatives.columns_mask is None else _tensor(negatives.columns_mask, device)
         neighbours = Neighbours(vectors_BmD, _tensor(negatives.mask_Bm, device), columns_mask)
     return context.objective(
@@ -163,7 +167,7 @@ def _loss(embedded: list[Tensor], batch: LocalBatch, context: StepContext) -> tu
 def _encode(model: Any, batch: LocalBatch, context: StepContext, *, chunk: int, rows: slice) -> list[Tensor]:
     """Embed rows once a view, all views in one forward, and their fresh negatives: ``[c, D]`` each, ``[c, m, D]``.
 
-    Dropout depends on seed, batch, rank and chunk alone.
+    The second view is that of the targets, where there are any. Dropout depends on seed, batch, rank and chunk alone.
     """
     torch.manual_seed(_seed(context.seed, batch.number, rank(), chunk))
     n, own = context.objective.views, list(batch.rows[rows])
@@ -171,7 +175,12 @@ def _encode(model: Any, batch: LocalBatch, context: StepContext, *, chunk: int, 
     slots = [] if fresh_cm is None else [tokens for of_row in fresh_cm[rows] for tokens in of_row]
     usable = [i for i, tokens in enumerate(slots) if tokens is not None]
     encoder: SentenceEncoder = getattr(model, "module", model)
-    z = model(encoder.features([*own * n, *(tokens for tokens in slots if tokens is not None)]))
+    views_of = [own] * n
+    if batch.targets is not None:
+        views_of[1] = list(batch.targets[rows])
+    tokens = [*itertools.chain(*views_of), *(row for row in slots if row is not None)]
+    # Where a side's prompt is left out of the pooling, that of the other has as many tokens: see `check_run`.
+    z = model(encoder.features(tokens, side=None if batch.targets is None else "query"))
     z, fresh = z[: n * len(own)], z[n * len(own) :]
     views = list(z.chunk(n))
     if fresh_cm is not None:

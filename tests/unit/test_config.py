@@ -198,3 +198,35 @@ def test_recipes_resolve_by_bare_name_and_a_wrong_name_gets_the_nearest() -> Non
     assert isinstance(load_settings("quickstart"), Settings)
     with pytest.raises(SettingsError, match="Did you mean 'quickstart'"):
         load_settings("quikstart")
+
+
+# ------------------------------------------------------------------------------------------------ pairs
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["corpus.source=text"], "source 'text' has no columns, so positive_column"),
+        (["corpus.source=python-docs", "corpus.path=[]"], "source 'python-docs' has no columns, so positive_column"),
+        (["corpus.positive_column=null", "corpus.negative_columns=n"], "negative_columns needs positive_column"),
+        (["corpus.positive_column=q"], "column 'q' is named twice"),
+        (["corpus.negative_columns=[n, a]"], "column 'a' is named twice"),
+        (["corpus.negative_columns=[n, n]"], "column 'n' is named twice"),
+        (["corpus.repel_within_document=true"], "repel_within_document needs document_column"),
+        (
+            ["corpus.negative_columns=n", "objective.name=instance_smoothing"],
+            "'instance_smoothing' has no use for corpus",
+        ),
+        (
+            ["corpus.negative_columns=n", "negatives.columns=none"],
+            "leaves objective 'info_nce' without use for corpus.neg",
+        ),
+    ],
+)
+def test_columns_that_cannot_be_are_refused(overrides: list[str], said: str) -> None:
+    tree = {"corpus": {"path": "pairs.tsv", "column": "q", "positive_column": "a"}}
+    fits = load_settings(tree, ["corpus.negative_columns=n", "corpus.document_column=a"])
+    assert fits.corpus.negative_columns == ("n",)
+    with pytest.raises(SettingsError) as caught:
+        load_settings(tree, overrides)
+    assert said in str(caught.value)

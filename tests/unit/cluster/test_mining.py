@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pair_tables import COLUMNS, make_pairs, write_pairs
 from waits import seconds
 
 from hncse_ray.cluster import mining as mine_module
@@ -61,10 +62,10 @@ class Source:
 class World:
     """A corpus, its vectors, and an index of them."""
 
-    def __init__(self, model: Path, text: Path, cache: Path) -> None:
+    def __init__(self, model: Path, text: Path, cache: Path, **columns: Any) -> None:
         self.tree: Tree = {
             "run": {"seed": 3},
-            "corpus": {"source": "text", "path": str(text), "cache_dir": str(cache)},
+            "corpus": {"path": str(text), "cache_dir": str(cache), **columns},
             "encoder": {"model": str(model), "pooling": "mean", "max_length": 24, "precision": "fp32"},
             "negatives": {"max_score": None, "candidates": 20},
         }
@@ -72,7 +73,7 @@ class World:
         self.encoder: SentenceEncoder = load_encoder(model, settings.encoder)
         self.corpus: Corpus = prepare_corpus(
             settings.corpus,
-            tokenizer=self.encoder.tokenizer,
+            tokenize=self.encoder.token_rows,
             tokenizer_digest=self.encoder.tokenizer_digest(),
             max_length=24,
         )
@@ -338,3 +339,27 @@ def test_sentence_transformers_takes_the_columns_as_they_are(
     logits = 20 * z[0] @ torch.cat(z[1:]).T
     expected = torch.nn.functional.cross_entropy(logits, torch.arange(6))
     assert MultipleNegativesRankingLoss(model)(features, labels=None).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ pairs
+
+
+def test_pairs_are_mined_with_their_positives(tiny_model: Path, tmp_path: Path) -> None:
+    rows = make_pairs(ROWS)
+    world = World(tiny_model, write_pairs(tmp_path / "pairs.jsonl", rows), tmp_path / "cache", **COLUMNS)
+    facts, columns = world.mine(tmp_path / "mined.parquet", "per_anchor=2", "candidates=200")
+    assert list(columns) == ["anchor", "positive", "negative_1", "negative_2"] and facts["rows"] == ROWS
+    targets = [row["answer"] or row["question"] for row in rows]
+    assert columns["anchor"] == [row["question"] for row in rows] and columns["positive"] == targets
+    assert facts["removed"]["same_document"] > 0 and facts["removed"]["same_content"] > 0
+    for i, row in enumerate(rows):
+        held = {row["question"], targets[i]}
+        allowed = np.array([
+            held.isdisjoint({other["question"], target})
+            and (row["document"] is None or other["document"] != row["document"])
+            for other, target in zip(rows, targets, strict=True)
+        ])  # fmt: skip
+        nearest = np.sort(np.where(allowed, world.vectors @ world.vectors[i], -2))[::-1][:2]
+        chosen = [columns[name][i] for name in ("negative_1", "negative_2")]
+        found = [max((world.vectors @ world.vectors[i])[[t == text for t in targets]]) for text in chosen]
+        np.testing.assert_allclose(found, nearest, atol=1e-6)

@@ -31,7 +31,7 @@ def chosen(tiny_model: Path, corpus_file: Path, tmp_path: Path) -> Settings:
 def corpus(chosen: Settings) -> Corpus:
     encoder = load_encoder(chosen.encoder.model, chosen.encoder)
     return prepare_corpus(
-        chosen.corpus, tokenizer=encoder.tokenizer, tokenizer_digest=encoder.tokenizer_digest(), max_length=24
+        chosen.corpus, tokenize=encoder.token_rows, tokenizer_digest=encoder.tokenizer_digest(), max_length=24
     )
 
 

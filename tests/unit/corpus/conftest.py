@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -22,6 +23,21 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer()
 
 
+def tokenize_by(tokenizer):
+    """Tokenise as an encoder without prompts does."""
+
+    def token_rows(texts, max_length, *, side):
+        encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+
+    return token_rows
+
+
+@pytest.fixture(scope="session")
+def tokenize(tokenizer):
+    return tokenize_by(tokenizer)
+
+
 @pytest.fixture
 def prepare(tokenizer, tmp_path):
     default = tokenizer
@@ -29,11 +45,13 @@ def prepare(tokenizer, tmp_path):
     from hncse_ray.config import CorpusSettings
     from hncse_ray.corpus import prepare_corpus
 
-    def run(*, max_length=16, seed=0, tokenizer_digest="tiny", progress=None, tokenizer=None, **settings):
+    def run(
+        *, max_length=16, seed=0, tokenizer_digest="tiny", progress=None, tokenizer=None, tokenize=None, **settings
+    ):
         settings.setdefault("cache_dir", str(tmp_path / "cache"))
         return prepare_corpus(
             CorpusSettings(**settings),
-            tokenizer=tokenizer or default,
+            tokenize=tokenize or tokenize_by(tokenizer or default),
             tokenizer_digest=tokenizer_digest,
             max_length=max_length,
             seed=seed,

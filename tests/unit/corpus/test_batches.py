@@ -121,3 +121,33 @@ def test_rank_slices_are_those_of_array_split(n, world):
 def test_rank_out_of_world():
     with pytest.raises(ValueError, match="rank 2"):
         rank_slice(np.arange(4), 2, 2)
+
+
+def naive_mask(*keys):
+    def known(i):
+        return [{(k, int(value)) for value in np.atleast_1d(key[i])} for k, key in enumerate(keys)]
+
+    B = len(keys[0])
+    return [[all(a.isdisjoint(b) for a, b in zip(known(i), known(j), strict=True)) for j in range(B)] for i in range(B)]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_rows_that_share_any_value_of_a_key_do_not_repel_each_other(seed):
+    rng = np.random.default_rng(seed)
+    B = int(rng.integers(2, 12))
+    contents, documents = rng.integers(0, 3 * B, (B, 2)), rng.integers(0, 2 * B, B)
+    for keys in ((contents,), (documents,), (contents, documents)):
+        expected = naive_mask(*keys)
+        mask = batch_mask(*keys)
+        if mask is None:
+            assert (np.array(expected) == ~np.eye(B, dtype=bool)).all()
+        else:
+            assert mask.tolist() == expected and (mask == mask.T).all()
+
+
+def test_a_row_whose_positive_is_itself_is_alike_no_other():
+    own = np.arange(5)
+    assert batch_mask(np.stack([own, own], axis=1)) is None
+    assert batch_mask(np.stack([own, [9, 1, 8, 1, 4]], axis=1)).tolist() == naive_mask(
+        np.stack([own, [9, 1, 8, 1, 4]], axis=1)
+    )

@@ -123,9 +123,8 @@ def test_a_corpus_of_an_earlier_format_is_not_read(prepare, text_file):
 def test_second_use_reads_and_tokenises_nothing(prepare, text_file, monkeypatch):
     first = prepare(path=text_file)
     module = sys.modules["hncse_ray.corpus.prepare"]
-    monkeypatch.setattr(module, "tokenize", lambda *_: pytest.fail("tokenised twice"))
-    monkeypatch.setattr(module, "read_sentences", lambda *_: pytest.fail("read twice"))
-    second = prepare(path=text_file)
+    monkeypatch.setattr(module, "read_examples", lambda *_: pytest.fail("read twice"))
+    second = prepare(path=text_file, tokenize=lambda *_, **__: pytest.fail("tokenised twice"))
     assert second.path == first.path
     assert second.report == first.report
     with pytest.raises(pytest.fail.Exception, match="read twice"):
@@ -251,19 +250,17 @@ def test_damage_is_seen_on_opening_and_mended_by_preparing(prepare, text_file, t
     assert folders(tmp_path) == [path.name]
 
 
-def _prepare_elsewhere(path, cache, tokenizer, gate, slow, results):
+def _prepare_elsewhere(path, cache, whole, gate, slow, results):
     module = sys.modules.get("hncse_ray.corpus.prepare") or __import__("hncse_ray.corpus.prepare", fromlist=["x"])
-    whole = module.tokenize
 
-    def tokenize(*arguments):
+    def tokenize(*arguments, **how):
         gate.wait(seconds(30))
         time.sleep(slow)
-        return whole(*arguments)
+        return whole(*arguments, **how)
 
-    module.tokenize = tokenize
     corpus = module.prepare_corpus(
         CorpusSettings(path=path, cache_dir=cache),
-        tokenizer=tokenizer,
+        tokenize=tokenize,
         tokenizer_digest="tiny",
         max_length=16,
     )
@@ -275,9 +272,9 @@ def processes():
     return multiprocessing.get_context("fork")
 
 
-def test_two_processes_at_once_both_end_well(prepare, text_file, tmp_path, tokenizer, processes):
+def test_two_processes_at_once_both_end_well(prepare, text_file, tmp_path, tokenize, processes):
     gate, results = processes.Barrier(2), processes.Queue()
-    arguments = (text_file, str(tmp_path / "cache"), tokenizer, gate, 0.1, results)
+    arguments = (text_file, str(tmp_path / "cache"), tokenize, gate, 0.1, results)
     both = [processes.Process(target=_prepare_elsewhere, args=arguments) for _ in range(2)]
     for process in both:
         process.start()
@@ -289,12 +286,10 @@ def test_two_processes_at_once_both_end_well(prepare, text_file, tmp_path, token
     assert folders(tmp_path) == [found[0][0]]
 
 
-def test_a_killed_preparation_leaves_nothing_that_is_taken_for_whole(
-    prepare, text_file, tmp_path, tokenizer, processes
-):
+def test_a_killed_preparation_leaves_nothing_that_is_taken_for_whole(prepare, text_file, tmp_path, tokenize, processes):
     gate, results = processes.Event(), processes.Queue()
     gate.set()
-    arguments = (text_file, str(tmp_path / "cache"), tokenizer, gate, 60, results)
+    arguments = (text_file, str(tmp_path / "cache"), tokenize, gate, 60, results)
     process = processes.Process(target=_prepare_elsewhere, args=arguments)
     process.start()
     soon(lambda: list(tmp_path.glob("cache/corpora/.tmp-*/corpus.arrow")), within_s=20, what="a file in the making")

@@ -12,7 +12,7 @@ import pytest
 from waits import seconds
 
 from hncse_ray.config import CorpusSettings
-from hncse_ray.corpus.sources import read_sentences, source_identity
+from hncse_ray.corpus.sources import Example, read_examples, source_identity
 from hncse_ray.errors import DataError
 
 A, B = "the cat sat here", "a dog ran away"
@@ -20,7 +20,7 @@ A, B = "the cat sat here", "a dog ran away"
 
 def read(**settings):
     counts = Counter()
-    texts = list(read_sentences(CorpusSettings(**settings), counts))
+    texts = [example.text for example in read_examples(CorpusSettings(**settings), counts)]
     return texts, dict(counts)
 
 
@@ -293,3 +293,127 @@ def test_identity_follows_contents_not_names(tmp_path):
     assert identity(path=table, column="x") != identity(path=table, column="y")
     assert identity(path=table) == identity(path=table, source="csv")
     assert identity(path=a) != identity(path=write(tmp_path / "a.tsv", A))
+
+
+# ------------------------------------------------------------------------------------------------ pairs
+
+PAIRS = {"column": "q", "positive_column": "a"}
+ROWS = [
+    {"q": "Who sat?", "a": " The  cat. ", "n": ["A dog.", " ", None, "A cow."], "m": "A hen.", "d": 7},
+    {"q": "Who ran?", "a": "\u200b", "n": None, "m": None, "d": "7"},
+    {"q": "Who slept?", "a": None, "n": [], "m": "", "d": None},
+    {"q": "Who ate?", "a": "The mouse.", "n": "One alone.", "m": None, "d": 7.0},
+]
+EXAMPLES = [
+    Example("Who sat?", "The cat.", ("A dog.", "A cow.", "A hen."), "7"),
+    Example("Who ran?", None, (), "7"),
+    Example("Who slept?", None, (), None),
+    Example("Who ate?", "The mouse.", ("One alone.",), "7"),
+]
+
+
+def read_pairs(**settings):
+    counts = Counter()
+    return list(read_examples(CorpusSettings(**PAIRS | settings), counts)), dict(counts)
+
+
+def jsonl(path, rows):
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_pairs_of_jsonl(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", ROWS)
+    assert read_pairs(path=path, negative_columns=("n", "m"), document_column="d") == (EXAMPLES, {"read": 4})
+    assert read_pairs(path=path)[0] == [Example(e.text, e.positive) for e in EXAMPLES]
+
+
+def test_pairs_of_parquet_and_the_hub(tmp_path):
+    rows = [
+        row | {"n": [row["n"]] if isinstance(row["n"], str) else row["n"], "d": "7" if row["d"] else None}
+        for row in ROWS
+    ]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    settings = {"negative_columns": ("n", "m"), "document_column": "d"}
+    assert read_pairs(path=str(tmp_path / "a.parquet"), **settings) == (EXAMPLES, {"read": 4})
+    (tmp_path / "set").mkdir()
+    (tmp_path / "a.parquet").rename(tmp_path / "set" / "train.parquet")
+    assert read_pairs(source="hub", path=str(tmp_path / "set"), **settings) == (EXAMPLES, {"read": 4})
+
+
+@pytest.mark.parametrize(("name", "sign"), [("a.tsv", "\t"), ("a.csv", ",")])
+def test_pairs_of_a_table_with_a_header(tmp_path, name, sign):
+    rows = [["n", "q", "a"], ["A dog.", "Who sat?", "The cat."], ["", "Who ran?", ""], [" ", "", "Lost."]]
+    path = write(tmp_path / name, "\n".join(sign.join(row) for row in rows))
+    found = [Example("Who sat?", "The cat.", ("A dog.",)), Example("Who ran?")]
+    assert read_pairs(path=path, negative_columns="n") == (found, {"read": 3, "empty": 1})
+
+
+def test_one_column_may_be_the_positive_and_the_document(tmp_path):
+    path = write(tmp_path / "a.tsv", "q\ta\nWho sat?\tThe cat.\n")
+    assert read_pairs(path=path, document_column="a")[0] == [Example("Who sat?", "The cat.", (), "The cat.")]
+
+
+def test_a_row_with_a_cell_that_cannot_be_used_is_dropped_and_counted(tmp_path):
+    rows = [
+        {"q": "Who?", "a": "x" * 101, "n": None},
+        {"q": "Who?", "a": "\0", "n": None},
+        {"q": "Who?", "a": ["The cat."], "n": None},
+        {"q": "Who?", "a": "The cat.", "n": ["A dog.", 3]},
+        {"q": "Who?", "a": "The cat.", "n": [["A dog."]]},
+        {"q": "Who?", "a": "The cat.", "n": "A dog.", "d": True},
+        {"q": "Who?", "a": "The cat.", "n": "A dog.", "d": float("nan")},
+    ]
+    path = jsonl(tmp_path / "a.jsonl", [{"d": 1}, *rows])
+    found, counts = read_pairs(path=path, negative_columns="n", document_column="d", max_chars=100)
+    assert found == [Example("Who?", "The cat.", ("A dog.",), None)]
+    assert counts == {"read": 8, "empty": 1, "too_long": 1, "undecodable": 5}
+
+
+def test_the_words_of_positives_and_negatives_are_not_counted(tmp_path):
+    path = write(tmp_path / "a.tsv", "q\ta\nWho sat on it?\tCats.\nWho?\tNobody did that.\n")
+    found, counts = read_pairs(path=path, min_words=3)
+    assert found == [Example("Who sat on it?", "Cats.")] and counts["too_short"] == 1
+
+
+@pytest.mark.parametrize("blank", ["a", "n", "m", "d"])
+def test_a_column_with_nothing_in_it_is_named(tmp_path, blank):
+    path = jsonl(tmp_path / "a.jsonl", [row | {blank: [" ", "\u200b"][: i + 1] and " "} for i, row in enumerate(ROWS)])
+    setting = {"a": "positive_column", "d": "document_column"}.get(blank, "negative_columns")
+    with pytest.raises(DataError, match=rf"a.jsonl: column '{blank}' has nothing in any row. See corpus.{setting}"):
+        read_pairs(path=path, negative_columns=("n", "m"), document_column="d")
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.jsonl", "a.parquet"])
+def test_a_column_that_is_missing_is_named(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        pq.write_table(pa.table({"q": ["Who?"], "answer": ["The cat."]}), path)
+    elif name.endswith("jsonl"):
+        jsonl(path, [{"q": "Who?", "answer": "The cat."}])
+    else:
+        write(path, "q{0}answer\nWho?{0}The cat.\n".format("\t" if name.endswith("tsv") else ","))
+    with pytest.raises(DataError, match=r"has no column 'answers'. Did you mean 'answer'"):
+        read_pairs(path=str(path), positive_column="answers")
+
+
+def test_text_has_no_columns(tmp_path):
+    path = write(tmp_path / "a.txt", "Who sat?\n")
+    for read_it in (lambda: read_pairs(path=path), lambda: source_identity(CorpusSettings(path=path, **PAIRS))):
+        with pytest.raises(DataError, match=r"a.txt: is plain text and has no columns.*positive_column.*Give a table"):
+            read_it()
+
+
+def test_what_the_columns_are_for_is_part_of_what_a_source_is(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", ROWS)
+    kinds = [
+        {"column": "q"},
+        {"column": "q", "positive_column": "m"},
+        {"column": "q", "document_column": "m"},
+        {"column": "q", "positive_column": "m", "document_column": "d"},
+        {"column": "q", "positive_column": "a", "negative_columns": ("m", "n")},
+        {"column": "q", "positive_column": "a", "negative_columns": ("n", "m")},
+    ]
+    assert len({source_identity(CorpusSettings(path=path, **kind)) for kind in kinds}) == len(kinds)
+    plain = CorpusSettings(path=path, column="q", repel_within_document=False)
+    assert " q " in source_identity(plain) and "[" not in source_identity(plain)  # prepared before, it is found

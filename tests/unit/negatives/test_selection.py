@@ -12,7 +12,11 @@ from hncse_ray.negatives.selection import SelectionRules, select
 RULES = SelectionRules(
     per_anchor=2, max_score=None, relative_margin=None, skip_hardest=0, sampling="top", temperature=0.1
 )
-KEYS = ["itself", "same_content", "in_batch", "max_score", "relative_margin", "skip_hardest", "chosen_twice"]
+KEYS = ["itself", "same_content", "same_document", "in_batch", "max_score", "relative_margin"]
+KEYS += ["skip_hardest", "chosen_twice"]
+# Rows 3 and 9 are of one document, so are 6 and 107; each other row has one of its own.
+DOCUMENTS = np.arange(30_000)
+DOCUMENTS[[9, 107]] = 3, 6
 
 
 def hash_of(ids):
@@ -21,13 +25,24 @@ def hash_of(ids):
     return (np.where((ids >= 100) & (ids < 105), ids - 100, ids) * 7919 + 13) % (1 << 40)
 
 
-def run(ids, scores, rows, *, rules=RULES, positive_score=1.0, seed=(0, 0), **changes):
+def contents(ids):
+    """Rows 7 and 8 have the positive of row 10; that of row 11 is what row 2 holds; each other is its own."""
+    ids = np.asarray(ids)
+    targets = np.where((ids == 7) | (ids == 8), 10, np.where(ids == 11, 2, ids))
+    return np.stack([hash_of(ids), hash_of(targets)], axis=-1)
+
+
+def shared(row, other):
+    return not set(contents(row).tolist()).isdisjoint(contents(other).tolist())
+
+
+def run(ids, scores, rows, *, rules=RULES, positive_score=1.0, seed=(0, 0), documents=DOCUMENTS, **changes):
     return select(
         np.array(ids),
         np.array(scores, np.float32),
         row_ids_B=np.array(rows),
-        hashes_Bk=hash_of(ids),
-        row_hashes_B=hash_of(rows),
+        contents=contents,
+        documents=documents,
         positive_score=positive_score,
         rules=replace(rules, **changes),
         seed=seed,
@@ -42,15 +57,17 @@ def removed(selection):
 
 def naive_fate(i, ids, scores, rows, rules, positive_score):
     """Name what removes each hit of anchor i, one after the other: a rule, "no hit" or "alive"."""
-    fates, alive, batch = [], 0, hash_of(rows)
+    fates, alive = [], 0
     for hit, score in zip(ids[i], np.array(scores[i], np.float32), strict=True):
         if hit < 0:
             fate = "no hit"
         elif hit == rows[i]:
             fate = "itself"
-        elif hash_of(hit) == hash_of(rows[i]):
+        elif shared(hit, rows[i]):
             fate = "same_content"
-        elif rules.exclude_batch and hash_of(hit) in batch:
+        elif DOCUMENTS[hit] == DOCUMENTS[rows[i]]:
+            fate = "same_document"
+        elif rules.exclude_batch and any(shared(hit, row) for row in rows):
             fate = "in_batch"
         elif rules.max_score is not None and score > np.float32(rules.max_score):
             fate = "max_score"
@@ -140,7 +157,8 @@ def test_columns_mask_is_that_of_a_naive_loop(case):
         expected[i, j * m + n] = (
             row >= 0
             and row != rows[i]
-            and hash_of(row) != hash_of(rows[i])
+            and not shared(row, rows[i])
+            and DOCUMENTS[row] != DOCUMENTS[rows[i]]
             and fates.get(int(row)) not in ("max_score", "relative_margin")
         )
     np.testing.assert_array_equal(selection.columns_mask, expected)
@@ -254,18 +272,31 @@ def test_no_hits_at_all(B, k, sampling, unique):
     assert not unique or (selection.columns_mask.shape == (B, 4 * B) and not selection.columns_mask.any())
 
 
-def test_the_hash_of_no_hit_does_not_matter():
+def test_what_no_hit_holds_does_not_matter():
     selection = select(
-        np.array([[40, -1]]),
+        np.array([[0, -1]]),
         np.array([[0.5, -np.inf]], np.float32),
-        row_ids_B=np.array([7]),
-        hashes_Bk=np.array([[1, 99]]),
-        row_hashes_B=np.array([99]),
+        row_ids_B=np.array([1]),
+        contents=lambda ids: np.array([1, 99])[ids][..., None],  # of row -1: that of the last
+        documents=np.array([3, 4]),
         positive_score=1.0,
         rules=RULES,
         seed=(0,),
     )
-    assert selection.ids_Bm.tolist() == [[40, -1]] and removed(selection) == {}
+    assert selection.ids_Bm.tolist() == [[0, -1]] and removed(selection) == {}
+
+
+def test_rows_of_one_document_are_negatives_where_they_are_not_kept_apart():
+    ids, scores = [[9, 30, 31]], [[0.5, 0.4, 0.3]]
+    assert removed(run(ids, scores, [3])) == {"same_document": 1}
+    assert run(ids, scores, [3], documents=None).ids_Bm.tolist() == [[9, 30]]
+
+
+def test_rows_of_one_positive_or_whose_positive_is_the_anchor_are_no_negatives():
+    ids, scores = [[8, 30, 31], [11, 30, 31], [2, 30, 31], [10, 30, 31]], [[0.5, 0.4, 0.3]] * 4
+    selection = run(ids, scores, [7, 2, 11, 8], exclude_batch=False)
+    assert selection.ids_Bm.tolist() == [[30, 31]] * 4
+    assert removed(selection) == {"same_content": 4}
 
 
 def test_unique_gives_a_row_to_the_first_anchor_and_the_next_best_to_the_later():
@@ -346,9 +377,7 @@ def test_uniform_draws_from_all_survivors_after_the_hardest_are_skipped():
     [
         ({"ids_Bk": np.zeros(3, int)}, "ids_Bk"),
         ({"scores_Bk": np.zeros((2, 4), np.float32)}, "scores_Bk"),
-        ({"hashes_Bk": np.zeros((3, 3), int)}, "hashes_Bk"),
         ({"row_ids_B": np.zeros(3, int)}, "row_ids_B"),
-        ({"row_hashes_B": np.zeros((2, 1), int)}, "row_hashes_B"),
         ({"scores_Bk": np.full((2, 3), np.nan, np.float32)}, "not finite"),
         ({"positive_score": float("nan"), "rules": replace(RULES, relative_margin=0.1)}, "positive_score"),
         ({"seed": (-1, 0), "rules": replace(RULES, sampling="uniform")}, "non-negative"),
@@ -359,8 +388,7 @@ def test_wrong_arguments(changes, names):
         "ids_Bk": np.arange(6).reshape(2, 3),
         "scores_Bk": np.zeros((2, 3), np.float32),
         "row_ids_B": np.array([8, 9]),
-        "hashes_Bk": np.arange(6).reshape(2, 3),
-        "row_hashes_B": np.array([8, 9]),
+        "contents": contents,
         "positive_score": 1.0,
         "rules": RULES,
         "seed": (0, 0),

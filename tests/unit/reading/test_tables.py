@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hncse_ray.errors import DataError, HncseError
-from hncse_ray.reading import read_lines, read_records, read_table
+from hncse_ray.reading import kind_of, read_lines, read_records, read_table
 
 COLUMNS = ("query", "answer")
 
@@ -84,14 +84,15 @@ def read_all_ways(path):
     from collections import Counter
 
     from hncse_ray.config import CorpusSettings
-    from hncse_ray.corpus.sources import read_sentences, source_identity
+    from hncse_ray.corpus.sources import read_examples, source_identity
     from hncse_ray.evaluation import read_pairs
 
-    corpus = CorpusSettings(path=str(path), column="query")
+    text = kind_of(path) == "text"
+    corpus = CorpusSettings(path=str(path), column="query", positive_column=None if text else "answer")
     counts = Counter()
     ways = [
         lambda: [text for pair in zip(*read_pairs(path), strict=True) for text in pair],
-        lambda: list(read_sentences(corpus, counts)),
+        lambda: [text for e in read_examples(corpus, counts) for text in (e.text, e.positive or "", *e.negatives)],
         lambda: [source_identity(corpus)],
         lambda: read_lines(path),
         lambda: [text for _, cells in read_table(path, ["query"], optional=["answer"]) for text in cells],

@@ -38,6 +38,7 @@ def facts(*overrides: str, **changed: Any) -> CardFacts:
         corpus_digest="abc123",
         corpus_rows=4200,
         corpus_read=5000,
+        corpus_without_positive=None,
         steps=80,
         best_step=60,
         before={"dev": {"stsb/spearman": 80.0}, "test": {"stsb/spearman": 79.0}},
@@ -165,3 +166,18 @@ def test_a_hub_corpus_is_named_in_the_front_matter() -> None:
     card_facts = facts("corpus.source=hub", "corpus.path=org/data", "corpus.subset=en")
     text = model_card(card_facts)
     assert ModelCard(text).data.datasets == ["org/data"] and "`org/data` (train, en)" in text
+
+
+def test_pairs_are_called_so() -> None:
+    changes = ["corpus.source=csv", "corpus.column=question", "corpus.positive_column=answer",
+               "corpus.negative_columns=[wrong, worse]"]  # fmt: skip
+    text = model_card(facts(*changes, corpus_without_positive=7))
+    assert "4,200 pairs by contrast (InfoNCE)" in text and "unlabelled" not in text and "without labels" not in text
+    assert "of `question` and `answer` with the negatives of `wrong`, `worse`; 7 without a positive" in text
+    assert "the other pairs of the batch and those given" in text
+    assert text.count("\n- corpus digest") == 1 and "dropout views" in text
+    assert "dropout views" not in model_card(facts(*changes, corpus_without_positive=0))
+    plain = model_card(facts())
+    assert (
+        "unlabelled sentences" in plain and "trained without labels" in plain and "pairs" not in plain.split("```")[0]
+    )

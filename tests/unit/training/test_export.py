@@ -54,7 +54,7 @@ def test_the_card_of_a_run(small_run: dict[str, Any], tmp_path: Path) -> None:
     settings = load_settings(small_run, [f"encoder.model={base}", "train.max_steps=4"])
     encoder = load_encoder(base, settings.encoder)
     digest = encoder.tokenizer_digest()
-    corpus = prepare_corpus(settings.corpus, tokenizer=encoder.tokenizer, tokenizer_digest=digest, max_length=24)
+    corpus = prepare_corpus(settings.corpus, tokenize=encoder.token_rows, tokenizer_digest=digest, max_length=24)
     sets = load_evaluation_sets(settings.evaluation, settings.corpus)
     finished = fit(TrainJob(settings, corpus, encoder, sets), OnlyTheModel(tmp_path / "model"), lambda event: None)
 

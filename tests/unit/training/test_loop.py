@@ -88,7 +88,7 @@ def build_job(settings: Settings, sets: EvaluationSets | None = None) -> TrainJo
     encoder = load_encoder(settings.encoder.model, settings.encoder, seed=settings.run.seed)
     corpus = prepare_corpus(
         settings.corpus,
-        tokenizer=encoder.tokenizer,
+        tokenize=encoder.token_rows,
         tokenizer_digest=encoder.tokenizer_digest(),
         max_length=settings.encoder.max_length,
     )

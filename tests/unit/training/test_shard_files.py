@@ -10,7 +10,7 @@ import pytest
 
 from hncse_ray.config import Settings, load_settings
 from hncse_ray.corpus import prepare_corpus
-from hncse_ray.encoder import load_encoder, tokenizer_digest
+from hncse_ray.encoder import load_encoder
 from hncse_ray.errors import StorageError
 from hncse_ray.negatives import IndexVersion, plan_index
 from hncse_ray.negatives.shard import IndexShard
@@ -20,9 +20,8 @@ from hncse_ray.training.shard import build_shard
 def built(tree: dict[str, Any], kind: str, **negatives: Any) -> tuple[IndexShard, Settings]:
     settings = load_settings(tree | {"negatives": {"source": "in_process", "index": kind, **negatives}})
     encoder = load_encoder(settings.encoder.model, settings.encoder)
-    tokenizer = encoder.tokenizer
     corpus = prepare_corpus(
-        settings.corpus, tokenizer=tokenizer, tokenizer_digest=tokenizer_digest(tokenizer), max_length=24
+        settings.corpus, tokenize=encoder.token_rows, tokenizer_digest=encoder.tokenizer_digest(), max_length=24
     )
     plan = plan_index(kind, rows=len(corpus), dimension=encoder.dimension, memory_bytes=None)  # type: ignore[arg-type]
     shard = build_shard(settings.negatives, settings.encoder, corpus, plan=plan, cache_dir=settings.corpus.cache_dir)

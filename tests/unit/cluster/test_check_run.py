@@ -1,0 +1,83 @@
+"""What a run on pairs is refused for before Ray is started, and what it is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pair_tables import COLUMNS, make_pairs, write_pairs
+
+from hncse_ray.cluster.launch import check_run
+from hncse_ray.config import Settings, load_settings
+from hncse_ray.corpus import Corpus
+from hncse_ray.encoder import load_encoder
+from hncse_ray.errors import HncseError, ModelError
+
+Tree = dict[str, Any]
+
+
+class Silent:
+    def on(self, event: Any) -> None: ...
+
+
+@pytest.fixture
+def tree(small_run: Tree, tmp_path: Path) -> Tree:
+    path = write_pairs(tmp_path / "pairs.jsonl", make_pairs(40))
+    small_run["corpus"] |= {"path": str(path), **COLUMNS}
+    small_run["objective"] = {"name": "info_nce"}
+    return small_run
+
+
+def checked(settings: Settings) -> Corpus:
+    return check_run(settings, Silent())[2]  # type: ignore[arg-type]
+
+
+def unpooled(model: str, folder: Path) -> str:
+    """The model with a pooling that leaves prompts out."""
+    encoder = load_encoder(model)
+    encoder.model[1].include_prompt = False
+    folder.mkdir()
+    encoder.model.save_pretrained(str(folder))
+    return str(folder)
+
+
+def test_dropout_is_asked_for_where_a_row_has_no_positive(tree: Tree, tmp_path: Path) -> None:
+    without = ["encoder.dropout=0"]
+    with pytest.raises(ModelError, match=r"6 rows have no positive, and it has no dropout.*encoder\.dropout=0\.1"):
+        checked(load_settings(tree, without))
+    with pytest.raises(ModelError, match=r"it has no dropout, so both views"):
+        checked(load_settings(tree, [*without, "corpus.positive_column=null", "corpus.negative_columns=[]"]))
+    write_pairs(tmp_path / "pairs.jsonl", [row for row in make_pairs(40) if row["answer"]])
+    assert len(checked(load_settings(tree, without))) == 34
+
+
+def test_prompts_of_unlike_length_that_are_not_pooled_are_refused(tree: Tree, tmp_path: Path) -> None:
+    model = unpooled(tree["encoder"]["model"], tmp_path / "unpooled")
+    tree["encoder"] |= {"model": model, "pooling": "auto"}
+    unlike = "encoder.prompts={query: 'the one ', document: 'every '}"
+    with pytest.raises(ModelError, match=r"leaves prompts out of its pooling.*differ in length.*encoder\.prompts"):
+        checked(load_settings(tree, [unlike]))
+    alike = "encoder.prompts={query: 'the one ', document: 'every garden '}"
+    assert len(checked(load_settings(tree, [alike]))) == 40
+    assert len(checked(load_settings(tree, [unlike, "corpus.positive_column=null", "corpus.negative_columns=[]"]))) > 30
+    tree["encoder"] |= {"model": str(tree["encoder"]["model"]), "pooling": "mean"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["corpus.positive_column=answers"], "has no column 'answers'"),
+        (["corpus.negative_columns=[wrong, bad]"], "has no column 'bad'"),
+        (["corpus.document_column=doc"], "has no column 'doc'"),
+        (["objective.name=own_losses:takes_no_negatives"], "corpus.negative_columns"),
+        (
+            ["encoder.prompts={query: the a one some every river mountain city}", "encoder.max_length=8"],
+            "encoder.max_length",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(tree: Tree, overrides: list[str], said: str) -> None:
+    with pytest.raises(HncseError) as caught:
+        checked(load_settings(tree, overrides))
+    assert said in str(caught.value)

@@ -1,0 +1,462 @@
+"""Runs on pairs: what a rank encodes, the loss beside one worked out by hand, ranks, caching, the pool, resumption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from negative_runs import FolderStore, Stopped, carry_out, fresh_encoder, negatives_settings, prepared, taken
+from pair_tables import COLUMNS, make_pairs, write_pairs
+from rank_parity import free_port, join_group
+from torch.nn.parallel import DistributedDataParallel
+
+from hncse_ray.config import OBJECTIVES, Settings
+from hncse_ray.corpus import Corpus, prepare_corpus
+from hncse_ray.encoder import SentenceEncoder, freeze_unused
+from hncse_ray.negatives.in_process import InProcessSource
+from hncse_ray.reporting import Event
+from hncse_ray.reporting.events import CheckpointSaved, StepsLogged
+from hncse_ray.training.batch import local_batch
+from hncse_ray.training.negatives import BatchNegatives
+from hncse_ray.training.objective import Objective
+from hncse_ray.training.step import LocalBatch, StepContext, train_step
+
+Tree = dict[str, Any]
+ROWS = make_pairs()
+B, M, T = 11, 2, 0.05  # rows of a batch, which do not divide by two; neighbours of each; temperature
+IDS = [0, 1, 3, 4, 5, 6, 9, 14, 15, 16, 24]  # with one question, one answer and one document twice, and rows without
+
+
+@pytest.fixture(scope="module")
+def pairs_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("table") / "pairs.jsonl", ROWS)
+
+
+@pytest.fixture
+def tree(small_run: Tree, cache_dir: str, pairs_path: Path) -> Tree:
+    small_run["corpus"] = {"path": str(pairs_path), "cache_dir": cache_dir, **COLUMNS}
+    return small_run
+
+
+def corpus_of(settings: Settings, encoder: SentenceEncoder) -> Corpus:
+    return prepare_corpus(
+        settings.corpus,
+        tokenize=encoder.token_rows,
+        tokenizer_digest=encoder.tokenizer_digest(),
+        max_length=settings.encoder.max_length,
+    )
+
+
+def found_for(corpus: Corpus, encoder: SentenceEncoder, *, use: str, columns: str, seed: int = 3) -> BatchNegatives:
+    """Neighbours as they are selected, drawn at random."""
+    rng = np.random.default_rng(seed)
+    ids_Bm = rng.integers(40, len(corpus), (B, M))
+    mask_Bm = rng.random((B, M)) < 0.8
+    ids_Bm[~mask_Bm] = -1
+    vectors_BmD = None
+    if use == "stored":
+        vectors_BmD = encoder.encode_rows(corpus.targets(range(len(corpus))), unit_norm=True)[ids_Bm]
+        vectors_BmD[~mask_Bm] = 0
+    columns_mask = (rng.random((B, B * M)) < 0.9) & mask_Bm.ravel() if columns == "all" else None
+    return BatchNegatives(ids_Bm, mask_Bm, columns_mask, vectors_BmD, None)
+
+
+def step(
+    settings: Settings, encoder: SentenceEncoder, batches: list[LocalBatch], model: Any = None
+) -> tuple[float, torch.Tensor]:
+    """Loss and gradient of one step."""
+    objective = Objective(
+        settings.objective, dimension=encoder.dimension, device=encoder.device, columns=settings.negatives.columns
+    )
+    context = StepContext(objective, seed=1, step=0, total_steps=10, chunk_size=settings.train.grad_cache_chunk_size)
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.0)
+    metrics, _ = train_step(model or encoder, optimizer, batches, context, max_grad_norm=1e9)
+    return float(metrics["loss"]), gradient_of(encoder)
+
+
+def gradient_of(encoder: SentenceEncoder) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
+
+
+# ------------------------------------------------------------------------------------------------ the batch
+
+
+def texts_of(i: int) -> set[str]:
+    return {ROWS[i]["question"], ROWS[i]["answer"] or ROWS[i]["question"]}
+
+
+def repels(i: int, j: int, *, within_document: bool = False) -> bool:
+    same_document = ROWS[i]["document"] is not None and ROWS[i]["document"] == ROWS[j]["document"]
+    return texts_of(i).isdisjoint(texts_of(j)) and (within_document or not same_document)
+
+
+def given_to(i: int) -> list[str]:
+    return [*ROWS[i]["wrong"], *filter(None, [ROWS[i]["worse"]])]
+
+
+def test_a_batch_of_pairs(tree: Tree) -> None:
+    settings = negatives_settings(tree)
+    encoder = fresh_encoder(settings)
+    corpus = corpus_of(settings, encoder)
+    assert len(corpus) == len(ROWS) and corpus.report.without_positive == sum(r["answer"] is None for r in ROWS)
+    batch = local_batch(5, np.array(IDS), corpus, None, settings=settings)
+    assert (batch.number, batch.sizes) == (5, (B,))
+    questions = encoder.tokenize([ROWS[i]["question"] for i in IDS], 24)
+    answers = encoder.tokenize([ROWS[i]["answer"] or ROWS[i]["question"] for i in IDS], 24)
+    assert batch.targets is not None and batch.mask_BB is not None
+    assert [row.tolist() for row in batch.rows] == [row.tolist() for row in questions]
+    assert [row.tolist() for row in batch.targets] == [row.tolist() for row in answers]
+    assert batch.mask_BB.tolist() == [[repels(i, j) for j in IDS] for i in IDS]
+    assert (~batch.mask_BB).sum() > B + 6  # there is something to see
+    within = settings.model_copy(update={"corpus": settings.corpus.model_copy(update={"repel_within_document": True})})
+    mask_BB = local_batch(5, np.array(IDS), corpus, None, settings=within).mask_BB
+    assert mask_BB is not None and (mask_BB != batch.mask_BB).any()
+    assert mask_BB.tolist() == [[repels(i, j, within_document=True) for j in IDS] for i in IDS]
+
+
+@pytest.mark.parametrize("columns", ["own", "all"])
+def test_given_negatives_are_masked_where_an_anchor_must_not_be_contrasted_with_them(tree: Tree, columns: str) -> None:
+    settings = negatives_settings(tree, f"negatives.columns={columns}")
+    encoder = fresh_encoder(settings)
+    corpus = corpus_of(settings, encoder)
+    ids = np.arange(28)
+    batch = local_batch(0, ids, corpus, None, settings=settings)
+    n = batch.negatives
+    assert n is not None and n.fresh_bm is not None and n.stored_BmD is None
+    width = max(len(given_to(i)) for i in ids)
+
+    def barred(i: int, text: str) -> bool:
+        return any(not repels(i, k) and text in texts_of(k) for k in ids)
+
+    expected = np.zeros((28, width), bool)
+    for i in ids:
+        for k, text in enumerate(given_to(i)):
+            expected[i, k] = not barred(i, text)
+            row = n.fresh_bm[i][k]
+            assert (row is not None) == expected[i, k]
+            assert row is None or row.tolist() == encoder.tokenize([text], 24)[0].tolist()
+    np.testing.assert_array_equal(n.mask_Bm, expected)
+    assert expected.sum() < sum(len(given_to(i)) for i in ids)
+    if columns == "own":
+        assert n.columns_mask is None
+        return
+    assert n.columns_mask is not None
+    texts = [text for j in ids for text in [*given_to(j), *[""] * (width - len(given_to(j)))]]
+    barred_everywhere = np.array([[barred(i, text) for text in texts] for i in ids])
+    np.testing.assert_array_equal(n.columns_mask & expected.ravel(), expected.ravel() & ~barred_everywhere)
+
+
+# ------------------------------------------------------------------------------------------------ the step by hand
+
+
+def by_hand(
+    settings: Settings, encoder: SentenceEncoder, corpus: Corpus, found: BatchNegatives | None
+) -> tuple[float, torch.Tensor]:
+    """InfoNCE as a double loop over texts, each encoded by itself; its gradient by autograd."""
+    encoder.zero_grad()
+
+    def embed(text: str) -> torch.Tensor:
+        vector: torch.Tensor = encoder(encoder.features(encoder.tokenize([text], 24)))[0]
+        return vector
+
+    questions = [embed(ROWS[i]["question"]) for i in IDS]
+    answers = [embed(ROWS[i]["answer"] or ROWS[i]["question"]) for i in IDS]
+    given = [[embed(text) for text in given_to(i)] for i in IDS]
+
+    def barred(i: int, text: str) -> bool:
+        return any(not repels(IDS[i], k) and text in texts_of(k) for k in IDS)
+
+    losses = []
+    for i in range(B):
+        columns = [answers[i]]
+        columns += [answers[j] for j in range(B) if repels(IDS[i], IDS[j])]
+        for j in range(B) if settings.negatives.columns == "all" else [i]:
+            for vector, text in zip(given[j], given_to(IDS[j]), strict=True):
+                if not barred(j, text) and not barred(i, text):
+                    columns.append(vector)
+            for n in range(M) if found is not None else ():
+                assert found is not None
+                if not found.mask_Bm[j, n] or (found.columns_mask is not None and not found.columns_mask[i, j * M + n]):
+                    continue
+                if found.vectors_BmD is None:
+                    row = ROWS[found.ids_Bm[j, n]]
+                    columns.append(embed(row["answer"] or row["question"]))
+                else:
+                    columns.append(torch.from_numpy(found.vectors_BmD[j, n]))
+        logits = torch.stack([questions[i] @ column for column in columns]) / T
+        losses.append(torch.logsumexp(logits, 0) - logits[0])
+    loss = torch.stack(losses).mean()
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach()), gradient_of(encoder)
+
+
+@pytest.mark.parametrize("found", ["none", "stored", "fresh"])
+@pytest.mark.parametrize("columns", ["own", "all"])
+@pytest.mark.parametrize("chunk", ["null", "4"])
+def test_loss_and_gradient_are_those_worked_out_by_hand(tree: Tree, found: str, columns: str, chunk: str) -> None:
+    changes = [f"negatives.columns={columns}", f"train.grad_cache_chunk_size={chunk}", "encoder.dropout=0"]
+    settings = negatives_settings(tree, *changes)
+    encoder = fresh_encoder(settings)
+    corpus = corpus_of(settings, encoder)
+    neighbours = None if found == "none" else found_for(corpus, encoder, use=found, columns=columns)
+    loss, gradient = step(settings, encoder, [local_batch(0, np.array(IDS), corpus, neighbours, settings=settings)])
+    expected, by_autograd = by_hand(settings, encoder, corpus, neighbours)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert (gradient - by_autograd).norm() <= 1e-4 * by_autograd.norm()
+
+
+def test_rows_without_a_positive_are_two_dropout_views(tree: Tree) -> None:
+    settings = negatives_settings(tree)
+    encoder = fresh_encoder(settings)
+    corpus = corpus_of(settings, encoder)
+    views: list[torch.Tensor] = []
+
+    class Watched(Objective):
+        def __call__(self, views_: Any, neighbours: Any = None, **how: Any) -> Any:
+            views.extend(view.detach() for view in views_)
+            return super().__call__(views_, neighbours, **how)
+
+    objective = Watched(settings.objective, dimension=encoder.dimension, device=encoder.device)
+    batch = local_batch(0, np.array(IDS), corpus, None, settings=settings)
+    context = StepContext(objective, seed=1, step=0, total_steps=10, chunk_size=None)
+    train_step(encoder, torch.optim.SGD(encoder.parameters(), lr=0.0), [batch], context, max_grad_norm=1.0)
+    apart = (views[0] - views[1]).norm(dim=1)
+    assert apart[IDS.index(6)] > 1e-3  # it has no answer
+
+
+# ------------------------------------------------------------------------------------------------ ranks
+
+# name of the case -> objective, neighbours, columns, chunk size, accumulated batches
+CASES: dict[str, tuple[str, str, str, int | None, int]] = {
+    **{f"{name}": (name, "none", "own", None, 1) for name in OBJECTIVES if name != "instance_smoothing"},
+    **{f"{name}, cached": (name, "fresh", "all", 2, 1) for name in ("info_nce", "hybrid", "three_view")},
+    "info_nce, stored": ("info_nce", "stored", "own", None, 1),
+    "hybrid, fresh, accumulated": ("hybrid", "fresh", "own", None, 2),
+    "hybrid, only mixed": ("hybrid", "none", "none", None, 1),
+    "own": ("own_losses:noisy", "none", "all", None, 1),
+}
+
+
+def case_settings(tree: Tree, case: str) -> Settings:
+    name, _, columns, chunk, _ = CASES[case]
+    changes = [f"objective.name={name}", f"negatives.columns={columns}", "encoder.dropout=0"]
+    changes += ["objective.settings.noise=0.2"] if ":" in name else []
+    changes += ["objective.k=4"] if name in ("hybrid", "hard_negative_mixing") else []
+    return negatives_settings(tree, *changes, f"train.grad_cache_chunk_size={'null' if chunk is None else chunk}")
+
+
+def steps_of_all_cases(tree: Tree, world: int) -> dict[str, tuple[float, torch.Tensor]]:
+    results = {}
+    for case, (_, use, columns, _, accumulation) in CASES.items():
+        settings = case_settings(tree, case)
+        encoder = fresh_encoder(settings)
+        freeze_unused(encoder)
+        corpus = corpus_of(settings, encoder)
+        batches = []
+        for number in range(accumulation):
+            found = None if use == "none" else found_for(corpus, encoder, use=use, columns=columns, seed=number)
+            ids = (np.array(IDS) + number * 24) % len(corpus)
+            batches.append(local_batch(number, ids, corpus, found, settings=settings))
+        model = encoder if world == 1 else DistributedDataParallel(encoder, broadcast_buffers=False)
+        results[case] = step(settings, encoder, batches, model)
+    return results
+
+
+def work(rank: int, world: int, port: int, tree: Tree, out: str) -> None:
+    join_group(rank, world, port)
+    torch.save(steps_of_all_cases(tree, world), f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_compute_what_one_process_does(tree: Tree, tmp_path: Path) -> None:
+    reference = steps_of_all_cases(tree, 1)  # and the corpus is prepared
+    mp.spawn(work, (2, free_port(), tree, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        for case, (loss, gradient) in reference.items():
+            assert gradient.norm() > 1e-3, case
+            assert found[case][0] == pytest.approx(loss, rel=1e-5), case
+            assert (found[case][1] - gradient).norm() <= 1e-5 * gradient.norm(), case
+    assert len({round(loss, 3) for loss, _ in reference.values()}) == len(CASES)
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+
+KINDS = [
+    (objective, source, use, columns)
+    for objective in OBJECTIVES
+    for source, use in (("none", "stored"), ("in_process", "stored"), ("in_process", "fresh"))
+    for columns in ("own", "all", "none")
+    if not (objective == "instance_smoothing" and (use == "fresh" or columns != "own"))
+    and not (objective in ("info_nce", "three_view") and columns == "none")
+]
+
+
+@pytest.mark.parametrize(("objective", "source", "use", "columns"), KINDS)
+def test_every_kind_of_run_trains_on_pairs(
+    tree: Tree, tmp_path: Path, objective: str, source: str, use: str, columns: str
+) -> None:
+    changes = [f"objective.name={objective}", f"negatives.source={source}", f"negatives.use={use}"]
+    changes += [f"negatives.columns={columns}", "train.max_steps=2", "negatives.candidates=20"]
+    if objective == "instance_smoothing":
+        changes += ["objective.group_size=4", "corpus.negative_columns=[]"]
+    elif objective in ("hybrid", "hard_negative_mixing"):
+        changes.append("objective.k=5")
+    run = carry_out(negatives_settings(tree, *changes), tmp_path)
+    assert run.finished is not None and run.finished.step == 2
+    assert all(np.isfinite(log.metrics["loss"]) for log in run.logs)
+    assert ("negatives/usable" in run.logs[0].metrics) == (source != "none")
+    if source != "none":
+        assert {"negatives/removed_same_document", "negatives/removed_same_content"} <= run.logs[0].metrics.keys()
+        assert sum(run.series("removed_same_document")) > 0
+
+
+def test_pairs_and_given_negatives_change_what_is_learnt(tree: Tree, tmp_path: Path) -> None:
+    losses = {}
+    for name, changes in {
+        "pairs": ["corpus.negative_columns=[]"],
+        "given": [],
+        "one column": ["corpus.negative_columns=worse"],
+        "all": ["negatives.columns=all"],
+        "within": ["corpus.repel_within_document=true"],
+        "sentences": ["corpus.positive_column=null", "corpus.negative_columns=[]"],
+    }.items():
+        settings = negatives_settings(tree, "negatives.source=none", "train.max_steps=1", "encoder.dropout=0", *changes)
+        losses[name] = carry_out(settings, tmp_path / name).logs[0].metrics["loss"]
+    assert len({round(loss, 5) for loss in losses.values()}) == len(losses)
+    assert losses["pairs"] < losses["one column"] < losses["given"] < losses["all"]
+
+
+def test_training_on_pairs_finds_answers(tree: Tree, tmp_path: Path) -> None:
+    settings = negatives_settings(tree, "negatives.source=none", "train.max_steps=60", "train.log_every_steps=10",
+                                  "train.batch_size=16")  # fmt: skip
+    run = carry_out(settings, tmp_path)
+    assert run.logs[-1].metrics["contrastive_accuracy"] > run.logs[0].metrics["contrastive_accuracy"] + 0.2
+
+
+@pytest.mark.parametrize("use", ["stored", "fresh"])
+def test_the_pool_holds_targets_and_negatives_are_targets_of_the_hits(
+    tree: Tree, tmp_path: Path, use: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = [f"negatives.use={use}", "train.max_steps=1", "negatives.candidates=30", "encoder.dropout=0"]
+    settings = negatives_settings(tree, *changes, "encoder.prompts={query: 'the one ', document: 'every '}")
+    with taken(monkeypatch) as batches:
+        run = carry_out(settings, tmp_path)
+    encoder, corpus, batch = fresh_encoder(settings), run.corpus, batches[0][0]
+    texts = [ROWS[i]["answer"] for i in range(len(ROWS))]
+    vectors = np.stack([
+        encoder.encode_rows(encoder.tokenize([text or row["question"]], 24, side="document" if text else "query"),
+                            unit_norm=True)[0]
+        for text, row in zip(texts, ROWS, strict=True)
+    ]).astype(np.float64)  # fmt: skip
+    assert isinstance(inner := run.source.inner, InProcessSource) and batch.version is not None
+    np.testing.assert_allclose(inner.vectors(np.arange(len(ROWS)), version=batch.version), vectors, atol=2e-6)
+    ids_B = run.plan.batch(0)
+    outside = [all(texts_of(hit).isdisjoint(texts_of(other)) for other in ids_B) for hit in range(len(ROWS))]
+    allowed = np.array([[outside[hit] and repels(i, hit) for hit in range(len(ROWS))] for i in ids_B])
+    cosines = np.where(allowed, vectors[ids_B] @ vectors.T, -2)
+    nearest = np.sort(cosines, axis=1)[:, ::-1][:, :3]
+    assert batch.mask_Bm.all()
+    np.testing.assert_allclose(np.take_along_axis(cosines, batch.ids_Bm, 1), nearest, atol=1e-5)
+    step_batch = local_batch(0, ids_B, corpus, batch, settings=settings)
+    assert step_batch.negatives is not None and step_batch.negatives.fresh_bm is not None
+    if use == "fresh":
+        rows = step_batch.negatives.fresh_bm[0][:3]
+        expected = corpus.targets(batch.ids_Bm[0])
+        assert [row.tolist() for row in rows if row is not None] == [row.tolist() for row in expected]
+    else:
+        assert len(step_batch.negatives.fresh_bm[0]) == step_batch.negatives.mask_Bm.shape[1] - 3
+
+
+def logged(events: list[Event]) -> dict[int, dict[str, float]]:
+    """What must not hang on interruptions."""
+    timed = ("search_ms", "build_", "rows_per_s", "waited")
+    return {
+        event.step: {name: value for name, value in event.metrics.items() if not any(word in name for word in timed)}
+        for event in events
+        if isinstance(event, StepsLogged)
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("negatives.source=none",),
+        ("negatives.use=fresh", "negatives.columns=all"),
+        ("negatives.use=stored", "objective.name=hybrid", "objective.k=5", "train.grad_cache_chunk_size=3"),
+    ],
+)
+def test_an_interrupted_run_goes_on_bit_for_bit(tree: Tree, tmp_path: Path, changes: tuple[str, ...]) -> None:
+    def stop_at(step_: int) -> Callable[[Event], None]:
+        def stop(event: Event) -> None:
+            if isinstance(event, CheckpointSaved) and event.step == step_:
+                raise Stopped
+
+        return stop
+
+    settings = negatives_settings(tree, *changes)
+    whole = carry_out(settings, tmp_path / "whole")
+    first = carry_out(settings, tmp_path / "parts", also=stop_at(4))
+    second = carry_out(settings, tmp_path / "parts")
+    assert first.finished is None and second.finished is not None
+    assert logged(first.events) | logged(second.events) == logged(whole.events)
+    assert set(logged(second.events)) == set(range(5, 13))
+    ends = [FolderStore(tmp_path / name).checkpoint(12) / "encoder.safetensors" for name in ("whole", "parts")]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
+
+
+def test_prompts_that_are_not_pooled_are_left_out_of_both_sides(tree: Tree) -> None:
+    """The pooling leaves as many tokens out on both sides: the vectors are those of `encode`."""
+    settings = negatives_settings(tree, "encoder.prompts={query: 'the one ', document: 'every garden '}",
+                                  "encoder.dropout=0")  # fmt: skip
+    encoder = fresh_encoder(settings)
+    for stage in encoder.model:
+        if hasattr(stage, "include_prompt"):
+            stage.include_prompt = False
+    assert encoder.unpooled_prompt("query") == encoder.unpooled_prompt("document") == 3
+    corpus = corpus_of(settings, encoder)
+    seen: list[torch.Tensor] = []
+
+    class Watched(Objective):
+        def __call__(self, views: Any, neighbours: Any = None, **how: Any) -> Any:
+            seen.extend(view.detach() for view in views)
+            return super().__call__(views, neighbours, **how)
+
+    objective = Watched(settings.objective, dimension=encoder.dimension, device=encoder.device)
+    batch = replace(local_batch(0, np.array([0, 1, 2]), corpus, None, settings=settings), mask_BB=None)
+    context = StepContext(objective, seed=1, step=0, total_steps=10, chunk_size=None)
+    train_step(encoder, torch.optim.SGD(encoder.parameters(), lr=0.0), [batch], context, max_grad_norm=1.0)
+    for view, column, side in ((seen[0], "question", "query"), (seen[1], "answer", "document")):
+        vectors = encoder.encode([ROWS[i][column] for i in range(3)], side=side)
+        expected = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        np.testing.assert_allclose(view.numpy(), expected, atol=1e-5)
+
+
+def test_the_corpus_is_prepared_with_the_prompts_of_the_model(tree: Tree) -> None:
+    settings = negatives_settings(tree, "encoder.prompts={query: 'the one ', document: 'every garden '}")
+    encoder = fresh_encoder(settings)
+    corpus = corpus_of(settings, encoder)
+    questions = encoder.tokenize([ROWS[0]["question"]], 24, side="query")
+    answers = encoder.tokenize([ROWS[0]["answer"]], 24, side="document")
+    assert corpus.token_rows([0])[0].tolist() == questions[0].tolist()
+    assert corpus.targets([0])[0].tolist() == answers[0].tolist()
+    tree["corpus"] = {name: tree["corpus"][name] for name in ("path", "cache_dir", "column")}
+    default = ["encoder.prompts={query: 'the one '}", "encoder.default_prompt=query"]
+    settings = negatives_settings(tree, *default)
+    encoder = fresh_encoder(settings)
+    rows = corpus_of(settings, encoder).token_rows([0])
+    assert rows[0].tolist() == encoder.tokenize([ROWS[0]["question"]], 24)[0].tolist() == questions[0].tolist()
+
+
+def test_a_run_s_batches_are_bucketed_by_the_longer_side(tree: Tree) -> None:
+    run = prepared(negatives_settings(tree))
+    longest = np.maximum(run.corpus.lengths, run.corpus.target_lengths)
+    np.testing.assert_array_equal(run.plan._lengths, longest)
