@@ -32,7 +32,7 @@ def test_it_holds_the_model_that_was_asked_for_last(tiny_model: Path, tmp_path: 
     assert actor.ready() and torch.get_num_threads() == 2
     for model, settings in ((tiny_model, MEAN), (other, MEAN), (tiny_model, MEAN), (tiny_model, CLS)):
         expected = load_encoder(model, settings).encode_rows(rows)
-        np.testing.assert_array_equal(actor.encode(str(model), settings, rows), expected)
+        np.testing.assert_array_equal(actor.encode(str(model), settings, rows, None), expected)
 
 
 def test_a_missing_model_is_said_before_ray_is_started(tmp_path: Path) -> None:
