@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -371,6 +372,26 @@ class TestEncode:
 @pytest.mark.parametrize("query", ["", "  ", "\u200b\u2060", "\ue000"])
 def test_a_query_with_nothing_to_see(saved_model: Path, recipe: Path, query: str) -> None:
     assert_refused(hncse("search", saved_model, recipe, "a dog", query), "query 2: is empty")
+
+
+@pytest.fixture(scope="module")
+def bare_model(tmp_path_factory: pytest.TempPathFactory, saved_model: Path) -> Path:
+    """A model whose tokenizer adds no special tokens."""
+    folder = tmp_path_factory.mktemp("bare") / "model"
+    shutil.copytree(saved_model, folder)
+    for path in folder.rglob("tokenizer.json"):
+        tokenizer = json.loads(path.read_text())
+        tokenizer["post_processor"] = None
+        path.write_text(json.dumps(tokenizer))
+    return folder
+
+
+@pytest.mark.parametrize("line", ["", " ", "\u200b", "\x07"])
+def test_a_line_without_a_token_is_named(bare_model: Path, tmp_path: Path, line: str) -> None:
+    texts, out = tmp_path / "texts.txt", tmp_path / "v.npy"
+    texts.write_text(f"{SENTENCES[0]}\n{line}\n{SENTENCES[1]}\n", encoding="utf-8")
+    assert_refused(hncse("encode", bare_model, texts, "--out", out), "text 2 of 3 has no token")
+    assert not out.exists()
 
 
 class TestEvaluate:
