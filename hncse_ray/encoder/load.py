@@ -117,7 +117,7 @@ def _check_weights(folder: Path, name: str) -> None:
 
 def _check_prompts(folder: Path, prompts: Mapping[str, str], name: str) -> None:
     path = folder / "config_sentence_transformers.json"
-    known = {"query", "document", "passage", "corpus"}
+    known = {"query", "document"}  # in sentence-transformers an empty prompt `document` stands before `passage`
     if path.is_file():
         known |= set(_read_json(path).get("prompts") or {})
     if unknown := sorted(set(prompts) - known):
