@@ -160,9 +160,9 @@ def _attend(
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)  # as in transformers
-    packed = [x[0].transpose(0, 1) for x in (query, key, value)]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     attend = _attend_grouped if query.device.type == "cpu" else _attend_nested
-    return attend(*packed, cu_seq_lens_q, dropout=dropout, scale=scale, causal=causal)[None], None
+    return attend(q, k, v, cu_seq_lens_q, dropout=dropout, scale=scale, causal=causal)[None], None
 
 
 def _attend_nested(
