@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ def pytest_configure() -> None:
     slowness()  # before anything else runs, and for xdist's workers too
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)  # before xdist's own, which comes before any that is no wrapper, reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None, None, None]:
     """With several workers, tests that start Ray take turns on one; any other file stays whole, for its fixtures."""
     for item in items:
         starts_ray = {"ray", "e2e"} & {*item.path.parts}
@@ -22,6 +23,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         marked = item.get_closest_marker("timeout")
         limit = marked.args[0] if marked else config.getoption("timeout") or config.getini("timeout")
         item.add_marker(pytest.mark.timeout(seconds(float(limit))), append=False)
+    return (yield)
 
 
 @pytest.fixture(scope="session")

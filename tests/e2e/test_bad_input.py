@@ -121,7 +121,7 @@ BAD_RUNS: dict[str, Case] = {
     "model without tokenizer": (without_tokenizer, ("its tokenizer knows no word", "A tokenizer.json is missing")),
     "prompts of an unknown side": (
         overrides("encoder.prompts={asker: x}"),
-        ("names 'asker'", "document, passage, query"),
+        ("names 'asker'", "document, query"),
     ),
     "no dropout": (overrides("encoder.dropout=0"), ("has no dropout", "Set encoder.dropout=0.1")),
     "longer than the model takes": (
