@@ -122,7 +122,7 @@ def search(
             base = load_encoder(settings.encoder.model, settings.encoder)
             corpus = prepare_corpus(settings, base, reporter)
             chosen = np.random.default_rng(settings.run.seed).permutation(len(corpus))[:limit]
-            sentences = corpus.texts(chosen)
+            sentences = list(dict.fromkeys(corpus.target_texts(chosen)))  # of pairs what is looked for, once
             for name, encoder in zip(names, encoders, strict=True):
                 progress = counter(reporter, f"encoding {len(sentences):,} sentences with {name}")
                 vectors_ND = unit_rows(encoder.encode(sentences, side="document", progress=progress))

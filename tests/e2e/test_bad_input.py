@@ -100,6 +100,30 @@ BAD_RUNS: dict[str, Case] = {
         text_file("rows.jsonl", b'{"sentence": "a b c"}\n'),
         ("rows.jsonl: has no column 'text'", "It has: sentence"),
     ),
+    "pairs of text": (
+        lambda folder: [*text_file("a.txt", LINES)(folder), "corpus.positive_column=answer"],
+        ("a.txt: is plain text and has no columns", "corpus.positive_column", "Give a table"),
+    ),
+    "a positive column that is missing": (
+        lambda folder: [*text_file("a.tsv", b"text\tanswer\na b\tc d\n")(folder), "corpus.positive_column=answers"],
+        ("a.tsv: has no column 'answers'", "Did you mean 'answer'?"),
+    ),
+    "a positive column with nothing in it": (
+        lambda folder: [*text_file("a.tsv", b"text\tanswer\na b\t \n")(folder), "corpus.positive_column=answer"],
+        ("a.tsv: column 'answer' has nothing in any row", "See corpus.positive_column"),
+    ),
+    "negatives without positives": (
+        overrides("corpus.negative_columns=wrong"),
+        ("corpus: negative_columns needs positive_column",),
+    ),
+    "a prompt that leaves no room": (
+        overrides(
+            "encoder.prompts={query: the a one some every river}",
+            "encoder.default_prompt=query",
+            "encoder.max_length=8",
+        ),
+        ("encoder.max_length = 8: the prompt leaves no token for the text", "encoder.prompts"),
+    ),
     "a source that contradicts the ending": (
         lambda folder: ["corpus.source=csv", *text_file("rows.jsonl", b'{"text": "a b c"}\n')(folder)],
         ("rows.jsonl: ends in .jsonl, which is JSONL", "corpus.source is 'csv'", "corpus.source=auto"),
