@@ -97,7 +97,11 @@ class _Dumper(yaml.SafeDumper):
     """YAML that puts every text into quotes that the loader above, or PyYAML's own, would not take for text."""
 
 
-_Loader.add_constructor(_TEXT, lambda loader, node: node.value if node.style else Plain(node.value))
+def _construct_text(_loader: yaml.Loader, node: yaml.ScalarNode) -> str:
+    return str(node.value) if node.style else Plain(node.value)
+
+
+_Loader.add_constructor(_TEXT, _construct_text)
 _Dumper.add_implicit_resolver(_NULL, re.compile("|".join(f"{word}$" for word in NOTHING)), ["~", "n", "N", ""])
 
 

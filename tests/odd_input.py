@@ -16,9 +16,23 @@ _KEYS = [
     for cls in (OBJECTIVES.values() if section == "objective" else [field.annotation])
     for name in cls.model_fields  # type: ignore[union-attr]
 ]
-# Nothing that is absolute or leads upwards: a test writes where it stands. "~no-such-user" is a home that does not exist.
+# Nothing that is absolute or leads upwards: a test writes where it stands.
 _ODD = [
-    *("", " ", "-", "--", ".", "~no-such-user", "~no-such-user/x", ",", "a,b", "a,,b", "package:", "package:x/y", "owner/name"),
+    *(
+        "",
+        " ",
+        "-",
+        "--",
+        ".",
+        "~no-such-user",
+        "~no-such-user/x",
+        ",",
+        "a,b",
+        "a,,b",
+        "package:",
+        "package:x/y",
+        "owner/name",
+    ),
     *("a/b/c", "é", "\udce9", "\u2028", "\ufeff", "a" * 300, "a" * 5000, "'", '"', '"a', "[", "[]", "[a, b]", "{"),
     *("{}", "{a: b}", "*", "&a", "!!int 3", "%20", "?", "#", "a #b", "=", "a=b", "null", "none", "None", "true", "off"),
     *("0", "-1", "1", "2", "007", "1_000", "12:30", "0x10", "1e3", "1e400", "-1e400", ".nan", ".inf", "nan", "9" * 400),

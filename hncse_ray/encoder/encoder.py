@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from hncse_ray.encoder.adapters import has_adapters, merged_adapters
 from hncse_ray.encoder.attention import use_packed_attention
 from hncse_ray.encoder.hardware import autocast_dtype
 from hncse_ray.encoder.head import TrainingHead
+from hncse_ray.encoder.lengths import TokenRows, attention_reach, first_position, length_batches, length_limit
 from hncse_ray.errors import DataError, ModelError
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-TokenRows = Sequence[NDArray[np.integer]]
 
 _PROBES = (
     "One.",
@@ -37,7 +37,6 @@ _PROBES = (
     "The third is longer than both of the others: it goes on and on.",
 )
 _TOLERANCE = 1e-4  # of coordinates of unit-norm vectors in fp32
-_ANY_LENGTH = 8192  # the limit of a model that has none
 _CHUNK = 10_000  # texts tokenised at a time
 
 
@@ -80,9 +79,9 @@ class SentenceEncoder(nn.Module):
         self.autocast: torch.dtype | None = None
         self.inference_autocast: torch.dtype | None = None
         self.packs = False
-        self._first_position = _first_position(self.backbone)
-        self._reach = _attention_reach(self.backbone)
-        self.length_limit = _length_limit(model, self._first_position)
+        self._first_position = first_position(self.backbone)
+        self._reach = attention_reach(self.backbone)
+        self.length_limit = length_limit(model, self._first_position)
         if max_length is not None and max_length > self.length_limit:
             raise ModelError(f"it takes {self.length_limit} tokens at most, not the {max_length} asked for", name,
                              "Lower encoder.inference_max_length")  # fmt: skip
@@ -395,40 +394,6 @@ class SentenceEncoder(nn.Module):
     def _texts(self) -> dict[str, Any]:
         features: dict[str, Any] = self.model.preprocess(list(_PROBES), prompt=self.prompt(None) or None)
         return features
-
-
-def length_batches(rows: TokenRows, batch_size: int) -> Iterator[NDArray[np.int64]]:
-    """Yield the indices of batches of rows sorted by length, longest first.
-
-    The batches depend on the rows alone: however they are shared out over processes, each batch, and so each
-    vector, comes out the same.
-    """
-    order = np.argsort([-len(row) for row in rows], kind="stable")
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
-
-
-def _first_position(backbone: nn.Module) -> int:
-    """Return the position of a row's first token: RoBERTa and its kin count from behind the padding's id."""
-    for module in backbone.modules():
-        padding = getattr(module, "padding_idx", None)
-        if isinstance(padding, int) and isinstance(getattr(module, "position_embeddings", None), nn.Embedding):
-            return padding + 1
-    return 0
-
-
-def _length_limit(model: SentenceTransformer, first_position: int) -> int:
-    limits = [int(model.max_seq_length or _ANY_LENGTH), int(model.tokenizer.model_max_length), _ANY_LENGTH]
-    positions = getattr(model[0].config, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions > 0:
-        limits.append(positions - first_position)
-    return min(limits)
-
-
-def _attention_reach(backbone: nn.Module) -> float:
-    """Return how long a row may be for every token to reach every other, or all before it."""
-    windows = [getattr(module, "sliding_window", None) for module in (*backbone.modules(), backbone.config)]
-    return min((window for window in windows if isinstance(window, int)), default=float("inf"))
 
 
 def _close(wanted: Tensor, found: Tensor) -> bool:
