@@ -98,6 +98,10 @@ def train(settings: Settings, *, reporter: Reporter | None = None) -> RunResult:
     Raises:
         HncseError: bad settings, data, model, cluster or storage; or training failed for a known cause.
     """
+    model = Path(settings.encoder.model)
+    if model.is_dir():  # workers are in folders of their own
+        located = settings.encoder.model_copy(update={"model": str(model.absolute())})
+        settings = settings.model_copy(update={"encoder": located})
     with claim_run(settings) as folder:
         result = folder.finished()
         if result is None:
@@ -176,10 +180,6 @@ def _train(settings: Settings, folder: RunFolder, reporter: Reporter) -> RunFini
     """Check everything that can be checked, then start Ray and train."""
     named_cluster()
     encoder, sets, corpus = check_run(settings, reporter)
-    model = Path(settings.encoder.model)
-    if model.is_dir():  # workers are in folders of their own
-        located = settings.encoder.model_copy(update={"model": str(model.absolute())})
-        settings = settings.model_copy(update={"encoder": located})
     reporter.on(StageProgress("starting Ray and the workers", 0, None))
     with ray_session():
         if not isinstance(folder, RemoteRunFolder):

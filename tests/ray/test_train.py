@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ def recipe(
     tree = {
         "run": {"name": "reference", "storage_path": str(folder / "runs"), "seed": 3},
         "corpus": {"source": "text", "path": str(corpus_file), "cache_dir": str(folder / "cache")},
-        "encoder": {"model": str(tiny_model), "pooling": "mean", "max_length": 24, "precision": "fp32"},
+        "encoder": {"model": os.path.relpath(tiny_model), "pooling": "mean", "max_length": 24, "precision": "fp32"},
         "objective": {"name": "instance_smoothing", "buffer_size": 64, "group_size": 4},
         "train": {
             "batch_size": 16,
