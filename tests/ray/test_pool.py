@@ -369,14 +369,15 @@ def test_a_build_that_hangs_is_given_up_and_an_error_in_the_body_leaves_nothing(
             assert client.publish(world.weights, step=0)
             client.wait(seconds(BACK_S))
             version = client.status().version
-            assert version is not None and client.status().shards_alive == 2
+            assert version is not None
+            soon(lambda: client.status().shards_alive == 2, within_s=10, what=client.status)
             hanging = pid_of(pool.shards[1])
             os.kill(hanging, signal.SIGSTOP)
-            assert client.publish(world.changed(1), step=1)
             started = time.monotonic()
             with within(45, "giving the build up"):
+                assert client.publish(world.changed(1), step=1)
                 client.wait(seconds(BACK_S))
-            assert time.monotonic() - started > limit_s - 3
+            assert time.monotonic() - started > limit_s
             status = client.status()
             assert status.version == version and status.failed_builds == 1 and not status.building
             assert status.last_failure == f"TimeoutError: shard 1 was not ready after {limit_s} s"
