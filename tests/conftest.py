@@ -16,14 +16,14 @@ def pytest_configure() -> None:
 
 
 class TurnsScheduling(LoadScopeScheduling):
-    """With several workers, tests that start Ray take turns on one; any other file stays whole, for its fixtures.
+    """With several workers, those of tests/ray take turns on one, and so do those of tests/e2e; other files stay whole.
 
     Not xdist's groups: xdist 3.8 writes them into an attribute that pytest 9.2 does not read.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.partition("::")[0]
-        return "ray" if path.startswith(("tests/ray/", "tests/e2e/")) else path
+        return next((kind for kind in ("tests/ray/", "tests/e2e/") if path.startswith(kind)), path)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TurnsScheduling:
