@@ -88,7 +88,7 @@ def test_a_sweep_leaves_the_best_and_says_why_a_trial_failed(recipe: Path, sourc
     recipe_found = load_settings(out / "best.yaml")
     assert str(recipe_found.objective.temperature) == best["objective.temperature"]
     assert recipe_found.negatives.source == source and recipe_found.evaluation.test
-    assert set(result["after"]) == {"pairs/recall@1", "pairs/recall@10", "pairs/mrr"}
+    assert set(result["after"]) == {"pairs/recall@1", "pairs/recall@10", "pairs/mrr", "pairs/ndcg@10"}
     assert (out / "model" / "model.safetensors").is_file() and (out / "report.html").is_file()
     for row in rows:  # room was freed: no checkpoints, and no model but the best
         run = out / "trials" / f"trial-{int(row['trial']):04d}"
