@@ -70,12 +70,9 @@ def evaluate(
     def run(console: Console) -> dict[str, Any]:
         from hncse_ray.encoder import choose_device, load_encoder
         from hncse_ray.reporting import StageProgress
-        from hncse_ray.training.scoring import TEST_SUITES, OpenEncoder, resolve_suites, score_models
+        from hncse_ray.training.scoring import TEST_SUITES, OpenEncoder, score_models
 
-        named = {"pairs": ("--pairs", pairs), "retrieval": ("--data", data)}  # naming the data asks for its suite
-        suites = resolve_suites([*(suite or ()), *(s for s, (_, given) in named.items() if given)] or ["python-docs"])
-        for needed in (s for s in suites if s in named and not named[s][1]):
-            raise SettingsError(f"the suite {needed} needs data", named[needed][0], "Name them with this option")
+        suites = _suites(suite or [], pairs, data)
         chosen = [s for s in suites if s not in TEST_SUITES]
         evaluation: dict[str, Any] = {
             "suites": chosen, "senteval_path": senteval, "pairs_dev": pairs, "collection": data or [],
@@ -117,13 +114,29 @@ def evaluate(
 
             plot_similarities(plots / "similarity.png", similarities)
             console.print(f"cosines of positives and negatives -> {plots / 'similarity.png'}", markup=False)
-        if len(models) == 1 and len(board.groups[0].models) == 1:
-            group = board.groups[0]
-            found: dict[str, Any] = {"model": models[0], **group.runs[0]}
-            return found | ({"similarities": asdict(group.similarities[0])} if group.similarities else {})
-        return asdict(board)
+        return _as_json(board)
 
     command(run, as_json)
+
+
+def _as_json(board: Scoreboard) -> dict[str, Any]:
+    """What ``--json`` prints: the scores of a single model by themselves."""
+    (first, *others), differences = board.groups, board.differences
+    if others or differences or len(first.models) > 1:
+        return asdict(board)
+    found: dict[str, Any] = {"model": first.models[0], **first.runs[0]}
+    return found | ({"similarities": asdict(first.similarities[0])} if first.similarities else {})
+
+
+def _suites(wanted: list[str], pairs: str | None, data: list[str] | None) -> list[str]:
+    """The suites that are meant; naming the data of one asks for it."""
+    from hncse_ray.training.scoring import resolve_suites
+
+    named = {"pairs": ("--pairs", pairs), "retrieval": ("--data", data)}
+    suites = resolve_suites([*wanted, *(s for s, (_, given) in named.items() if given)] or ["python-docs"])
+    for needed in (s for s in suites if s in named and not named[s][1]):
+        raise SettingsError(f"the suite {needed} needs data", named[needed][0], "Name them with this option")
+    return suites
 
 
 def _prepare_plots(folder: Path, suites: list[str]) -> None:

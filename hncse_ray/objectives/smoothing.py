@@ -45,9 +45,8 @@ def instance_smoothing(
     the buffer is neither read nor changed. They carry no gradient either. A row without a usable neighbour
     keeps z*_i = z2_i, and while no row has one, the loss is `info_nce(z1, z2)` alone.
 
-    IS-CSE (arXiv 2305.07424), method section; the paper has K = 1024, group_size = 16,
-    attention_temperature = 2 and weight = 0.1, or for large models a ramp from 0.005 to 0.05
-    (`cosine_ramp`).
+    IS-CSE (arXiv 2305.07424), method section; the paper has K = 1024, group_size = 16, attention_temperature = 2
+    and weight = 0.1, or for large models a ramp from 0.005 to 0.05 (`cosine_ramp`).
 
     Args:
         z1: anchors, unit-norm rows [B, D].
@@ -60,8 +59,7 @@ def instance_smoothing(
         attention_temperature: divides the cosines inside a group; above 0.
         weight: of the smoothed term; at least 0.
         neighbours: each positive's neighbours, unit-norm [B, g, D], without the sentence itself; g may be 0.
-        neighbours_mask: bool [B, g], True where a neighbour is usable; the others take no part, whatever they
-            hold.
+        neighbours_mask: bool [B, g], True where a neighbour is usable; what the others hold is not looked at.
         batch_mask: see `info_nce`; in both terms.
 
     Returns:
