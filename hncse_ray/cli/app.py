@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 import logging
@@ -16,22 +17,60 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from hncse_ray import __version__
 from hncse_ray.errors import HncseError
+from hncse_ray.recipe import shipped_folder
 
 if TYPE_CHECKING:
     from hncse_ray.reporting import Reporter
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Train sentence encoders by contrast, from text or from pairs, on a laptop or on a Ray cluster.",
 )
 
-RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes with hncse_ray.")]
+
+def complete_recipe(typed: str) -> list[str]:
+    """Return the recipes and YAML files that begin so."""
+    names = [path.stem for path in shipped_folder("recipes").glob("*.yaml")]
+    return [name for name in sorted(names) if name.startswith(typed)] + sorted(glob.glob(f"{glob.escape(typed)}*.yaml"))
+
+
+def complete_setting(typed: str) -> list[str]:
+    """Return the sections and settings that begin so."""
+    from hncse_ray.config.explain import setting_paths
+
+    return [path for path in dict.fromkeys(setting_paths()) if path.startswith(typed)]
+
+
+def complete_override(typed: str) -> list[str]:
+    """Return the settings that begin so, ready for a value."""
+    from hncse_ray.config.reference import reference
+
+    keys = dict.fromkeys(setting.key for section in reference() for setting in section.settings)
+    return [f"{key}=" for key in keys if key.startswith(typed)]
+
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A YAML file, or the name of a recipe that comes with hncse_ray.", autocompletion=complete_recipe
+    ),
+]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(help="Settings to change, as section.key=value.", metavar="[KEY=VALUE]...")
+    list[str] | None,
+    typer.Argument(
+        help="Settings to change, as section.key=value.", metavar="[KEY=VALUE]...", autocompletion=complete_override
+    ),
+]
+SettingArgument = Annotated[
+    str | None,
+    typer.Argument(
+        help="A section, or a setting such as train.batch_size.",
+        metavar="[SECTION|KEY]",
+        autocompletion=complete_setting,
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
 DeviceOption = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
@@ -40,6 +79,21 @@ RevisionOption = Annotated[str | None, typer.Option(help="Of a hub model: a comm
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 PoolingOption = Annotated[str, typer.Option(help="How to pool a model whose folder does not say: mean, cls, ...")]
 ModelArgument = Annotated[str, typer.Argument(help="A model folder, a hub name, or package:NAME/FOLDER.")]
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=lambda asked: _say_version(asked), help="Say which.")
+    ] = False,
+) -> None:
+    """Train sentence encoders by contrast, from text or from pairs, on a laptop or on a Ray cluster."""
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hncse_ray {__version__}")
+        raise typer.Exit
 
 
 def command(run: Callable[[Console], dict[str, Any]], as_json: bool, *, resumes: bool = False) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
 
 from pydantic_core import ErrorDetails
 
 from hncse_ray.config.objective import OBJECTIVES
-from hncse_ray.config.sections import Settings
-from hncse_ray.config.values import is_section, kinds_of
+from hncse_ray.config.reference import reference
+from hncse_ray.config.synonyms import SYNONYMS
 
 _CHOICE = f"choose from {', '.join(OBJECTIVES)}, or name a function of your own as MODULE:FUNCTION"
 _shown = reprlib.Repr()
@@ -51,7 +52,7 @@ def _location(error: ErrorDetails) -> list[str]:
 
 
 def _nearest(error: ErrorDetails) -> str:
-    """Name the valid setting nearest to an unknown one: in its own section first, then anywhere."""
+    """Name the valid setting that an unknown one probably means; see :func:`meant`."""
     *sections, key = _location(error)  # of a recipe, where a key may have dots of its own
     section = ".".join(sections)
     if section == "objective":
@@ -60,26 +61,54 @@ def _nearest(error: ErrorDetails) -> str:
         name = str(error["loc"][2])
         own, owner = list(OBJECTIVES[name].model_fields), f"objective {name!r}"
     else:
-        own = [p.rpartition(".")[2] for p in _setting_paths() if p.rpartition(".")[0] == section]
+        own = [p.rpartition(".")[2] for p in setting_paths() if p.rpartition(".")[0] == section]
         owner = section or "the top level"
-    if near := difflib.get_close_matches(key, own, n=1, cutoff=0.7):
-        return f" (did you mean {f'{section}.{near[0]}'.lstrip('.')!r}?)"
-    elsewhere = [p for p in _setting_paths() if p.rpartition(".")[2] == key]
-    if elsewhere and section != "objective":
-        return f" (did you mean {elsewhere[0]!r}?)"
+    found = meant(f"{section}.{key}".lstrip("."), own)
+    if not found and not section and isinstance(error["input"], Mapping):  # a section that there is not: of other tools
+        found = next(filter(None, (meant(str(inner), ()) for inner in error["input"])), ())
+    if found:
+        return f" (did you mean {' or '.join(map(repr, found))}?)"
     return f"; {owner} knows {', '.join(own)}"
 
 
-def _setting_paths() -> Iterable[str]:
-    for section, field in Settings.model_fields.items():
-        yield section
-        classes = OBJECTIVES.values() if section == "objective" else [field.annotation]
-        for cls in classes:
-            yield from _paths_below(section, cls)
+def meant(path: str, own: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return the settings that an unknown one probably means: at most three, none if nothing is like it.
+
+    What others call a setting (:mod:`~hncse_ray.config.synonyms`) comes first, then a like name in its own section, the
+    same name in another, a like name anywhere, and last a name or a meaning with the same word.
+
+    Args:
+        path: what was written, such as ``train.lr``.
+        own: the names that its section has; None = those of the tree.
+    """
+    section, _, key = path.rpartition(".")
+    paths = list(dict.fromkeys(setting_paths()))
+    if own is None:
+        own = [p.rpartition(".")[2] for p in paths if p.rpartition(".")[0] == section]
+    if section == "objective":  # a setting of another objective is not meant, however like it is
+        if path in paths:
+            return ()
+        paths = [p for p in paths if p.rpartition(".")[0] != section or p.rpartition(".")[2] in own]
+    word = re.sub(r"\W", "_", key).lower()
+    joined = word.replace("_", "")
+    if called := [p for p in paths if joined in (name.replace("_", "") for name in SYNONYMS.get(p, ()))]:
+        return tuple(called)
+    if near := difflib.get_close_matches(key, own, n=1, cutoff=0.7):
+        return (f"{section}.{near[0]}".lstrip("."),)
+    if same := [p for p in paths if p.rpartition(".")[2] == key]:
+        return tuple(same[:3])
+    leaves = {p.rpartition(".")[2]: p for p in reversed(paths)}
+    if near := difflib.get_close_matches(word, leaves, n=1, cutoff=0.8):
+        return (leaves[near[0]],)
+    if len(word) < 4:
+        return ()
+    named = [p for p in paths if word in p.rpartition(".")[2].split("_")]
+    told = [s.key for part in reference() for s in part.settings if word in re.findall(r"\w+", s.meaning.lower())]
+    return tuple(dict.fromkeys(p for p in (*named, *told) if p in paths))[:3]
 
 
-def _paths_below(section: str, kind: object) -> Iterable[str]:
-    for cls in filter(is_section, kinds_of(kind)):
-        for name, field in cls.model_fields.items():
-            yield f"{section}.{name}"
-            yield from _paths_below(f"{section}.{name}", field.annotation)
+def setting_paths() -> Iterator[str]:
+    """All sections and settings; a setting that several objectives know comes several times."""
+    for section in reference():
+        yield section.key
+        yield from (setting.key for setting in section.settings)

@@ -32,57 +32,59 @@ class InfoNCE(_Objective):
     """Unsupervised SimCSE, arXiv 2104.08821."""
 
     name: Literal["info_nce"] = "info_nce"
-    temperature: float = Field(0.05, gt=0, le=10)
+    temperature: float = Field(0.05, gt=0, le=10, description="similarities are divided by it")
 
 
 class _PositiveMixing(_Objective):
     margin: float = Field(0.1, ge=0, le=1, description="relative gap below which the positive is mixed")
-    w_pos: float = Field(1.0, ge=0, le=2)
-    w_neg: float = Field(0.2, ge=0, le=2)
+    w_pos: float = Field(1.0, ge=0, le=2, description="weight of the positive in a mixed one")
+    w_neg: float = Field(0.2, ge=0, le=2, description="weight of the hardest negative in it")
 
 
 class _HardNegativeMixing(_Objective):
     k: int = Field(10, ge=2, le=1_048_575, description="hardest candidates that mixes are drawn from")
-    n_mixes: int = Field(40, ge=1, le=65_536)
-    alpha: float = Field(0.5, ge=0, le=1)
+    n_mixes: int = Field(40, ge=1, le=65_536, description="mixed negatives of each anchor")
+    alpha: float = Field(0.5, ge=0, le=1, description="share of the first of the two negatives in a mix")
 
 
 class PositiveMixing(_PositiveMixing):
     """HNCSE-PM, arXiv 2411.12156."""
 
     name: Literal["positive_mixing"] = "positive_mixing"
-    temperature: float = Field(0.05, gt=0, le=10)
+    temperature: float = Field(0.05, gt=0, le=10, description="similarities are divided by it")
 
 
 class HardNegativeMixing(_HardNegativeMixing):
     """HNCSE-HNM, arXiv 2411.12156."""
 
     name: Literal["hard_negative_mixing"] = "hard_negative_mixing"
-    temperature: float = Field(0.05, gt=0, le=10)
+    temperature: float = Field(0.05, gt=0, le=10, description="similarities are divided by it")
 
 
 class Hybrid(_PositiveMixing, _HardNegativeMixing):
     """HNCSE, both mixings, arXiv 2411.12156."""
 
     name: Literal["hybrid"] = "hybrid"
-    temperature: float = Field(0.05, gt=0, le=10)
+    temperature: float = Field(0.05, gt=0, le=10, description="similarities are divided by it")
 
 
 class ThreeView(_Objective):
     """Three dropout passes: info_nce(z1, z2) + info_nce(z2, z3)."""
 
     name: Literal["three_view"] = "three_view"
-    temperature: float = Field(0.05, gt=0, le=10)
+    temperature: float = Field(0.05, gt=0, le=10, description="similarities are divided by it")
 
 
 class InstanceSmoothing(_Objective):
     """IS-CSE, arXiv 2305.07424."""
 
     name: Literal["instance_smoothing"] = "instance_smoothing"
-    temperature: float = Field(0.05, gt=0, le=10)
-    buffer_size: int = Field(1024, ge=2, le=1_048_576)
-    group_size: int = Field(16, ge=1, le=1_048_575)
-    attention_temperature: float = Field(2.0, gt=0, le=1000)
+    temperature: float = Field(0.05, gt=0, le=10, description="similarities are divided by it")
+    buffer_size: int = Field(1024, ge=2, le=1_048_576, description="past embeddings that are kept")
+    group_size: int = Field(16, ge=1, le=1_048_575, description="neighbours that a positive is averaged with")
+    attention_temperature: float = Field(
+        2.0, gt=0, le=1000, description="of the average's weights: the larger, the more equal they are"
+    )
     weight: float = Field(0.1, ge=0, le=10, description="weight of the smoothing loss")
     weight_start: float | None = Field(
         None, ge=0, le=10, description="if set, the weight rises on a cosine from here to `weight`"

@@ -47,9 +47,11 @@ SUITE_METRICS: dict[str, tuple[str, ...]] = {
 class RunSettings(Section):
     """Where a run lives and what makes it reproducible."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    name: str = Field(
+        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="of the run, and of its folder"
+    )
     storage_path: str = Field("runs", min_length=1, description="the run's folder is <storage_path>/<name>")
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(0, ge=0, lt=2**31, description="of the order of rows, of dropout and of random choices")
 
 
 class CorpusSettings(Section):
@@ -153,7 +155,7 @@ class EncoderSettings(Section):
         False, description="less memory, a third more time: activations are recomputed"
     )
     compile: bool = Field(False, description="torch.compile the backbone")
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
 
 class NegativesSettings(Section):
@@ -179,7 +181,9 @@ class NegativesSettings(Section):
         None, ge=0, lt=1, description="so are those above (1 - margin) x the mean similarity of positives"
     )
     skip_hardest: int = Field(0, ge=0, le=2000, description="of those left, pass over so many of the nearest")
-    sampling: Literal["top", "uniform", "softmax"] = "top"
+    sampling: Literal["top", "uniform", "softmax"] = Field(
+        "top", description="how m are drawn from those left: the nearest, any, or by a softmax of their scores"
+    )
     sampling_temperature: float = Field(0.05, gt=0, le=1000, description="of softmax sampling")
     refresh: Literal["async", "sync"] = Field("async", description="sync = training waits for a new index")
     refresh_every_steps: int | None = Field(100, ge=1, le=MOST, description="null = one index, made at the start")
@@ -231,17 +235,19 @@ class TrainSettings(Section):
         le=1_048_576,
         description="sentences a worker encodes at a time (gradient caching, arXiv 2101.06983)",
     )
-    learning_rate: float = Field(3e-5, gt=0, le=1)
-    weight_decay: float = Field(0.0, ge=0, le=1)
-    max_grad_norm: float = Field(1.0, gt=0, le=1e6)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: int = Field(0, ge=0, le=MOST)
-    epochs: float = Field(1.0, gt=0, le=1_000_000)
+    learning_rate: float = Field(3e-5, gt=0, le=1, description="of AdamW, at its highest")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="of AdamW; biases and norms have none")
+    max_grad_norm: float = Field(1.0, gt=0, le=1e6, description="longer gradients are scaled down to it")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="how the learning rate falls after the warm-up"
+    )
+    warmup_steps: int = Field(0, ge=0, le=MOST, description="steps in which the learning rate rises from 0")
+    epochs: float = Field(1.0, gt=0, le=1_000_000, description="passes over the corpus")
     max_steps: int | None = Field(None, ge=1, le=MOST, description="optimiser steps; wins over epochs")
-    bucket_by_length: bool = True
-    log_every_steps: int = Field(10, ge=1, le=MOST)
-    evaluate_every_steps: int = Field(125, ge=1, le=MOST)
-    checkpoint_every_steps: int = Field(500, ge=1, le=MOST)
+    bucket_by_length: bool = Field(True, description="rows of like length share a batch: less padding")
+    log_every_steps: int = Field(10, ge=1, le=MOST, description="optimiser steps between two lines of the log")
+    evaluate_every_steps: int = Field(125, ge=1, le=MOST, description="steps between two scores on dev")
+    checkpoint_every_steps: int = Field(500, ge=1, le=MOST, description="steps between two checkpoints")
     early_stopping_evaluations: int | None = Field(
         None, ge=1, le=MOST, description="stop after so many evaluations without a better dev score"
     )
@@ -259,16 +265,16 @@ class TrainSettings(Section):
 class EvaluationSettings(Section):
     """Which sets are scored, and which dev metric chooses the checkpoint."""
 
-    suites: Annotated[tuple[Suite, ...], BeforeValidator(as_tuple)] = ("stsb",)
+    suites: Annotated[tuple[Suite, ...], BeforeValidator(as_tuple)] = Field(("stsb",), description="what is scored")
     metric: str = Field("stsb/spearman", description="the dev metric that chooses, as suite/metric")
     senteval_path: str | None = Field(None, description="default: $HNCSE_DATA/senteval")
     pairs_dev: str | None = Field(None, description="TSV, JSONL, CSV or Parquet file of query and answer")
-    pairs_test: str | None = None
+    pairs_test: str | None = Field(None, description="such a file for the test scores")
     collection: StrTuple = Field(
         (), description="for retrieval: folders with corpus.jsonl, queries.jsonl and qrels/{dev,test}.tsv"
     )
     test: bool = Field(True, description="score the test sets too, before and after; the trials of a sweep do not")
-    batch_size: int = Field(128, ge=1, le=65_536)
+    batch_size: int = Field(128, ge=1, le=65_536, description="sentences that are encoded at a time for scores")
 
     @model_validator(mode="after")
     def _metric_is_measured(self) -> EvaluationSettings:
@@ -285,7 +291,7 @@ class EvaluationSettings(Section):
 class ClusterSettings(Section):
     """What Ray is asked for."""
 
-    num_workers: int = Field(1, ge=1, le=4096)
+    num_workers: int = Field(1, ge=1, le=4096, description="trainers, each a process (DDP)")
     min_workers: int | None = Field(
         None, ge=1, le=4096, description="elastic: train with as few while nodes are away; default: always num_workers"
     )
