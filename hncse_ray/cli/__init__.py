@@ -5,12 +5,13 @@ standard output is one JSON object, and everything meant for people goes to stan
 """
 
 # Importing a module adds its commands, in the order in which `hncse --help` lists them.
-from hncse_ray.cli import train, tune, report, mine, evaluate, encode, data, publish, submit, settings  # noqa: I001
+from hncse_ray.cli import train, tune, report, mine, evaluate, encode, data, publish, submit, settings, doctor  # noqa: I001
 from hncse_ray.cli.app import app, run_job
 
 __all__ = [
     "app",
     "data",
+    "doctor",
     "encode",
     "evaluate",
     "mine",
