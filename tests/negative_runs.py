@@ -89,10 +89,10 @@ class WatchedSource:
     def wait(self, timeout_s: float) -> None:
         self._count("wait")
 
-    def search(self, row_ids: np.ndarray, *, k: int) -> Hits:
+    def search(self, row_ids: np.ndarray, *, k: int, anchors: Any = None) -> Hits:
         self._looking_up.number = self._numbers[tuple(row_ids.tolist())]
         self.before("search", self._looking_up.number)
-        return self.inner.search(row_ids, k=k)
+        return self.inner.search(row_ids, k=k, anchors=anchors)
 
     def vectors(self, ids: np.ndarray, *, version: IndexVersion) -> np.ndarray:
         self.before("vectors", self._looking_up.number)

@@ -100,12 +100,12 @@ def nothing_is_left() -> bool:
 class Searching:
     """Searches in a thread, each time once more if there is no answer, as training does; keeps what came of it."""
 
-    def __init__(self, client: PoolClient, rows: np.ndarray, *, k: int) -> None:
+    def __init__(self, client: PoolClient, rows: np.ndarray, *, k: int, anchors: Any = None) -> None:
         self.answers: list[Hits] = []
         self.unavailable: list[str] = []
         self.errors: list[Exception] = []
         self.longest_s = 0.0
-        self._client, self._rows, self._k = client, rows, k
+        self._client, self._rows, self._how = client, rows, {"k": k, "anchors": anchors}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -131,9 +131,9 @@ class Searching:
 
     def _search(self) -> Hits:
         try:
-            return self._client.search(self._rows, k=self._k)
+            return self._client.search(self._rows, **self._how)
         except SourceUnavailable:
-            return self._client.search(self._rows, k=self._k)
+            return self._client.search(self._rows, **self._how)
 
     def next(self, *, within_s: float = 20) -> Hits:
         """Wait for an answer to a search that has begun after this call."""

@@ -31,6 +31,7 @@ from hncse_ray.training.negatives import check_candidates
 
 _BLOCK_ROWS, _IN_FLIGHT = 2048, 4
 _RETRY_S = 1.0
+_ANSWER_S = 600.0  # the least that a search may take: no step waits for it, and the anchors of pairs are encoded first
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ class MineReport:
 def mine(settings: Settings, out: Path, *, reporter: Reporter | None = None) -> MineReport:
     """Find hard negatives for every sentence of a corpus, by the settings' selection rules.
 
-    With pairs, the negatives of a row are the positives of others. The positive of an unlabelled sentence is the
-    sentence itself: sentence-transformers' losses then contrast two dropout passes of it, as SimCSE does (arXiv
-    2104.08821). Interrupted, the same call goes on where it stopped.
+    With pairs, the negatives of a row are the positives of others that its own text is near to. The positive of an
+    unlabelled sentence is the sentence itself: sentence-transformers' losses then contrast two dropout passes of it,
+    as SimCSE does (arXiv 2104.08821). Interrupted, the same call goes on where it stopped.
 
     Args:
         settings: ``corpus``, ``encoder`` and ``negatives`` are used.
@@ -83,7 +84,7 @@ def mine(settings: Settings, out: Path, *, reporter: Reporter | None = None) -> 
         plan = place_pool(settings, survey(), rows=len(corpus), dimension=encoder.dimension)
         reporter.on(StageProgress(plan.describe(), 0, None))
         with negative_pool(settings, plan, corpus, parts.folder / "index") as handles:
-            client = PoolClient(handles, timeout_s=settings.negatives.timeout_s)
+            client = PoolClient(handles, timeout_s=max(_ANSWER_S, settings.negatives.timeout_s))
             try:
                 reporter.on(StageProgress(f"encoding {len(corpus):,} sentences", 0, None))
                 _build(client, encoder, settings)
@@ -190,7 +191,7 @@ def _mine_blocks(source: NegativeSource, parts: _Parts, settings: Settings, repo
 
 def _mine_block(source: NegativeSource, parts: _Parts, settings: Settings, first: int) -> int:
     negatives, corpus, ids_B = settings.negatives, parts.corpus, parts.ids(first)
-    hits = _search(source, ids_B, settings)
+    hits = _search(source, ids_B, corpus, settings)
     selection = select(
         hits.ids_Bk,
         hits.scores_Bk,
@@ -216,12 +217,13 @@ def _mine_block(source: NegativeSource, parts: _Parts, settings: Settings, first
     return len(ids_B)
 
 
-def _search(source: NegativeSource, ids_B: np.ndarray, settings: Settings) -> Hits:
+def _search(source: NegativeSource, ids_B: np.ndarray, corpus: Corpus, settings: Settings) -> Hits:
     """Ask until every row is answered: a shard that was lost comes back."""
+    anchors = corpus.token_rows(ids_B) if corpus.has_pairs else None
     deadline = time.monotonic() + settings.negatives.build_timeout_s
     while True:
         try:
-            hits = source.search(ids_B, k=settings.negatives.candidates + 1)
+            hits = source.search(ids_B, k=settings.negatives.candidates + 1, anchors=anchors)
             if hits.complete:
                 return hits
             reason = "a shard is being brought back"

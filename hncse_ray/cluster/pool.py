@@ -26,7 +26,16 @@ from hncse_ray.cluster.shard_actor import ShardActor, ShardSpec
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
 from hncse_ray.errors import ClusterError
-from hncse_ray.negatives import Hits, IndexVersion, SourceStatus, SourceUnavailable, Weights, merge_hits
+from hncse_ray.negatives import (
+    Hits,
+    IndexVersion,
+    SourceStatus,
+    SourceUnavailable,
+    TokenRow,
+    Weights,
+    merge_hits,
+    share_anchors,
+)
 from hncse_ray.negatives.index_plan import size_text
 
 logger = logging.getLogger(__name__)
@@ -149,7 +158,8 @@ def _wait_until_ready(shards: Sequence[Any]) -> None:
 class PoolClient:
     """Asks the pool: owners give the rows' vectors, all shards search, the answers are merged. See NegativeSource.
 
-    A thread keeps the pool's state at hand, so that asking for it costs nothing.
+    Instead of rows' vectors there may be anchors, which are shared out over the shards to be embedded. Either way a
+    shard is called twice a search at most. A thread keeps the pool's state at hand, so that asking costs nothing.
 
     Args:
         handles: the pool's actors.
@@ -179,14 +189,17 @@ class PoolClient:
                 break
         self._poll()
 
-    def search(self, row_ids: np.ndarray, *, k: int) -> Hits:
-        """Find the k nearest rows of each of B rows."""
+    def search(self, row_ids: np.ndarray, *, k: int, anchors: Sequence[TokenRow] | None = None) -> Hits:
+        """Find the k nearest rows of each of B rows, or of their anchors."""
         state = self._state
         version = state.status.version
         if version is None or not state.serving:
             self._poll()  # whoever asks again should find what there is then
             raise SourceUnavailable(self._unreachable or "no shard serves an index")
-        queries_BD, known_B, failed = self._gather_vectors(row_ids, version, state.serving)
+        if anchors is None:
+            queries_BD, known_B, failed = self._gather_vectors(row_ids, version, state.serving)
+        else:
+            queries_BD, known_B, failed = self._embed(anchors, state.serving)
         ids_Bk = np.full((len(row_ids), k), -1, dtype=np.int64)
         scores_Bk = np.full((len(row_ids), k), -np.inf, dtype=np.float32)
         queries = ray.put(queries_BD[known_B]) if len(state.serving) > 1 else queries_BD[known_B]
@@ -224,11 +237,26 @@ class PoolClient:
             for s, index in owned.items()
             if len(index)
         }
+        return self._gather(calls, owned, len(ids))
+
+    def _embed(self, anchors: Sequence[TokenRow], serving: Sequence[int]) -> tuple[np.ndarray, np.ndarray, set[int]]:
+        """Vectors ``[n, D]`` of anchors, each shard having embedded some blocks; else as `_gather_vectors`."""
+        places, calls = {}, {}
+        for s, blocks in zip(serving, share_anchors(len(anchors), len(serving)), strict=True):
+            if blocks:
+                places[s] = np.arange(blocks[0].start, blocks[-1].stop)
+                rows = [[anchors[i] for i in block] for block in blocks]
+                calls[s] = self._shards[s].embed.options(concurrency_group="search").remote(rows)
+        return self._gather(calls, places, len(anchors))
+
+    def _gather(
+        self, calls: dict[int, Any], places: dict[int, np.ndarray], n: int
+    ) -> tuple[np.ndarray, np.ndarray, set[int]]:
         answers = self._ask(calls)
         width = next(iter(answers.values())).shape[1]
-        vectors_nD, known_n = np.zeros((len(ids), width), dtype=np.float32), np.zeros(len(ids), dtype=bool)
+        vectors_nD, known_n = np.zeros((n, width), dtype=np.float32), np.zeros(n, dtype=bool)
         for s, part_nD in answers.items():
-            vectors_nD[owned[s]], known_n[owned[s]] = part_nD, True
+            vectors_nD[places[s]], known_n[places[s]] = part_nD, True
         return vectors_nD, known_n, set(calls) - set(answers)
 
     def _search(self, number: int) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from hncse_ray.cluster.node_corpus import NodeCorpus
 from hncse_ray.config import EncoderSettings, NegativesSettings
 from hncse_ray.errors import HncseError
-from hncse_ray.negatives import BuildReport, IndexPlan, IndexVersion, Weights
+from hncse_ray.negatives import BuildReport, IndexPlan, IndexVersion, TokenRow, Weights
 from hncse_ray.negatives.shard import IndexShard
 from hncse_ray.training.shard import build_shard
 
@@ -35,7 +35,7 @@ class ShardActor:
     """An IndexShard in a process of its own.
 
     It begins with the corpus, which may have to be prepared on its node; encoder and index follow when they are asked
-    for. Concurrency groups: ``search`` (vectors, search), ``build``, ``control`` (the others).
+    for. Concurrency groups: ``search`` (vectors, embed, search), ``build``, ``control`` (the others).
     """
 
     def __init__(self, spec: ShardSpec) -> None:
@@ -98,6 +98,10 @@ class ShardActor:
     def vectors(self, version: IndexVersion, ids: np.ndarray) -> np.ndarray:
         """Return the vectors of rows that this shard owns."""
         return self._shard().vectors(version, ids)
+
+    def embed(self, blocks: Sequence[Sequence[TokenRow]]) -> np.ndarray:
+        """Embed anchors; see IndexShard."""
+        return self._shard().embed(blocks)
 
     def search(self, version: IndexVersion, queries_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Search this shard's rows."""

@@ -15,7 +15,9 @@ from hncse_ray.negatives.source import (
     NegativeSource,
     SourceStatus,
     SourceUnavailable,
+    TokenRow,
     Weights,
+    share_anchors,
     weights_digest,
 )
 
@@ -32,7 +34,9 @@ __all__ = [
     "SelectionRules",
     "SourceStatus",
     "SourceUnavailable",
+    "TokenRow",
     "Weights",
+    "share_anchors",
     "decide",
     "merge_hits",
     "plan_index",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from hncse_ray.negatives.shard import IndexShard
@@ -12,7 +13,9 @@ from hncse_ray.negatives.source import (
     Int64,
     SourceStatus,
     SourceUnavailable,
+    TokenRow,
     Weights,
+    share_anchors,
     weights_digest,
 )
 
@@ -44,12 +47,17 @@ class InProcessSource:
     def wait(self, timeout_s: float) -> None:
         """Nothing is ever under way."""
 
-    def search(self, row_ids: Int64, *, k: int) -> Hits:
-        """Find the k nearest rows of each of B rows."""
+    def search(self, row_ids: Int64, *, k: int, anchors: Sequence[TokenRow] | None = None) -> Hits:
+        """Find the k nearest rows of each of B rows, or of their anchors."""
         version = self._status.version
         if version is None:
             raise SourceUnavailable("nothing has been published yet")
-        scores_Bk, ids_Bk = self._shard.search(version, self._shard.vectors(version, row_ids), k=k)
+        if anchors is None:
+            queries_BD = self._shard.vectors(version, row_ids)
+        else:
+            (blocks,) = share_anchors(len(anchors), 1)
+            queries_BD = self._shard.embed([[anchors[i] for i in block] for block in blocks])
+        scores_Bk, ids_Bk = self._shard.search(version, queries_BD, k=k)
         return Hits(ids_Bk, scores_Bk, version)
 
     def vectors(self, ids: Int64, *, version: IndexVersion) -> Float32:

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from hncse_ray.negatives.index import IndexPlan, VectorIndex, new_index
-from hncse_ray.negatives.source import BuildReport, Float32, Int64, SourceUnavailable, Weights
+from hncse_ray.negatives.source import BuildReport, Float32, Int64, SourceUnavailable, TokenRow, Weights
 from hncse_ray.negatives.source import IndexVersion as Version
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ class IndexShard:
         lengths: tokens of each corpus row ``[N]``; rows are encoded sorted by them.
         encode: embeds rows given by their ids, ``[n] -> [n, D]``, unit norm.
         load_weights: hands published weights to the encoder behind ``encode``.
+        encode_anchors: embeds token rows by the same encoder; default: nothing is searched by anchors.
         plan: which index; the number of rows is the shard's own.
         device: where the index lives.
         batch_size: rows encoded in one call.
@@ -55,17 +56,22 @@ class IndexShard:
         batch_size: int,
         threads: int,
         encode_ahead: int = 1,
+        encode_anchors: Callable[[Sequence[TokenRow]], Float32] | None = None,
         folder: Path | None = None,
     ) -> None:
         self.number, self.count = number, count
         self._ids = np.arange(number, len(lengths), count, dtype=np.int64)
         self._order = np.argsort(-np.asarray(lengths)[self._ids], kind="stable")
-        self._encode, self._load_weights = encode, load_weights
+        self._encode, self._load_weights, self._encode_anchors = encode, load_weights, encode_anchors
+        self._newest: tuple[Version, Weights] | None = (
+            None  # of the newest complete build, which anchors are embedded by
+        )
         self._plan = replace(plan, rows=len(self._ids))  # some shards have one row less than the largest
         self._device, self._folder = device, folder
         self._batch_size, self._threads, self._encode_ahead = batch_size, threads, encode_ahead
         self._indexes: dict[Version, VectorIndex] = {}
         self._building = threading.Lock()
+        self._loading = threading.Lock()  # nobody embeds by weights that are half replaced
         self._changing = threading.Lock()  # the table of versions, which a build and a retirement may do at once
 
     def build(self, version: Version, weights: Weights) -> BuildReport:
@@ -77,17 +83,30 @@ class IndexShard:
         with self._building:
             started = time.perf_counter()
             if version in self._indexes:
+                if self._newest is None or self._newest[0] != version:
+                    self._load(weights)
+                    self._newest = version, weights
                 return BuildReport(len(self._ids), 0.0, 0.0)
             faiss.omp_set_num_threads(self._threads)  # of this thread
-            self._load_weights(weights)
-            index = new_index(self._plan, device=self._device, folder=self._folder)
-            for rows, vectors_nD in self._encoded():
-                index.put(rows, vectors_nD)
-            encode_seconds = time.perf_counter() - started
-            index.finish()
+            try:
+                self._load(weights)
+                index = new_index(self._plan, device=self._device, folder=self._folder)
+                for rows, vectors_nD in self._encoded():
+                    index.put(rows, vectors_nD)
+                encode_seconds = time.perf_counter() - started
+                index.finish()
+            except BaseException:
+                if self._newest is not None:
+                    self._load(self._newest[1])  # those of the failed build may be broken
+                raise
+            self._newest = version, weights
             with self._changing:
                 self._indexes = self._indexes | {version: index}  # replaced, not changed: readers need no lock
             return BuildReport(len(self._ids), time.perf_counter() - started, encode_seconds)
+
+    def _load(self, weights: Weights) -> None:
+        with self._loading:
+            self._load_weights(weights)
 
     def _encoded(self) -> Iterator[tuple[Int64, Float32]]:
         """Yield (positions, vectors) of all rows, longest first."""
@@ -119,6 +138,21 @@ class IndexShard:
             SourceUnavailable: the version is not held.
         """
         return self._index(version).vectors((ids - self.number) // self.count)
+
+    def embed(self, blocks: Sequence[Sequence[TokenRow]]) -> Float32:
+        """Embed anchors by the weights of the newest build, also one that is under way; ``[n, D]``, block by block.
+
+        Raises:
+            SourceUnavailable: nothing has been built yet.
+        """
+        assert self._encode_anchors is not None
+        if self._newest is None:
+            raise SourceUnavailable(f"shard {self.number} has built nothing yet")
+        found = []
+        for rows in blocks:
+            with self._loading:
+                found.append(self._encode_anchors(rows))
+        return np.concatenate(found)
 
     def search(self, version: Version, queries_QD: Float32, *, k: int) -> tuple[Float32, Int64]:
         """Find the k nearest of this shard's rows; scores and corpus ids, ``[Q, k]`` each, best first.

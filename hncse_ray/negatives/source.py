@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
 Weights = Mapping[str, NDArray[Any]]
+TokenRow = NDArray[np.integer[Any]]
+
+_SMALL_BLOCK, _BLOCKS = 16, 16
 
 
 class SourceUnavailable(Exception):
@@ -112,8 +115,16 @@ class NegativeSource(Protocol):
         """
         ...
 
-    def search(self, row_ids: Int64, *, k: int) -> Hits:
-        """Find the k nearest rows of each of B rows; a row is its own nearest.
+    def search(self, row_ids: Int64, *, k: int, anchors: Sequence[TokenRow] | None = None) -> Hits:
+        """Find the k nearest rows of each of B rows.
+
+        Args:
+            row_ids: the B rows.
+            k: hits of each.
+            anchors: what is searched with in place of the rows' own vectors: token ids of a query for each row. They
+                are embedded by the weights that the source has loaded last, which may be a little newer than the
+                version that is searched, as in ANCE (Xiong et al. 2020, arXiv 2007.00808). None: each row is searched
+                by its vector in that version, and is its own nearest.
 
         Raises:
             SourceUnavailable: no version is served, or nothing answers.
@@ -139,6 +150,17 @@ class NegativeSource(Protocol):
     def close(self) -> None:
         """Let go of what this end holds."""
         ...
+
+
+def share_anchors(count: int, shards: int) -> list[list[range]]:
+    """Share out the places of anchors over shards, in blocks that are embedded in one call of the encoder each.
+
+    Last bits of a vector hang on what it is encoded with: blocks that know the number of anchors alone, not that of
+    the shards, give the same vectors on any number of these.
+    """
+    n = max(1, min(_BLOCKS, -(-count // _SMALL_BLOCK)))
+    blocks = [range(count * i // n, count * (i + 1) // n) for i in range(n)]
+    return [blocks[n * s // shards : n * (s + 1) // shards] for s in range(shards)]
 
 
 def weights_digest(weights: Weights) -> str:

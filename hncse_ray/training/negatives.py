@@ -34,6 +34,8 @@ from hncse_ray.training.prefetch import Prefetch
 
 _UNUSED_BATCHES = 50
 
+Int64 = NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class BatchNegatives:
@@ -45,6 +47,7 @@ class BatchNegatives:
         columns_mask: ``[B, B * m]``, see the objectives; None unless ``negatives.columns`` is ``all``.
         vectors_BmD: of ``stored`` negatives, float32, zero where not usable; None for ``fresh`` ones.
         version: what they come from; None if there are none.
+        ranks_B: how many hits of an anchor are nearer than its own target, int64; -1 where that is not among them.
     """
 
     ids_Bm: NDArray[np.int64]
@@ -52,6 +55,7 @@ class BatchNegatives:
     columns_mask: NDArray[np.bool_] | None
     vectors_BmD: NDArray[np.float32] | None
     version: IndexVersion | None
+    ranks_B: NDArray[np.int64]
 
 
 def check_candidates(settings: Settings, corpus: Corpus) -> None:
@@ -75,6 +79,7 @@ class _LookedUp:
     selection: Selection
     complete: bool
     search_s: float
+    by_anchors: bool
 
 
 class _Window:
@@ -89,6 +94,7 @@ class _Window:
         self._removed: Counter[str] = Counter()
         self._slots = 0
         self._scores: list[NDArray[np.float32]] = []
+        self._ranks: list[NDArray[np.int64]] = []
 
     def add(self, looked_up: _LookedUp, waited: bool) -> None:
         """Count one batch that was answered."""
@@ -100,6 +106,8 @@ class _Window:
         self._removed.update(selection.removed)
         self._slots += selection.mask_Bm.size
         self._scores.append(selection.scores_Bm[selection.mask_Bm])
+        if looked_up.by_anchors:
+            self._ranks.append(looked_up.negatives.ranks_B)
 
     def facts(self) -> dict[str, float]:
         """Return shares of batches, counts a batch, milliseconds and cosines, by name."""
@@ -117,6 +125,9 @@ class _Window:
             "usable": scores.size / self._slots,
             "index_similarity": float(scores.mean()) if scores.size else 0.0,
         }
+        if self._ranks:
+            ranks = np.concatenate(self._ranks)
+            facts |= {"own_found": float((ranks >= 0).mean()), "own_first": float((ranks == 0).mean())}
         return facts | {f"removed_{rule}": count / answered for rule, count in self._removed.items()}
 
 
@@ -333,7 +344,10 @@ class GlobalNegatives:
     def _look_up_once(self, number: int) -> _LookedUp:
         started = time.perf_counter()
         row_ids_B, positive_similarity = self._plan.batch(number), self._positive_similarity
-        hits = self._source.search(row_ids_B, k=self._settings.negatives.candidates + 1)  # the row itself is one
+        # Pairs: what is near the anchor, not what is near its target.
+        anchors = self._corpus.token_rows(row_ids_B) if self._corpus.has_pairs else None
+        k = self._settings.negatives.candidates + 1  # the row itself may be one
+        hits = self._source.search(row_ids_B, k=k, anchors=anchors)
         seconds = time.perf_counter() - started
         selection = select(
             hits.ids_Bk,
@@ -352,9 +366,14 @@ class GlobalNegatives:
                 ids = selection.ids_Bm[selection.mask_Bm]
                 vectors_BmD[selection.mask_Bm] = self._source.vectors(ids, version=hits.version)
         negatives = BatchNegatives(
-            selection.ids_Bm, selection.mask_Bm, selection.columns_mask, vectors_BmD, hits.version
+            selection.ids_Bm,
+            selection.mask_Bm,
+            selection.columns_mask,
+            vectors_BmD,
+            hits.version,
+            own_ranks(hits.ids_Bk, self._corpus.target_hashes, row_ids_B),
         )
-        return _LookedUp(negatives, selection, hits.complete, seconds)
+        return _LookedUp(negatives, selection, hits.complete, seconds, anchors is not None)
 
     def _nothing(self, B: int) -> BatchNegatives:
         m = self._per_anchor
@@ -364,4 +383,11 @@ class GlobalNegatives:
             columns_mask=np.zeros((B, B * m), dtype=bool) if self._selection_rules.unique else None,
             vectors_BmD=np.zeros((B, m, self._dimension), dtype=np.float32) if self._stored else None,
             version=None,
+            ranks_B=np.full(B, -1, dtype=np.int64),
         )
+
+
+def own_ranks(ids_Bk: Int64, target_hashes_N: Int64, row_ids_B: Int64) -> Int64:
+    """Return where each row's target, or one of equal tokens, stands among its hits ``[B]``; -1 if it does not."""
+    own_Bk = (ids_Bk >= 0) & (target_hashes_N[ids_Bk] == target_hashes_N[row_ids_B][:, None])
+    return np.where(own_Bk.any(axis=1), own_Bk.argmax(axis=1), -1)

@@ -34,7 +34,7 @@ def build_shard(
     """Load an encoder of its own for a shard; its weights are replaced at every build. It indexes the rows' targets.
 
     The encoder works as in training but for dropout: with the head, if the objective sees vectors behind it, and in
-    bf16 where training computes in it.
+    bf16 where training computes in it. Anchors to search with are queries.
 
     Args:
         negatives: batch size of encoding, and where the index may spill to disk.
@@ -72,6 +72,7 @@ def build_shard(
         lengths=corpus.target_lengths,
         encode=lambda ids: model.encode_rows(corpus.targets(ids), side=side, unit_norm=True),
         load_weights=load_weights,
+        encode_anchors=lambda rows: model.encode_rows(rows, side="query", unit_norm=True),
         plan=plan,
         device=device if plan.on_gpu else torch.device("cpu"),
         batch_size=negatives.encode_batch_size or _ENCODE_BATCH[device.type == "cuda"],

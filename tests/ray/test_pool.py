@@ -218,6 +218,35 @@ class TestPool:
         assert (status.shards, status.shards_alive, status.failed_builds) == (SHARDS, SHARDS, 0)
         assert status.build_seconds > 0 and status.rows_per_s > 0 and not status.building
 
+    def test_anchors_find_what_they_find_in_one_process(
+        self, world: World, client: PoolClient, served: tuple[IndexVersion, np.ndarray]
+    ) -> None:
+        alone, asked = world.in_process(world.weights, step=0), np.arange(100, 200)
+        anchors = world.corpus.token_rows(asked)
+        expected, hits = (source.search(asked - 50, k=K, anchors=anchors) for source in (alone, client))
+        assert hits.version == expected.version == served[0] and hits.complete
+        assert_exact(hits, served[1], rows=asked, shards={0, 1, 2})
+        np.testing.assert_allclose(hits.scores_Bk, expected.scores_Bk, atol=1e-5)
+
+    def test_anchors_of_a_shard_that_is_lost_are_embedded_by_the_others(
+        self, world: World, pool: PoolHandles, client: PoolClient, served: tuple[IndexVersion, np.ndarray]
+    ) -> None:
+        version, vectors_ND = served
+        anchors = world.corpus.token_rows(QUERIES)
+        with Searching(client, QUERIES, k=K, anchors=anchors) as searching:
+            assert searching.next().complete
+            kill(pool.shards[1])
+            partial = searching.since(
+                lambda a: not a.complete and (a.ids_Bk >= 0).all(), within_s=30, what="an answer of the others"
+            )
+            cosines_BN = vectors_ND[QUERIES] @ vectors_ND.T
+            cosines_BN[:, 1::SHARDS] = -2  # its rows are out of reach
+            np.testing.assert_allclose(partial.scores_Bk, -np.sort(-cosines_BN, axis=1)[:, :K], atol=1e-5)
+            searching.since(lambda a: a.complete, within_s=BACK_S, what="complete answers again")
+            soon(lambda: client.status().shards_alive == SHARDS, within_s=10, what="all shards")
+        assert_unmixed(searching, {version: vectors_ND})
+        assert len(searching.unavailable) <= 2, searching.unavailable
+
     def test_a_version_that_has_given_way_is_not_served(
         self, world: World, client: PoolClient, served: tuple[IndexVersion, np.ndarray]
     ) -> None:

@@ -21,6 +21,7 @@ from hncse_ray.negatives import (
     SourceUnavailable,
     merge_hits,
     plan_index,
+    share_anchors,
     weights_digest,
 )
 from hncse_ray.negatives.in_process import InProcessSource
@@ -61,6 +62,10 @@ class Encoder:
         raw = BASE_ND[ids] @ self.loaded["matrix"]
         return (raw / np.linalg.norm(raw, axis=1, keepdims=True)).astype(np.float32)
 
+    def anchors(self, rows: Any) -> np.ndarray:
+        """Anchors are token rows that begin with the id of a row."""
+        return self(np.array([row[0] for row in rows]))
+
 
 def make_shard(
     encoder: Encoder, number: int = 0, count: int = 1, batch_size: int = 7, encode_ahead: int = 1
@@ -77,6 +82,7 @@ def make_shard(
         batch_size=batch_size,
         threads=1,
         encode_ahead=encode_ahead,
+        encode_anchors=encoder.anchors,
     )
 
 
@@ -286,6 +292,73 @@ def test_two_builds_at_once_do_not_mix_their_weights() -> None:
         assert_close(shard.vectors(version(step), np.arange(ROWS)), vectors_of(step))
 
 
+# ------------------------------------------------------------------------------------------------ anchors
+
+
+def anchors_of(ids: Any) -> list[np.ndarray]:
+    return [np.array([i, 7, 7], np.int32) for i in ids]
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 64, 100, 256, 1000])
+def test_the_blocks_of_anchors_know_nothing_of_the_number_of_shards(count: int) -> None:
+    (alone,) = share_anchors(count, 1)
+    assert [place for block in alone for place in block] == list(range(count))
+    assert len(alone) <= 16 and max(map(len, alone)) <= max(16, -(-count // 16))
+    for shards in (2, 3, 5, 40):
+        shares = share_anchors(count, shards)
+        assert len(shares) == shards and [block for share in shares for block in share] == alone
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_anchors_are_embedded_by_the_newest_weights_block_by_block() -> None:
+    encoder = Encoder()
+    shard = make_shard(encoder)
+    with pytest.raises(SourceUnavailable, match="built nothing"):
+        shard.embed([anchors_of([1])])
+    for step in (0, 5):
+        shard.build(version(step), weights(step))
+        before = len(encoder.calls)
+        assert_close(shard.embed([anchors_of([4, 60]), anchors_of([9])]), vectors_of(step, [4, 60, 9]))
+        assert [ids.tolist() for ids in encoder.calls[before:]] == [[4, 60], [9]]
+
+
+def test_a_version_that_is_published_again_embeds_anchors_by_its_own_weights() -> None:
+    shard = make_shard(Encoder())
+    for step in (0, 1, 0):
+        shard.build(version(step), weights(step))
+    assert_close(shard.embed([anchors_of([4, 60])]), vectors_of(0, [4, 60]))
+
+
+def test_a_failed_build_leaves_weights_that_anchors_can_be_embedded_by() -> None:
+    shard = make_shard(Encoder())
+    shard.build(version(0), weights(0))
+    with np.errstate(invalid="ignore"), pytest.raises(DataError):
+        shard.build(version(1), {"matrix": np.full((D, D), np.nan)})
+    assert_close(shard.embed([anchors_of([4, 60])]), vectors_of(0, [4, 60]))
+
+
+def test_no_anchor_is_embedded_by_weights_that_are_half_replaced() -> None:
+    """The matrix is replaced row by row; whoever embeds meanwhile has the old one or the new one."""
+
+    class Slow(Encoder):
+        def load(self, weights: Mapping[str, np.ndarray]) -> None:
+            matrix = self.loaded["matrix"] if self.loaded else weights["matrix"].copy()
+            self.loaded = {"matrix": matrix}
+            for row in range(D):
+                matrix[row] = weights["matrix"][row]
+                time.sleep(0.002)
+
+    shard = make_shard(Slow())
+    shard.build(version(0), weights(0))
+    found: list[np.ndarray] = []
+    with ThreadPoolExecutor(1) as builder:
+        builds = [builder.submit(shard.build, version(step), weights(step % 2)) for step in range(1, 9)]
+        while not all(build.done() for build in builds):
+            found.append(shard.embed([anchors_of([4, 60])]))
+    expected = [vectors_of(seed, [4, 60]) for seed in (0, 1)]
+    assert found and all(min(np.abs(vectors - e).max() for e in expected) < 1e-6 for vectors in found)
+
+
 # ------------------------------------------------------------------------------------------------ in the process
 
 
@@ -319,6 +392,16 @@ def test_publishing_serves_neighbours_of_these_weights() -> None:
         np.testing.assert_allclose(hits.scores_Bk[:, 0], 1, atol=1e-6)
         assert hits.version == status.version and hits.complete
         assert_close(source.vectors(row_ids, version=hits.version), vectors_of(step, row_ids))
+
+
+def test_anchors_are_searched_with_in_place_of_the_rows() -> None:
+    source: NegativeSource = make_source()
+    source.publish(weights(2), step=2)
+    row_ids, asked = np.arange(40), np.arange(40)[::-1]
+    hits = source.search(row_ids, k=6, anchors=anchors_of(asked))
+    vectors = vectors_of(2).astype(np.float64)
+    np.testing.assert_array_equal(hits.ids_Bk, best(vectors[asked] @ vectors.T, 6))
+    assert hits.version == source.status().version and hits.complete
 
 
 def test_the_version_before_is_gone_once_the_next_is_published() -> None:

@@ -265,8 +265,8 @@ def test_rules_that_leave_something_now_and_then_are_no_mistake(
 
     really = probe.source.search
 
-    def search(row_ids: np.ndarray, *, k: int) -> Any:
-        hits = really(row_ids, k=k)
+    def search(row_ids: np.ndarray, *, k: int, anchors: Any = None) -> Any:
+        hits = really(row_ids, k=k, anchors=anchors)
         if probe.source._looking_up.number % 4 != 3:
             hits.ids_Bk[:], hits.scores_Bk[:] = -1, -np.inf
         return hits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 from hncse_ray.config import OBJECTIVES, Settings
 from hncse_ray.corpus import Corpus, prepare_corpus
 from hncse_ray.encoder import SentenceEncoder, freeze_unused
+from hncse_ray.negatives import IndexVersion, plan_index, share_anchors
 from hncse_ray.negatives.in_process import InProcessSource
 from hncse_ray.reporting import Event
 from hncse_ray.reporting.events import CheckpointSaved, StepsLogged
 from hncse_ray.training.batch import local_batch
 from hncse_ray.training.negatives import BatchNegatives
 from hncse_ray.training.objective import Objective
+from hncse_ray.training.shard import build_shard
 from hncse_ray.training.step import LocalBatch, StepContext, train_step
 
 Tree = dict[str, Any]
@@ -65,7 +68,7 @@ def found_for(corpus: Corpus, encoder: SentenceEncoder, *, use: str, columns: st
         vectors_BmD = encoder.encode_rows(corpus.targets(range(len(corpus))), unit_norm=True)[ids_Bm]
         vectors_BmD[~mask_Bm] = 0
     columns_mask = (rng.random((B, B * M)) < 0.9) & mask_Bm.ravel() if columns == "all" else None
-    return BatchNegatives(ids_Bm, mask_Bm, columns_mask, vectors_BmD, None)
+    return BatchNegatives(ids_Bm, mask_Bm, columns_mask, vectors_BmD, None, np.full(B, -1))
 
 
 def step(
@@ -362,10 +365,16 @@ def test_the_pool_holds_targets_and_negatives_are_targets_of_the_hits(
     ids_B = run.plan.batch(0)
     outside = [all(texts_of(hit).isdisjoint(texts_of(other)) for other in ids_B) for hit in range(len(ROWS))]
     allowed = np.array([[outside[hit] and repels(i, hit) for hit in range(len(ROWS))] for i in ids_B])
-    cosines = np.where(allowed, vectors[ids_B] @ vectors.T, -2)
+    questions = encoder.tokenize([ROWS[i]["question"] for i in ids_B], 24, side="query")
+    anchors = np.concatenate([encoder.encode_rows([row], unit_norm=True) for row in questions]).astype(np.float64)
+    cosines = np.where(allowed, anchors @ vectors.T, -2)
     nearest = np.sort(cosines, axis=1)[:, ::-1][:, :3]
     assert batch.mask_Bm.all()
     np.testing.assert_allclose(np.take_along_axis(cosines, batch.ids_Bm, 1), nearest, atol=1e-5)
+    assert_own_ranks(batch.ranks_B, anchors @ vectors.T, ids_B, k=31)
+    found = batch.ranks_B >= 0
+    assert found.any() and not found.all()
+    assert run.series("own_found") == [found.mean()] and run.series("own_first") == [(batch.ranks_B == 0).mean()]
     step_batch = local_batch(0, ids_B, corpus, batch, settings=settings)
     assert step_batch.negatives is not None and step_batch.negatives.fresh_bm is not None
     if use == "fresh":
@@ -374,6 +383,56 @@ def test_the_pool_holds_targets_and_negatives_are_targets_of_the_hits(
         assert [row.tolist() for row in rows if row is not None] == [row.tolist() for row in expected]
     else:
         assert len(step_batch.negatives.fresh_bm[0]) == step_batch.negatives.mask_Bm.shape[1] - 3
+
+
+def assert_own_ranks(ranks_B: np.ndarray, cosines_BN: np.ndarray, ids_B: np.ndarray, *, k: int) -> None:
+    """As many rows are nearer than the own target, but for those that cannot be told apart."""
+    for rank, cosines_N, own in zip(ranks_B, cosines_BN, ids_B, strict=True):
+        nearer, as_near = ((cosines_N > cosines_N[own] + gap).sum() for gap in (1e-5, -1e-5))
+        assert nearer <= rank < as_near if rank >= 0 else as_near > k
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_anchors_get_the_same_vectors_however_many_shards_embed_them(tree: Tree, count: int) -> None:
+    settings = negatives_settings(tree)
+    encoder = fresh_encoder(settings)
+    corpus = corpus_of(settings, encoder)
+    anchors = corpus.token_rows(range(100))
+    weights = {name: tensor.numpy() for name, tensor in encoder.weights().items()}
+
+    def embedded(shards: int) -> np.ndarray:
+        vectors = []
+        for number, blocks in enumerate(share_anchors(len(anchors), shards)):
+            plan = plan_index("flat", rows=-(-len(corpus) // shards), dimension=encoder.dimension, memory_bytes=None)
+            shard = build_shard(settings.negatives, settings.encoder, corpus, plan=plan, number=number, count=shards)
+            shard.build(IndexVersion(0, "weights", corpus.digest, len(corpus)), weights)
+            vectors.append(shard.embed([[anchors[i] for i in block] for block in blocks]))
+        return np.concatenate(vectors)
+
+    alone = embedded(1)
+    np.testing.assert_array_equal(embedded(count), alone)
+    np.testing.assert_allclose(alone, encoder.encode_rows(anchors, side="query", unit_norm=True), atol=2e-6)
+
+
+def test_anchors_and_rows_are_embedded_side_by_side_without_dropout(tree: Tree) -> None:
+    settings = negatives_settings(tree, "encoder.dropout=0.5", "negatives.encode_batch_size=2")
+    encoder = fresh_encoder(settings)
+    corpus = corpus_of(settings, encoder)
+    plan = plan_index("flat", rows=len(corpus), dimension=encoder.dimension, memory_bytes=None)
+    shard = build_shard(settings.negatives, settings.encoder, corpus, plan=plan)
+    weights = {name: tensor.numpy() for name, tensor in encoder.weights().items()}
+    versions = [IndexVersion(step, "weights", corpus.digest, len(corpus)) for step in range(5)]
+    shard.build(versions[0], weights)
+    everyone, block = np.arange(len(corpus)), [corpus.token_rows(range(16))]
+    expected, rounds = shard.embed(block), 0
+    with ThreadPoolExecutor(1) as builder:
+        builds = [builder.submit(shard.build, version, weights) for version in versions[1:]]
+        while not all(build.done() for build in builds):
+            np.testing.assert_array_equal(shard.embed(block), expected)
+            rounds += 1
+    assert rounds > 10
+    for version in versions[1:]:
+        np.testing.assert_array_equal(shard.vectors(version, everyone), shard.vectors(versions[0], everyone))
 
 
 def logged(events: list[Event]) -> dict[int, dict[str, float]]:
