@@ -70,6 +70,8 @@ def _print_corpus(console: Console, corpus: Corpus) -> None:
     for reason, count in report.dropped.items():
         table.add_row(f"dropped: {reason.replace('_', ' ')}", f"{count:,}")
     table.add_row("kept", f"{report.rows:,}")
+    if report.documents is not None:
+        table.add_row("passages of so many documents", f"{report.documents:,}")
     if report.without_positive is not None:
         table.add_row("of these without a positive", f"{report.without_positive:,}")
     console.print(table)

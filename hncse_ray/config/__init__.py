@@ -1,6 +1,7 @@
 """Every setting of a run, read from YAML, changed by ``a.b=c`` overrides, checked as a whole."""
 
 from hncse_ray.config.base import Section
+from hncse_ray.config.corpus import CorpusSettings
 from hncse_ray.config.load import load_settings, read_setting, setting_kinds
 from hncse_ray.config.objective import OBJECTIVES, InfoNCE, InstanceSmoothing, ObjectiveSettings, OwnObjective
 from hncse_ray.config.sections import (
@@ -8,7 +9,6 @@ from hncse_ray.config.sections import (
     RETRIEVAL_METRICS,
     SUITE_METRICS,
     ClusterSettings,
-    CorpusSettings,
     EncoderSettings,
     EvaluationSettings,
     LoraSettings,

@@ -10,6 +10,8 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from hncse_ray.config.values import read_value
 
+MOST = 2**31 - 1  # of what is only counted: every library takes it
+
 
 def as_tuple(value: object) -> object:
     """Let one value stand for a list of one."""

@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from hncse_ray.config.base import Section, StrTuple, as_tuple
+from hncse_ray.config.base import MOST, Section, StrTuple, as_tuple
+from hncse_ray.config.corpus import CorpusSettings
 from hncse_ray.config.objective import HardNegativeMixing, Hybrid, InfoNCE, InstanceSmoothing, ObjectiveSettings
 from hncse_ray.recipe import write_yaml
 
@@ -28,10 +29,8 @@ Pooling = Literal[
 ]
 Precision = Literal["auto", "fp32", "bf16"]
 Side = Literal["query", "document"]
-CorpusSource = Literal["auto", "text", "jsonl", "csv", "parquet", "hub", "python-docs"]
 Suite = Literal["stsb", "pairs", "python-docs", "retrieval"]
 
-MOST = 2**31 - 1  # of what is only counted: every library takes it
 LONGEST_S = 10_000_000  # that anything is waited for, 115 days
 
 RETRIEVAL_METRICS = ("recall@1", "recall@10", "mrr", "ndcg@10")
@@ -52,68 +51,6 @@ class RunSettings(Section):
     )
     storage_path: str = Field("runs", min_length=1, description="the run's folder is <storage_path>/<name>")
     seed: int = Field(0, ge=0, lt=2**31, description="of the order of rows, of dropout and of random choices")
-
-
-class CorpusSettings(Section):
-    """Where the sentences or pairs come from and which of them are kept."""
-
-    source: CorpusSource = Field("auto", description="auto = files, each read as its ending says")
-    path: StrTuple = Field((), description="files and globs, or one data set name (hub)")
-    column: str = Field("text", description="the column of jsonl, csv, parquet and hub sources")
-    positive_column: str | None = Field(
-        None, min_length=1, description="what a row of `column` belongs to, such as the answer to a question"
-    )
-    negative_columns: StrTuple = Field((), description="what it does not belong to, each a text or a list of texts")
-    document_column: str | None = Field(None, min_length=1, description="which rows belong together")
-    repel_within_document: bool = Field(False, description="rows of one document are negatives of each other too")
-    subset: str | None = Field(None, description="the configuration of a hub data set")
-    split: str = Field("train", description="the split of a hub data set")
-    packages: StrTuple = Field((), description="python-docs: packages to read; empty = a tested selection")
-    min_words: int = Field(
-        1, ge=1, le=1000, description="words as blanks part them: one for a line of Chinese or Japanese"
-    )
-    max_chars: int = Field(10_000, ge=10, le=10_000_000, description="longer lines are dropped and counted")
-    max_sentences: int | None = Field(None, ge=1, le=MOST, description="a random sample of this size is kept")
-    cache_dir: str | None = Field(None, description="default: $HNCSE_CACHE, else ~/.cache/hncse_ray")
-    num_processes: int | None = Field(None, ge=1, le=1024, description="default: one per CPU")
-
-    @property
-    def place(self) -> str:
-        """What messages call it: its paths, else its source."""
-        return " ".join(self.path) or self.source
-
-    @model_validator(mode="after")
-    def _path_fits_source(self) -> CorpusSettings:
-        if self.source == "python-docs":
-            if self.path:
-                raise ValueError("python-docs reads installed packages and takes no path; name them in packages")
-        elif not self.path:
-            raise ValueError(f"source {self.source!r} needs a path; python-docs needs none")
-        elif self.source == "hub" and len(self.path) > 1:
-            raise ValueError("source 'hub' takes one data set name")
-        return self
-
-    @property
-    def further_columns(self) -> tuple[tuple[str, str], ...]:
-        """The columns beside ``column`` that are asked for, each after the name of its setting."""
-        found = [("positive_column", self.positive_column)]
-        found += [("negative_columns", name) for name in self.negative_columns]
-        found += [("document_column", self.document_column)]
-        return tuple((setting, name) for setting, name in found if name is not None)
-
-    @model_validator(mode="after")
-    def _columns_fit(self) -> CorpusSettings:
-        if self.further_columns and self.source in ("text", "python-docs"):
-            setting = self.further_columns[0][0]
-            raise ValueError(f"source {self.source!r} has no columns, so {setting} cannot be read from it")
-        if self.negative_columns and self.positive_column is None:
-            raise ValueError("negative_columns needs positive_column")
-        if self.repel_within_document and self.document_column is None:
-            raise ValueError("repel_within_document needs document_column")
-        texts = [self.column, *(name for setting, name in self.further_columns if setting != "document_column")]
-        if twice := [name for name in texts if texts.count(name) > 1]:
-            raise ValueError(f"column {twice[0]!r} is named twice among column, positive_column and negative_columns")
-        return self
 
 
 class LoraSettings(Section):

@@ -4,6 +4,7 @@ from hncse_ray.corpus.batches import BatchPlan, batch_mask, pad_rows, rank_slice
 from hncse_ray.corpus.corpus import Corpus, PrepareReport
 from hncse_ray.corpus.prepare import prepare_corpus
 from hncse_ray.corpus.python_docs import DocPair, docstring_sentences, documentation_pairs
+from hncse_ray.corpus.sentences import split_sentences
 from hncse_ray.corpus.text import normalise, row_hash
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "prepare_corpus",
     "rank_slice",
     "row_hash",
+    "split_sentences",
 ]

@@ -15,7 +15,7 @@ import pyarrow as pa
 from hncse_ray.config import CorpusSettings
 from hncse_ray.errors import DataError
 
-FORMAT_VERSION = 2  # 1: unique by text
+FORMAT_VERSION = 3  # 1: unique by text; 2: no passages
 DATA_FILE, REPORT_FILE = "corpus.arrow", "corpus.json"
 
 Int32 = npt.NDArray[np.int32]
@@ -28,12 +28,13 @@ class PrepareReport:
     """What the preparation of a corpus did.
 
     Attributes:
-        rows: sentences kept.
-        read: lines seen.
+        rows: sentences, pairs or passages kept.
+        read: lines or documents seen.
         dropped: how many were dropped, by reason.
         seconds: wall time of the preparation.
         mean_tokens: tokens a sentence, special tokens included, after truncation.
         without_positive: rows without a positive; None where none were asked for.
+        documents: those that the passages kept are of; None where rows are no passages.
     """
 
     rows: int
@@ -42,6 +43,7 @@ class PrepareReport:
     seconds: float
     mean_tokens: float
     without_positive: int | None = None
+    documents: int | None = None
 
 
 class Corpus:
@@ -57,6 +59,8 @@ class Corpus:
         target_lengths: tokens of each row's target `[N]`, int32.
         target_hashes: hash of each row's target `[N]`, int64.
         documents: what the document of each row is known by `[N]`, int64; None where that was not asked for.
+        has_passages: whether rows are passages of documents. Then they have titles and bodies, and those of a document
+            stand together, in its order.
     """
 
     def __init__(self, path: Path, digest: str, report: PrepareReport, table: pa.Table) -> None:
@@ -83,6 +87,9 @@ class Corpus:
             self._negatives = [(chunk.offsets.to_numpy(), _Rows(chunk.values)) for chunk in chunks]
             self._negative_hashes = [_Rows(chunk) for chunk in table["negative_hashes"].chunks]
         self.documents: Int64 | None = _numbers(table, "document") if "document" in table.column_names else None
+        self.has_passages = "body" in table.column_names
+        if self.has_passages:
+            self._titles, self._bodies = table["title"].chunks, table["body"].chunks
 
     @classmethod
     def open(cls, path: str | Path) -> Corpus:
@@ -158,6 +165,35 @@ class Corpus:
             return self.texts(ids)
         places = self._locate(ids)
         return [self._positives[chunk][row].as_py() or self._texts[chunk][row].as_py() for chunk, row in places]
+
+    def titles(self, ids: RowIds) -> list[str | None]:
+        """Return the titles of passages' documents, None where they have none.
+
+        Raises:
+            IndexError: a row id is not in 0..N-1.
+        """
+        return [self._titles[chunk][row].as_py() for chunk, row in self._locate(ids)]
+
+    def bodies(self, ids: RowIds) -> list[str]:
+        """Return passages without their titles; empty for a document that is a title alone.
+
+        Raises:
+            IndexError: a row id is not in 0..N-1.
+        """
+        return [self._bodies[chunk][row].as_py() for chunk, row in self._locate(ids)]
+
+    def next_in_document(self, ids: RowIds) -> Int64:
+        """Return the row of the passage that follows each in its document, `[n]`; -1 where none was kept.
+
+        Raises:
+            IndexError: a row id is not in 0..N-1.
+        """
+        assert self.documents is not None
+        rows = np.asarray(ids, dtype=np.int64)
+        self._locate(rows)
+        following = np.minimum(rows + 1, len(self) - 1)
+        same = (following > rows) & (self.documents[following] == self.documents[rows])
+        return np.where(same, following, -1)
 
     @property
     def has_negatives(self) -> bool:

@@ -8,13 +8,12 @@ import itertools
 import json
 import logging
 import os
-import random
 import shutil
 import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +25,8 @@ import pyarrow as pa
 from hncse_ray.config import CorpusSettings, Side
 from hncse_ray.corpus.cache import cache_folder
 from hncse_ray.corpus.corpus import DATA_FILE, FORMAT_VERSION, REPORT_FILE, Corpus
-from hncse_ray.corpus.sources import DROP_REASONS, Example, read_examples, source_identity
+from hncse_ray.corpus.sampling import sample
+from hncse_ray.corpus.sources import DROP_REASONS, Example, Shape, read_examples, shape_of, source_identity
 from hncse_ray.corpus.text import name_hash, row_hash
 from hncse_ray.errors import DataError
 
@@ -184,26 +184,30 @@ def _write(
 
     started = time.monotonic()
     counts: Counter[str] = Counter()
-    schema = _schema(settings)
-    prepared = _prepared(read_examples(settings, counts), settings, tokenize, max_length)
-    rows = _unique_rows(prepared, settings, counts, progress)
+    shape = shape_of(settings)
+    schema = _schema(shape)
+    prepared = _prepared(read_examples(settings, counts), shape, tokenize, max_length)
+    rows = _unique_rows(prepared, shape, counts, progress)
     if settings.max_sentences is not None:
-        rows = _sample(rows, settings.max_sentences, seed, counts)
+        by_document = schema.get_field_index("document") if shape.passages else None
+        rows = sample(rows, settings.max_sentences, seed, counts, by_document)
     written = tokens = without_positive = 0
+    documents: set[int] = set()
     with ArrowWriter(features=Features.from_arrow_schema(schema), path=str(folder / DATA_FILE)) as writer:
         while batch := list(itertools.islice(rows, _BATCH)):
             table = pa.table(list(zip(*batch, strict=True)), schema=schema)
             writer.write_table(table)
             written += len(batch)
             tokens += sum(len(ids) for _, _, ids, *_ in batch)
-            without_positive += table["positive"].null_count if settings.positive_column else 0
+            without_positive += table["positive"].null_count if shape.pairs else 0
+            documents.update(table["document"].to_pylist() if shape.passages else ())
         if not written:
             dropped = ", ".join(f"{reason} {counts[reason]}" for reason in DROP_REASONS if counts[reason])
-            raise DataError(
-                f"no sentence is left of {counts['read']} lines (dropped: {dropped or 'none'})",
-                settings.place,
-                "See corpus.min_words, corpus.max_chars and corpus.column",
-            )
+            rows_of, hint = ("sentence", "lines"), "See corpus.min_words, corpus.max_chars and corpus.column"
+            if shape.passages:
+                rows_of, hint = ("passage", "documents"), "See corpus.min_words and corpus.column"
+            what = f"no {rows_of[0]} is left of {counts['read']} {rows_of[1]} (dropped: {dropped or 'none'})"
+            raise DataError(what, settings.place, hint)
         writer.finalize()
     return {
         "rows": written,
@@ -211,19 +215,22 @@ def _write(
         "dropped": dict(sorted(counts.items())),
         "seconds": round(time.monotonic() - started, 3),
         "mean_tokens": tokens / written,
-        "without_positive": without_positive if settings.positive_column else None,
+        "without_positive": without_positive if shape.pairs else None,
+        "documents": len(documents) if shape.passages else None,
         "bytes": (folder / DATA_FILE).stat().st_size,
     }
 
 
-def _schema(settings: CorpusSettings) -> pa.Schema:
+def _schema(shape: Shape) -> pa.Schema:
     columns = {"text": pa.string(), "hash": pa.int64(), "input_ids": _TOKENS}
-    if settings.positive_column is not None:
+    if shape.pairs:
         columns |= {"positive": pa.string(), "positive_ids": _TOKENS, "target_hash": pa.int64()}
-    if settings.negative_columns:
+    if shape.negatives:
         columns |= {"negative_ids": pa.list_(_TOKENS), "negative_hashes": pa.list_(pa.int64())}
-    if settings.document_column is not None:
+    if shape.documents:
         columns["document"] = pa.int64()
+    if shape.passages:
+        columns |= {"title": pa.string(), "body": pa.string()}
     return pa.schema(columns)
 
 
@@ -238,10 +245,10 @@ class _Prepared:
 
 
 def _prepared(
-    examples: Iterator[Example], settings: CorpusSettings, tokenize: Tokenize, max_length: int
+    examples: Iterator[Example], shape: Shape, tokenize: Tokenize, max_length: int
 ) -> Iterator[list[_Prepared]]:
     """Tokenise examples, a batch at a time."""
-    side: Side | None = None if settings.positive_column is None else "query"
+    side: Side | None = "query" if shape.pairs else None
     own = _Own(tokenize, max_length)
     while batch := list(itertools.islice(examples, _BATCH)):
         rows = own([example.text for example in batch], side)
@@ -274,7 +281,7 @@ class _Own:
 
 
 def _unique_rows(
-    batches: Iterator[list[_Prepared]], settings: CorpusSettings, counts: Counter[str], progress: Progress | None
+    batches: Iterator[list[_Prepared]], shape: Shape, counts: Counter[str], progress: Progress | None
 ) -> Iterator[Row]:
     """Yield the rows that have a token of their own, the first of those that are the same to the model."""
     seen: set[int] = set()
@@ -286,36 +293,23 @@ def _unique_rows(
             anchor = row_hash(prepared.ids)
             target = anchor if prepared.positive_ids is None else row_hash(prepared.positive_ids)
             key, negatives = anchor, [row_hash(ids) for ids in prepared.negative_ids]
-            if settings.positive_column is not None:
+            if shape.pairs:
                 key = hash((anchor, target, *negatives))
             if key in seen:
                 counts["duplicate"] += 1
                 continue
             seen.add(key)
             row: Row = (prepared.example.text, anchor, prepared.ids)
-            if settings.positive_column is not None:
+            if shape.pairs:
                 # A positive of the same tokens is none: there are only the sentence's own two views.
                 given = target != anchor
                 row += (prepared.example.positive, prepared.positive_ids, target) if given else (None, None, anchor)
-            if settings.negative_columns:
+            if shape.negatives:
                 row += (prepared.negative_ids, negatives)
-            if settings.document_column is not None:
+            if shape.documents:
                 row += (name_hash(prepared.example.document or f"\0{key}"),)  # a document of its own
+            if shape.passages:
+                row += (prepared.example.title, prepared.example.body)
             yield row
         if progress is not None:
             progress("preparing the corpus", len(seen), None)
-
-
-def _sample(rows: Iterable[Row], size: int, seed: int, counts: Counter[str]) -> Iterator[Row]:
-    """Yield a uniform random sample (Vitter's algorithm R), in the order of the source."""
-    rng = random.Random(seed)
-    kept: list[tuple[int, Row]] = []
-    for i, row in enumerate(rows):
-        if i < size:
-            kept.append((i, row))
-        elif (slot := rng.randrange(i + 1)) < size:
-            kept[slot] = (i, row)
-            counts["not_sampled"] += 1
-        else:
-            counts["not_sampled"] += 1
-    yield from (row for _, row in sorted(kept, key=lambda entry: entry[0]))

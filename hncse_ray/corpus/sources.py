@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import json
 import os
@@ -14,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from hncse_ray.config import CorpusSettings
+from hncse_ray.corpus.documents import documents_identity, read_passages, reads_documents
 from hncse_ray.corpus.hub import hub_is_reachable
 from hncse_ray.corpus.python_docs import docstring_sentences, package_versions
-from hncse_ray.corpus.text import normalise
+from hncse_ray.corpus.text import document_name, normalise
 from hncse_ray.errors import DataError
 from hncse_ray.reading import (
     MAX_RECORD,
     Kind,
     check_file,
+    expand_path,
     explained,
     is_blank,
     is_unicode,
@@ -31,7 +32,7 @@ from hncse_ray.reading import (
     text_lines,
 )
 
-DROP_REASONS = ("undecodable", "malformed", "too_long", "empty", "too_short", "no_token", "duplicate")
+DROP_REASONS = ("undecodable", "malformed", "too_long", "empty", "too_short", "no_token", "duplicate", "near_duplicate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +44,44 @@ class Example:
         positive: what belongs to it, if anything does.
         negatives: what does not.
         document: which document it is of, if of any.
+        title: that document's, where it is a passage of one.
+        body: the passage without the title.
     """
 
     text: str
     positive: str | None = None
     negatives: tuple[str, ...] = ()
     document: str | None = None
+    title: str | None = None
+    body: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the rows of a source have.
+
+    Attributes:
+        pairs: positives.
+        negatives: negatives of their own.
+        documents: a document each.
+        passages: they are passages, which have titles and bodies; those of a document stand together.
+    """
+
+    pairs: bool
+    negatives: bool
+    documents: bool
+    passages: bool
+
+
+def shape_of(settings: CorpusSettings) -> Shape:
+    """Return what the rows of a source have.
+
+    Raises:
+        DataError: settings for documents are given, and there are none.
+    """
+    passages = reads_documents(settings)
+    pairs, negatives = settings.positive_column is not None, bool(settings.negative_columns)
+    return Shape(pairs, negatives, passages or settings.document_column is not None, passages)
 
 
 def read_examples(settings: CorpusSettings, counts: Counter[str]) -> Iterator[Example]:
@@ -58,11 +91,14 @@ def read_examples(settings: CorpusSettings, counts: Counter[str]) -> Iterator[Ex
 
     Args:
         settings: the source and its filters.
-        counts: gains ``read`` (all lines seen) and one of ``DROP_REASONS`` for each line dropped.
+        counts: gains ``read`` (all lines or documents seen) and one of ``DROP_REASONS`` for each that is dropped.
 
     Raises:
         DataError: a file, column, package or data set cannot be read, or a column has nothing in any row.
     """
+    if reads_documents(settings):
+        yield from _passages(settings, counts)
+        return
     blank, kept = set(settings.further_columns), False
     for cells in _raw(settings, counts):
         counts["read"] += 1
@@ -73,7 +109,7 @@ def read_examples(settings: CorpusSettings, counts: Counter[str]) -> Iterator[Ex
             continue
         if not example.text:
             counts["empty"] += 1
-        elif example.text.count(" ") + 1 < settings.min_words:
+        elif _is_short(example.text, settings):
             counts["too_short"] += 1
         else:
             kept = True
@@ -81,6 +117,18 @@ def read_examples(settings: CorpusSettings, counts: Counter[str]) -> Iterator[Ex
     for setting, name in settings.further_columns:
         if kept and (setting, name) in blank:
             raise DataError(f"column {name!r} has nothing in any row", settings.place, f"See corpus.{setting}")
+
+
+def _passages(settings: CorpusSettings, counts: Counter[str]) -> Iterator[Example]:
+    for passage in read_passages(settings, counts):
+        if _is_short(passage.text, settings):
+            counts["too_short"] += 1
+        else:
+            yield Example(passage.text, document=passage.document, title=passage.title, body=passage.body)
+
+
+def _is_short(text: str, settings: CorpusSettings) -> bool:
+    return text.count(" ") + 1 < settings.min_words
 
 
 def source_identity(settings: CorpusSettings) -> str:
@@ -93,6 +141,8 @@ def source_identity(settings: CorpusSettings) -> str:
         return "python-docs " + " ".join(package_versions(settings.packages))
     if settings.source == "hub":
         return f"hub {_columns_identity(settings)} {_hub_identity(_load_hub(settings))}"
+    if reads_documents(settings):
+        return documents_identity(settings)
     digest = hashlib.sha256()
     tables = False
     for path in find_files(settings.path):
@@ -123,16 +173,7 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
     Raises:
         DataError: one does not exist, is a directory, is empty or cannot be read.
     """
-    files: list[Path] = []
-    for pattern in patterns:
-        expanded = os.path.expanduser(pattern)
-        # A file whose name holds a bracket is taken as it is.
-        matches = [expanded] if os.path.lexists(expanded) else sorted(glob.glob(expanded, recursive=True))
-        if any(sign in expanded for sign in "*?[") and not os.path.lexists(expanded):
-            matches = [match for match in matches if os.path.isfile(match)]
-            if not matches:
-                raise DataError("matches no file", pattern, f"Paths are relative to {os.getcwd()}")
-        files += [Path(match) for match in matches or [expanded]]
+    files = [path for pattern in patterns for path in expand_path(pattern)]
     for path in files:
         check_file(path)
     return files
@@ -181,7 +222,10 @@ def _example(cells: Sequence[object], settings: CorpusSettings, blank: set[tuple
     negatives: list[str] = []
     for column, cell in zip(settings.further_columns, further, strict=True):
         if column[0] == "document_column":
-            document = _name(cell)
+            try:
+                document = document_name(cell)
+            except ValueError:
+                raise _Unusable("undecodable") from None
             is_blank = document is None
         else:
             values = cell if isinstance(cell, list) and column[0] == "negative_columns" else [cell]
@@ -207,17 +251,6 @@ def _clean(value: object, settings: CorpusSettings) -> str:
         raise _Unusable("undecodable")
     text = normalise(value)
     return "" if is_blank(text) else text
-
-
-def _name(value: object) -> str | None:
-    """Return what a document is called: a text or a number; None if it is none."""
-    if value is None or value != value:  # not a number: what some tables have for none
-        return None
-    if isinstance(value, str) and is_unicode(value):
-        return normalise(value) or None
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(int(value)) if value == value // 1 else str(value)
-    raise _Unusable("undecodable")
 
 
 def _hub_rows(settings: CorpusSettings, columns: Sequence[str]) -> Iterator[Sequence[object]]:

@@ -8,10 +8,27 @@ import unicodedata
 import numpy as np
 import numpy.typing as npt
 
+from hncse_ray.reading import is_unicode
+
 
 def normalise(line: str) -> str:
     """Return the line in Unicode NFC with every run of white space as one space and none at the ends."""
     return " ".join(unicodedata.normalize("NFC", line).split())
+
+
+def document_name(value: object) -> str | None:
+    """Return what a document is called: a text or a number; None if it is none.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if value is None or value != value:  # not a number: what some tables have for none
+        return None
+    if isinstance(value, str) and is_unicode(value):
+        return normalise(value) or None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(int(value)) if value == value // 1 else str(value)
+    raise ValueError
 
 
 def name_hash(name: str) -> int:

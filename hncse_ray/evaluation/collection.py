@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hncse_ray.errors import DataError
 from hncse_ray.evaluation.retrieval import RetrievalSet
-from hncse_ray.reading import read_table
+from hncse_ray.reading import read_table, titled
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +60,7 @@ def _texts(path: Path, *, required: Sequence[str] = (), optional: Sequence[str] 
     for number, (name, *parts) in read_table(path, ("_id", *required), optional=optional):
         if name in found:
             raise DataError(f"the _id {name!r} comes twice", f"{path}:{number}")
-        *firsts, last = [part for part in parts if part] or [""]
-        found[name] = " ".join([*(part if part.endswith((".", "!", "?")) else f"{part}." for part in firsts), last])
+        found[name] = titled(*parts)
     return found
 
 

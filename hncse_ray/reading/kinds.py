@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from pathlib import Path
 from typing import Literal
@@ -61,6 +62,26 @@ _OF_SOURCE: dict[str, Kind] = {"jsonl": "jsonl", "csv": "csv", "parquet": "parqu
 _NAMES: dict[Kind, str] = {"text": "plain text", "jsonl": "JSONL", "csv": "CSV", "tsv": "TSV", "parquet": "Parquet"}
 
 
+def expand_path(pattern: str, *, folders: bool = False) -> list[Path]:
+    """Return the files that a path or glob means, sorted; a path that is no glob is returned as it is.
+
+    Args:
+        pattern: the path or glob; ``~`` is the home directory.
+        folders: whether a glob may mean folders too.
+
+    Raises:
+        DataError: the glob matches nothing.
+    """
+    expanded = os.path.expanduser(pattern)
+    # A file whose name holds a bracket is taken as it is.
+    if os.path.lexists(expanded) or not any(sign in expanded for sign in "*?["):
+        return [Path(expanded)]
+    matches = [match for match in sorted(glob.glob(expanded, recursive=True)) if folders or os.path.isfile(match)]
+    if not matches:
+        raise DataError("matches no file", pattern, f"Paths are relative to {os.getcwd()}")
+    return [Path(match) for match in matches]
+
+
 def check_file(path: Path) -> None:
     """See that a file is there, readable, and not empty.
 
@@ -69,7 +90,11 @@ def check_file(path: Path) -> None:
     """
     try:
         if path.is_dir():
-            raise DataError("is a directory, not a file", str(path), f"Name its files, such as {path}/*.txt")
+            raise DataError(
+                "is a directory, not a file",
+                str(path),
+                f"Name its files, such as {path}/*.txt, or set corpus.source=documents",
+            )
         if not path.exists():
             raise DataError("no such file", str(path), f"Paths are relative to {os.getcwd()}")
         with path.open("rb") as stream:

@@ -238,7 +238,7 @@ def test_missing_directory_empty_and_no_match(tmp_path, read_it):
     with pytest.raises(DataError, match="gone.txt: no such file"):
         read_it(path=f"{tmp_path}/gone.txt")
     with pytest.raises(DataError, match="is a directory"):
-        read_it(path=str(tmp_path))
+        read_it(path=str(tmp_path), source="text")
     with pytest.raises(DataError, match="is empty"):
         read_it(path=write(tmp_path / "empty.txt", ""))
     with pytest.raises(DataError, match="matches no file"):

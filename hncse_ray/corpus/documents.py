@@ -1,0 +1,241 @@
+"""Documents as passages: read, freed of near-duplicates, split at ends of sentences."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from hncse_ray.config import CorpusSettings
+from hncse_ray.corpus.sentences import count_words, pack_passages, split_sentences
+from hncse_ray.corpus.text import document_name, normalise
+from hncse_ray.errors import DataError
+from hncse_ray.reading import (
+    Document,
+    DocumentError,
+    check_file,
+    document_kind,
+    documents_in,
+    expand_path,
+    explained,
+    is_blank,
+    is_unicode,
+    kind_of,
+    paragraphs_of,
+    read_document,
+    read_records,
+    titled,
+)
+
+log = logging.getLogger(__name__)
+
+TITLE_COLUMN, ID_COLUMNS = "title", ("_id", "id")
+_NAMED_FAULTS = 3  # files that cannot be read are named so often, and all are counted
+_SHINGLE, _PERMUTATIONS = 5, 128  # words of a shingle; numbers of a signature
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A part of a document.
+
+    Attributes:
+        text: the passage as it is searched; see ``corpus.unit``.
+        title: its document's.
+        body: the passage without the title; empty for a document that is a title alone.
+        document: what its document is known by.
+    """
+
+    text: str
+    title: str | None
+    body: str
+    document: str
+
+
+def reads_documents(settings: CorpusSettings) -> bool:
+    """Return whether a source is documents: said so, or a folder is named.
+
+    Raises:
+        DataError: a setting for documents alone is given, and there are none.
+    """
+    folders = [path for path in settings.path if os.path.isdir(os.path.expanduser(path))]
+    if settings.source == "documents" or (settings.source == "auto" and folders):
+        if settings.positive_column or settings.negative_columns:
+            setting = "positive_column" if settings.positive_column else "negative_columns"
+            raise DataError(f"is a folder of documents, and corpus.{setting} is for a table", folders[0],
+                            "Name the table itself")  # fmt: skip
+        return True
+    setting = settings.first_document_setting
+    if not setting and settings.repel_within_document and settings.document_column is None:
+        setting = "repel_within_document"
+    if setting and settings.source == "auto":
+        what = f"is read row by row, and corpus.{setting} is for documents"
+        raise DataError(what, settings.place, "Set corpus.source=documents, or leave it out")
+    return False
+
+
+def documents_identity(settings: CorpusSettings) -> str:
+    """Return what the text of documents is: a hash of the files' contents in their order, and how they are read.
+
+    Raises:
+        DataError: a file or folder cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path, _ in _files(settings):
+        with explained(path), path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(f"{document_kind(path) or kind_of(path)} {path.suffix.lower() == '.gz'}".encode())
+    how: list[object] = [settings.column, settings.title_column, settings.document_column]
+    how += [settings.unit, settings.passage_words, settings.near_duplicates]
+    return f"documents {json.dumps(how)} {digest.hexdigest()}"
+
+
+def read_passages(settings: CorpusSettings, counts: Counter[str]) -> Iterator[Passage]:
+    """Yield the passages of all documents, those of one behind each other.
+
+    Args:
+        settings: the source, and how it is split.
+        counts: gains ``read`` (all documents) and a reason for each that is dropped.
+
+    Raises:
+        DataError: a file or folder cannot be read, a column is missing, or a document comes in two places.
+    """
+    known = NearDuplicates(settings.near_duplicates) if settings.near_duplicates is not None else None
+    for name, document in _documents(settings, counts):
+        title, paragraphs = document.title, document.paragraphs
+        if title is not None and count_words(title) > settings.passage_words:  # no title, whatever it is called
+            paragraphs, title = (title, *paragraphs), None
+        if title is None and not paragraphs:
+            counts["empty"] += 1
+            continue
+        if known is not None and known.holds(" ".join([title or "", *paragraphs])):
+            counts["near_duplicate"] += 1
+            continue
+        sentences = [sentence for paragraph in paragraphs for sentence in split_sentences(paragraph)]
+        for body in pack_passages(sentences, settings.passage_words) or [""]:
+            text = titled(title, body) if settings.unit == "title_and_passage" else body or title or ""
+            yield Passage(text, title, body, name)
+
+
+class NearDuplicates:
+    """The documents seen so far, by MinHash over their words (Broder 1997)."""
+
+    def __init__(self, threshold: float) -> None:
+        from datasketch import MinHashLSH
+
+        self._threshold = threshold
+        # Rather some candidates too many: what they share is estimated before one is dropped.
+        self._index = MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS, weights=(0.1, 0.9))
+        self._signatures: list[object] = []
+
+    def holds(self, text: str) -> bool:
+        """Return whether a text shares as much with an earlier one; if not, it is one of these from now on."""
+        from datasketch import LeanMinHash, MinHash
+
+        signature = MinHash(num_perm=_PERMUTATIONS, hashfunc=xxhash.xxh32_intdigest)
+        signature.update_batch({shingle.encode() for shingle in _shingles(text)})
+        near = self._index.query(signature)
+        if any(signature.jaccard(self._signatures[i]) >= self._threshold for i in near):
+            return True
+        self._index.insert(len(self._signatures), signature)
+        self._signatures.append(LeanMinHash(signature))
+        return False
+
+
+def _shingles(text: str) -> Iterator[str]:
+    """Yield runs of words, or of characters where blanks part few."""
+    text = text.lower()
+    words = text.split()
+    if len(words) >= count_words(text):
+        yield from (" ".join(words[i : i + _SHINGLE]) for i in range(max(1, len(words) - _SHINGLE + 1)))
+    else:
+        text = "".join(words)
+        yield from (text[i : i + _SHINGLE] for i in range(max(1, len(text) - _SHINGLE + 1)))
+
+
+def _files(settings: CorpusSettings) -> Iterator[tuple[Path, bool]]:
+    """Yield the files of the paths, and whether each was named itself."""
+    for pattern in settings.path:
+        for path in expand_path(pattern, folders=True):
+            if path.is_dir():
+                yield from ((file, False) for file in documents_in(path))
+            else:
+                check_file(path)
+                yield path, True
+
+
+def _documents(settings: CorpusSettings, counts: Counter[str]) -> Iterator[tuple[str, Document]]:
+    """Yield what each document is known by, and it."""
+    faults: Counter[str] = Counter()
+    for number, (path, named) in enumerate(_files(settings)):
+        kind = document_kind(path)
+        if kind is None and kind_of(path) != "text":
+            for name, document in _table(path, settings, counts):
+                yield f"{number}\0{name}", document
+            continue
+        counts["read"] += 1
+        try:
+            yield str(number), read_document(path, kind or "text")
+        except DocumentError as error:
+            if named:
+                raise
+            counts[error.reason] += 1
+            faults[error.reason] += 1
+            if faults[error.reason] <= _NAMED_FAULTS:
+                log.warning("left out: %s", error)
+    if faults:
+        log.warning("left out files: %s", ", ".join(f"{count} {reason}" for reason, count in sorted(faults.items())))
+
+
+def _table(path: Path, settings: CorpusSettings, counts: Counter[str]) -> Iterator[tuple[str, Document]]:
+    """Yield the documents of a table, a row or neighbouring rows each, after their names."""
+    asked = [settings.column, *(name for name in (settings.title_column, settings.document_column) if name)]
+    optional = (
+        settings.title_column or TITLE_COLUMN,
+        *([settings.document_column] if settings.document_column else ID_COLUMNS),
+    )
+    seen: set[str] = set()
+    before, titles = "", 0
+    for record in read_records(path, asked, optional=optional):
+        counts["read"] += 1
+        if record.fault:
+            counts["empty" if record.fault == "blank" else record.fault] += 1
+            continue
+        text, title, *names = record.cells[0], *record.cells[len(asked) :]
+        try:
+            document = Document(_cell(title), paragraphs_of(_checked(text)))
+            name = next((found for value in names if (found := document_name(value))), f"\0{record.number}")
+        except ValueError:
+            counts["undecodable"] += 1
+            continue
+        titles += document.title is not None
+        if name != before and name in seen:
+            what = f"a row of document {name!r} stands apart from its others"
+            raise DataError(what, f"{path}:{record.number}", "Sort the table, or see corpus.document_column")
+        seen.add(name)
+        before = name
+        yield name, document
+    if settings.title_column and not titles:
+        raise DataError(
+            f"column {settings.title_column!r} has nothing in any row", str(path), "See corpus.title_column"
+        )
+
+
+def _checked(value: object) -> str:
+    """Return a cell's text, empty where there is none; ValueError for what is no text."""
+    if value is None:
+        return ""
+    if not isinstance(value, str) or "\0" in value or not is_unicode(value):
+        raise ValueError
+    return value
+
+
+def _cell(value: object) -> str | None:
+    line = normalise(_checked(value))
+    return None if is_blank(line) else line
