@@ -5,7 +5,7 @@ standard output is one JSON object, and everything meant for people goes to stan
 """
 
 # Importing a module adds its commands, in the order in which `hncse --help` lists them.
-from hncse_ray.cli import train, tune, report, mine, evaluate, encode, data, publish, submit, settings, doctor  # noqa: I001
+from hncse_ray.cli import train, tune, report, mine, evaluate, encode, search, data, publish, submit, settings, doctor  # noqa: I001
 from hncse_ray.cli.app import app, run_job
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "publish",
     "report",
     "run_job",
+    "search",
     "settings",
     "submit",
     "train",

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from hncse_ray import __version__
+from hncse_ray.config import load_settings
 from hncse_ray.errors import HncseError
 from hncse_ray.recipe import shipped_folder
 
@@ -56,6 +57,12 @@ RecipeArgument = Annotated[
     str,
     typer.Argument(
         help="A YAML file, or the name of a recipe that comes with hncse_ray.", autocompletion=complete_recipe
+    ),
+]
+CorpusArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A text, JSONL, CSV, TSV or Parquet file, or a recipe for its corpus.", autocompletion=complete_recipe
     ),
 ]
 OverridesArgument = Annotated[
@@ -192,3 +199,17 @@ def counter(reporter: Reporter, stage: str) -> Callable[[int, int], None]:
     from hncse_ray.reporting import StageProgress
 
     return lambda done, total: reporter.on(StageProgress(stage, done, total))
+
+
+def corpus_tree(corpus: str, model: str) -> dict[str, Any]:
+    """Return settings of a model and a corpus: a file, which is read as its name says, or that of a recipe.
+
+    Anything without an ending that is no file is the name of a recipe.
+    """
+    path, max_length = Path(corpus), 128
+    tree: dict[str, Any] = {"corpus": {"path": corpus}}
+    if path.suffix in ("", ".yaml", ".yml") and not (path.suffix == "" and path.is_file()):
+        recipe = load_settings(corpus)
+        tree = {"corpus": recipe.corpus.model_dump(), "run": {"seed": recipe.run.seed}}  # the seed chooses the sample
+        max_length = recipe.encoder.max_length
+    return tree | {"encoder": {"model": model, "max_length": max_length}}

@@ -1,4 +1,4 @@
-"""``hncse encode`` and ``hncse search``: using a model."""
+"""``hncse encode``: vectors of a text file."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from hncse_ray.cli.app import (
     DeviceOption,
@@ -16,7 +14,6 @@ from hncse_ray.cli.app import (
     ModelArgument,
     PoolingOption,
     PrecisionOption,
-    RecipeArgument,
     RevisionOption,
     TrustOption,
     app,
@@ -74,68 +71,5 @@ def encode(
             raise StorageError(f"cannot be written ({error.strerror})", str(out)) from error
         console.print(f"{vectors.shape[0]:,} vectors of {vectors.shape[1]} dimensions -> {out}", markup=False)
         return {"out": str(out), "rows": int(vectors.shape[0]), "dimension": int(vectors.shape[1])}
-
-    command(run, as_json)
-
-
-@app.command()
-def search(
-    model: ModelArgument,
-    recipe: RecipeArgument,
-    queries: Annotated[list[str], typer.Argument(help="What to look for.", metavar="QUERY...")],
-    compare: Annotated[str | None, typer.Option(help="Another model, shown beside the first.")] = None,
-    top: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Sentences shown for a query.")] = 3,
-    limit: Annotated[
-        int, typer.Option(min=1, max=2**31 - 1, help="Search a random sample of so many sentences.")
-    ] = 5000,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = "fp32",
-    revision: RevisionOption = None,
-    trust_remote_code: TrustOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Show the sentences of a recipe's corpus that are nearest to some queries, for one model or two side by side."""
-
-    def run(console: Console) -> dict[str, Any]:
-        settings = load_settings(recipe)
-        import numpy as np
-
-        from hncse_ray.reading import is_blank
-
-        if blank := [number for number, query in enumerate(queries, start=1) if is_blank(query)]:
-            raise DataError(
-                "is empty, or of characters that cannot be seen", f"query {blank[0]}", "Say what to look for"
-            )
-
-        from hncse_ray.cluster import prepare as prepare_corpus
-        from hncse_ray.encoder import choose_device, load_encoder
-        from hncse_ray.evaluation import unit_rows
-
-        names = [name for name in (compare, model) if name is not None]
-        options = encoder_tree("auto", precision, revision, trust_remote_code)
-        trees = [{"corpus": {"source": "python-docs"}, "encoder": {"model": name} | options} for name in names]
-        where = choose_device(device)
-        encoders = [load_encoder(name, load_settings(tree).encoder, device=where)
-                    for name, tree in zip(names, trees, strict=True)]  # fmt: skip
-        found: dict[str, dict[str, list[str]]] = {query: {} for query in queries}
-        with console_reporter(console) as reporter:
-            base = load_encoder(settings.encoder.model, settings.encoder)
-            corpus = prepare_corpus(settings, base, reporter)
-            chosen = np.random.default_rng(settings.run.seed).permutation(len(corpus))[:limit]
-            sentences = list(dict.fromkeys(corpus.target_texts(chosen)))  # of pairs what is looked for, once
-            for name, encoder in zip(names, encoders, strict=True):
-                progress = counter(reporter, f"encoding {len(sentences):,} sentences with {name}")
-                vectors_ND = unit_rows(encoder.encode(sentences, side="document", progress=progress))
-                scores_QN = unit_rows(encoder.encode(queries, side="query")) @ vectors_ND.T
-                for query, scores_N in zip(queries, scores_QN, strict=True):
-                    found[query][name] = [sentences[i] for i in np.argsort(-scores_N)[:top]]
-        for query, by_model in found.items():
-            table = Table(title=escape(f"nearest to: {query}"), show_lines=True, expand=True)
-            for name in names:
-                table.add_column(escape(name), ratio=1)
-            for row in zip(*by_model.values(), strict=True):
-                table.add_row(*map(escape, row))
-            console.print(table)
-        return found
 
     command(run, as_json)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hncse_ray.cli.app import (
+    CorpusArgument,
     DeviceOption,
     JsonOption,
     ModelArgument,
@@ -21,6 +22,7 @@ from hncse_ray.cli.app import (
     app,
     command,
     console_reporter,
+    corpus_tree,
 )
 from hncse_ray.config import load_settings
 from hncse_ray.errors import SettingsError
@@ -29,7 +31,7 @@ from hncse_ray.errors import SettingsError
 @app.command()
 def mine(
     model: ModelArgument,
-    corpus: Annotated[str, typer.Argument(help="A text, JSONL, CSV, TSV or Parquet file, or a recipe for its corpus.")],
+    corpus: CorpusArgument,
     overrides: OverridesArgument = None,
     out: Annotated[Path, typer.Option(help="The .parquet file to write.")] = Path("triplets.parquet"),
     device: DeviceOption = "auto",
@@ -44,7 +46,7 @@ def mine(
     """
 
     def run(console: Console) -> dict[str, Any]:
-        tree = _mining_tree(model, corpus)
+        tree = corpus_tree(corpus, model) | {"negatives": {"source": "pool"}}
         tree["encoder"] |= {"precision": precision, "revision": revision, "trust_remote_code": trust_remote_code}
         if device not in ("auto", "cpu", "cuda"):
             raise SettingsError(f"{device!r} is not auto, cpu or cuda", "--device", "Ray chooses which GPU")
@@ -69,14 +71,3 @@ def mine(
         return asdict(report)
 
     command(run, as_json, resumes=True)
-
-
-def _mining_tree(model: str, corpus: str) -> dict[str, Any]:
-    """Settings of a mining job: a file is read as its name says, anything else is a recipe."""
-    path, max_length = Path(corpus), 128
-    if path.suffix in ("", ".yaml", ".yml") and not (path.suffix == "" and path.is_file()):
-        recipe = load_settings(corpus)
-        tree, max_length = {"corpus": recipe.corpus.model_dump()}, recipe.encoder.max_length
-    else:
-        tree = {"corpus": {"path": corpus}}
-    return tree | {"encoder": {"model": model, "max_length": max_length}, "negatives": {"source": "pool"}}
