@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-QUERIES := "return the indices that would sort an array" "read a table from a comma separated file" "compute the inverse of a matrix"
+QUERIES := "return the indices that would sort an array" "compute the inverse of a matrix" "download a file from the internet"
 
 .PHONY: demo test test-slow check clean
 

@@ -202,13 +202,13 @@ def counter(reporter: Reporter, stage: str) -> Callable[[int, int], None]:
 
 
 def corpus_tree(corpus: str, model: str) -> dict[str, Any]:
-    """Return settings of a model and a corpus: a file, which is read as its name says, or that of a recipe.
+    """Return settings of a model and a corpus: files, which are read as their names say, or that of a recipe.
 
-    Anything without an ending that is no file is the name of a recipe.
+    A name without an ending, where nothing is called so, is that of a recipe.
     """
     path, max_length = Path(corpus), 128
     tree: dict[str, Any] = {"corpus": {"path": corpus}}
-    if path.suffix in ("", ".yaml", ".yml") and not (path.suffix == "" and path.is_file()):
+    if path.suffix in ("", ".yaml", ".yml") and not (path.suffix == "" and path.exists()):
         recipe = load_settings(corpus)
         tree = {"corpus": recipe.corpus.model_dump(), "run": {"seed": recipe.run.seed}}  # the seed chooses the sample
         max_length = recipe.encoder.max_length
