@@ -24,7 +24,6 @@ from hardware import provenance
 from small import NoStore
 
 from hncse_ray import load_settings
-from hncse_ray.cluster import prepare
 from hncse_ray.config import Settings
 from hncse_ray.encoder import load_encoder
 from hncse_ray.evaluation.sts import read_sts, spearman
@@ -33,6 +32,7 @@ from hncse_ray.negatives.in_process import InProcessSource
 from hncse_ray.negatives.shard import IndexShard
 from hncse_ray.reporting import LineReporter
 from hncse_ray.training import TrainJob, fit, load_evaluation_sets
+from hncse_ray.training.checks import prepare
 from hncse_ray.training.shard import build_shard
 
 OBJECTIVES = ("info_nce", "positive_mixing", "hard_negative_mixing", "hybrid")

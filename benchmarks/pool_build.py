@@ -21,7 +21,7 @@ import torch
 from hardware import provenance
 
 from hncse_ray import load_settings
-from hncse_ray.cluster import prepare, ray_session
+from hncse_ray.cluster import ray_session
 from hncse_ray.cluster.pool import PoolClient, negative_pool
 from hncse_ray.cluster.resources import plan_pool
 from hncse_ray.config import Settings
@@ -29,6 +29,7 @@ from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import load_encoder
 from hncse_ray.negatives import SourceUnavailable
 from hncse_ray.reporting import LineReporter
+from hncse_ray.training.checks import prepare
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from hardware import provenance, synchronise
 from numpy.typing import NDArray
 
 from hncse_ray import load_settings
-from hncse_ray.cluster import prepare, ray_session
+from hncse_ray.cluster import ray_session
 from hncse_ray.cluster.pool import PoolClient, negative_pool
 from hncse_ray.cluster.resources import plan_pool
 from hncse_ray.config import Settings
@@ -33,6 +33,7 @@ from hncse_ray.corpus import BatchPlan, Corpus
 from hncse_ray.encoder import SentenceEncoder, load_encoder
 from hncse_ray.reporting import LineReporter
 from hncse_ray.training.checkpoint import TrainState
+from hncse_ray.training.checks import prepare
 from hncse_ray.training.negatives import GlobalNegatives, to_step
 from hncse_ray.training.objective import Objective
 from hncse_ray.training.schedule import build_optimizer

@@ -19,13 +19,13 @@ from hardware import provenance
 from small import NoStore, make_model
 
 from hncse_ray import load_settings
-from hncse_ray.cluster import prepare
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import load_encoder
 from hncse_ray.reporting import LineReporter
 from hncse_ray.reporting.events import Evaluated, Event
 from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets
+from hncse_ray.training.checks import prepare
 from hncse_ray.tuning import SweepStudy, Values, apply_values, parse_space
 
 TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

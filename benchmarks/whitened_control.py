@@ -17,11 +17,11 @@ from hardware import provenance
 from numpy.typing import NDArray
 
 from hncse_ray import load_settings
-from hncse_ray.cluster import prepare
 from hncse_ray.encoder import SentenceEncoder, load_encoder
 from hncse_ray.evaluation import evaluate_retrieval
 from hncse_ray.reporting import LineReporter
 from hncse_ray.training import load_evaluation_sets
+from hncse_ray.training.checks import prepare
 
 
 def main() -> None:

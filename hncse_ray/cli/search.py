@@ -138,7 +138,7 @@ class _Texts:
         """Each once."""
         import numpy as np
 
-        from hncse_ray.cluster import prepare as prepare_corpus
+        from hncse_ray.training.checks import prepare as prepare_corpus
 
         prepared = prepare_corpus(self.settings, self._encoder, self.reporter)
         chosen = np.random.default_rng(self.settings.run.seed).permutation(len(prepared))[: self.limit]

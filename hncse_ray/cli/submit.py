@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from hncse_ray.cli.app import JsonOption, app, command
+from hncse_ray.config import LOCAL_IS_ONE
 from hncse_ray.errors import SettingsError
 
 
@@ -93,6 +94,8 @@ def _check_command(job: str, args: list[str]) -> None:
     if job not in names or job == "submit":
         jobs = ", ".join(name for name in names if name != "submit")
         raise SettingsError("is not a command that can be submitted", job, f"Choose from {jobs}")
+    if "cluster.engine=local" in args:  # one in a recipe is refused where the job runs
+        raise SettingsError(f"{LOCAL_IS_ONE}, and a job is on a cluster", "cluster.engine", "Leave it out")
     mine = {
         "--address",
         "--working-dir",

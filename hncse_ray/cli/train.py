@@ -21,8 +21,8 @@ def prepare(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json
 
     def run(console: Console) -> dict[str, Any]:
         settings = load_settings(recipe, overrides or ())
-        from hncse_ray.cluster import prepare as prepare_corpus
         from hncse_ray.encoder import load_encoder
+        from hncse_ray.training.checks import prepare as prepare_corpus
 
         encoder = load_encoder(settings.encoder.model, settings.encoder)
         with console_reporter(console) as reporter:

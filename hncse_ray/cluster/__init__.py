@@ -1,4 +1,4 @@
-"""All Ray code: the session, the event channel, the Train launcher, the negative pool, mining, sweeps."""
+"""Where a run is trained: with Ray (session, event channel, launcher, pool, mining, sweeps), or in this process."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hncse_ray.cluster.launch import RunResult, prepare, train
     from hncse_ray.cluster.mining import MineReport, mine
+    from hncse_ray.cluster.run import RunResult, train
     from hncse_ray.cluster.session import ray_session
     from hncse_ray.cluster.sweep import SweepResult, tune
 
-__all__ = ["MineReport", "RunResult", "SweepResult", "mine", "prepare", "ray_session", "train", "tune"]
+__all__ = ["MineReport", "RunResult", "SweepResult", "mine", "ray_session", "train", "tune"]
 
 # Every actor is a process that imports its own module: loading all of them for each would take longer than a short run.
 _LAZY = {
     "MineReport": "mining",
-    "RunResult": "launch",
+    "RunResult": "run",
     "SweepResult": "sweep",
     "mine": "mining",
-    "prepare": "launch",
     "ray_session": "session",
-    "train": "launch",
+    "train": "run",
     "tune": "sweep",
 }
 

@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hncse_ray.reporting import Event, Reporter
+from hncse_ray.reporting.records import Unfailing
 
 logger = logging.getLogger(__name__)
 _POLL_S = 5.0
@@ -56,7 +57,7 @@ def event_channel(reporter: Reporter) -> Iterator[Any]:
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = ray.remote(EventQueue).options(num_cpus=0, scheduling_strategy=here).remote()
-    stop = threading.Event()
+    stop, told = threading.Event(), Unfailing(reporter)
 
     def deliver() -> None:
         while True:
@@ -68,10 +69,7 @@ def event_channel(reporter: Reporter) -> Iterator[Any]:
                     logger.warning("the event channel is gone; training goes on unseen (%s)", error)
                 return
             for event in events:
-                try:
-                    reporter.on(event)
-                except Exception:  # a full disk or a closed terminal must not end the news, nor the training
-                    logger.exception("an event could not be reported")
+                told.on(event)
             if last_round and not events:
                 return
 

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hncse_ray.cluster.launch import prepare
 from hncse_ray.cluster.placement import place_pool, survey
 from hncse_ray.cluster.pool import PoolClient, negative_pool
 from hncse_ray.cluster.session import named_cluster, ray_session
@@ -27,6 +26,7 @@ from hncse_ray.errors import ClusterError, ModelError, StorageError
 from hncse_ray.negatives import Hits, NegativeSource, SelectionRules, SourceUnavailable, select, weights_digest
 from hncse_ray.reporting import LineReporter, Reporter, StageProgress
 from hncse_ray.storage import check_outlasts_job, write_atomically
+from hncse_ray.training.checks import prepare
 from hncse_ray.training.negatives import check_candidates
 
 _BLOCK_ROWS, _IN_FLIGHT = 2048, 4

@@ -97,16 +97,37 @@ def total(nodes: tuple[Node, ...]) -> dict[str, float]:
     return dict(sum((Counter(node.resources) for node in nodes), Counter()))
 
 
+def place(settings: Settings, nodes: Nodes, *, rows: int, dimension: int) -> tuple[WorkerPlan, PoolPlan | None]:
+    """Plan the workers of a run and the index of its global negatives, if it uses any.
+
+    Raises:
+        ClusterError: they do not fit, and nothing can come that they would fit.
+    """
+    if settings.negatives.source == "none":
+        return place_workers(settings, nodes, None), None
+    if settings.negatives.source == "pool":
+        pool = place_pool(settings, nodes, rows=rows, dimension=dimension)
+        return place_workers(settings, nodes, pool), pool
+    workers = place_workers(settings, nodes, None)  # the index is in the first of them
+    allowed = nodes.labelled(settings.cluster.trainer_labels, "cluster.trainer_labels")
+    index = plan_pool(
+        settings.negatives,
+        [node.resources for node in allowed],
+        rows=rows,
+        dimension=dimension,
+        growing=nodes.growing,
+        on_trainers_gpu=workers.gpus > 0,
+    )
+    return workers, index
+
+
 def place_pool(settings: Settings, nodes: Nodes, *, rows: int, dimension: int) -> PoolPlan:
-    """Plan the pool for the nodes that its labels allow; an index in the trainer's process counts as there.
+    """Plan the pool for the nodes that its labels allow.
 
     Raises:
         ClusterError: it does not fit, and nothing can come that it would fit.
     """
-    if settings.negatives.source == "in_process":
-        allowed = nodes.labelled(settings.cluster.trainer_labels, "cluster.trainer_labels")
-    else:
-        allowed = nodes.labelled(settings.cluster.pool_labels, "cluster.pool_labels")
+    allowed = nodes.labelled(settings.cluster.pool_labels, "cluster.pool_labels")
     on_each = [node.resources for node in allowed]
     return plan_pool(settings.negatives, on_each, rows=rows, dimension=dimension, growing=nodes.growing)
 

@@ -74,7 +74,13 @@ class PoolPlan:
 
 
 def plan_pool(
-    settings: NegativesSettings, nodes: Sequence[Resources], *, rows: int, dimension: int, growing: bool = False
+    settings: NegativesSettings,
+    nodes: Sequence[Resources],
+    *,
+    rows: int,
+    dimension: int,
+    growing: bool = False,
+    on_trainers_gpu: bool = False,
 ) -> PoolPlan:
     """Share the corpus out over the shards, and see whether nodes and memory hold them.
 
@@ -84,6 +90,7 @@ def plan_pool(
         rows: of the corpus.
         dimension: width of the embeddings.
         growing: an autoscaler may add nodes, so what is missing is no mistake.
+        on_trainers_gpu: the only shard is in a trainer's process, and that has a GPU.
 
     Raises:
         ClusterError: it does not fit; the message does the sum.
@@ -101,16 +108,17 @@ def plan_pool(
     if settings.index == "ivf_pq":
         plan_index("ivf_pq", rows=rows // n, dimension=dimension, memory_bytes=None)  # the smallest can be trained too
     computing = _bundle(CPU=cpus, GPU=gpus)
-    bounded = not (gpus or growing) and any("memory" in node for node in nodes)
+    on_gpu = gpus > 0 or on_trainers_gpu
+    bounded = not (on_gpu or growing) and any("memory" in node for node in nodes)
     index = plan_index(
         settings.index,
         rows=-(-rows // n),
         dimension=dimension,
         memory_bytes=_largest_memory(nodes, n, computing) if bounded else None,
         nprobe=settings.nprobe,
-        on_gpu=gpus > 0,
+        on_gpu=on_gpu,
     )
-    plan = PoolPlan(n, cpus, gpus, 0 if gpus else index.bytes_building, max(1, int(cpus)), index)
+    plan = PoolPlan(n, cpus, gpus, 0 if on_gpu else index.bytes_building, max(1, int(cpus)), index)
     threads = settings.threads_per_shard or (plan.threads if cpus else _threads(nodes, plan))
     return replace(plan, threads=threads)
 

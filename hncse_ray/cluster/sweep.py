@@ -25,19 +25,19 @@ from ray.tune import FailureConfig, ResultGrid, RunConfig, TuneConfig, Tuner
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from hncse_ray.cluster.launch import check_run
 from hncse_ray.cluster.placement import survey, without_orphaned_groups
 from hncse_ray.cluster.resources import SweepPlan, plan_sweep
 from hncse_ray.cluster.session import named_cluster, ray_session
 from hncse_ray.cluster.sweep_report import write_sweep_report
 from hncse_ray.cluster.trial import run_trial
-from hncse_ray.config import Settings
+from hncse_ray.config import LOCAL_IS_ONE, Settings
 from hncse_ray.encoder import load_encoder
-from hncse_ray.errors import ClusterError, HncseError, TrainingError
+from hncse_ray.errors import ClusterError, HncseError, SettingsError, TrainingError
 from hncse_ray.reporting import LineReporter, Reporter
 from hncse_ray.reporting.sweep import SweepLines, SweepReporter, TrialUpdate
 from hncse_ray.storage import check_outlasts_job, write_folder
 from hncse_ray.training import load_evaluation_sets
+from hncse_ray.training.checks import check_run
 from hncse_ray.training.distributed import ShardedEncode
 from hncse_ray.training.objective_check import check_objectives
 from hncse_ray.tuning import (
@@ -118,6 +118,8 @@ def tune(
     check_outlasts_job(folder, "--out")
     sweep.space.check(base)
     extremes = [base, *(apply_values(base, values) for values, _ in sweep.space.extremes(base))]
+    if any(settings.cluster.engine == "local" for settings in extremes):
+        raise SettingsError(f"{LOCAL_IS_ONE}, and a sweep runs many", "cluster.engine", "Set cluster.engine=ray")
     if not ray.is_initialized() and named_cluster() is None:  # what Ray started here will have
         here = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
         plan_sweep(extremes, [here], max_concurrent=options.max_concurrent)

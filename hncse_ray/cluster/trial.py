@@ -10,7 +10,7 @@ from typing import Any
 
 import ray.tune
 
-from hncse_ray.cluster.launch import train
+from hncse_ray.cluster.run import train
 from hncse_ray.config import Settings
 from hncse_ray.errors import HncseError
 from hncse_ray.reporting.events import Evaluated, Event, RunStarted

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,20 @@ import torch
 
 from hncse_ray.cluster.metrics import RayMetrics
 from hncse_ray.cluster.pool import PoolClient
-from hncse_ray.cluster.run_store import run_store
+from hncse_ray.cluster.surroundings import surroundings
 from hncse_ray.cluster.visible import unseen
 from hncse_ray.config import Settings
-from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import load_encoder
 from hncse_ray.errors import HncseError
 from hncse_ray.negatives import NegativeSource
-from hncse_ray.negatives.in_process import InProcessSource
-from hncse_ray.reporting import Event, MetricsFile, Notice, Reporter, Reporters, RunFinished, TensorBoard
+from hncse_ray.reporting import Event, Notice, RunFinished
+from hncse_ray.reporting.records import run_records
 from hncse_ray.storage import keep_trying
 from hncse_ray.training import TrainJob, fit
 from hncse_ray.training.distributed import raise_together, rank, world_size
 from hncse_ray.training.remote_run import PATIENCE_S, MirrorPlan, bring_run, working_folder
-from hncse_ray.training.shard import build_shard
+from hncse_ray.training.shard import in_process_source
+from hncse_ray.training.store import folder_store
 
 
 def train_worker(config: dict[str, Any]) -> RunFinished | HncseError | None:
@@ -55,8 +54,9 @@ def train_worker(config: dict[str, Any]) -> RunFinished | HncseError | None:
         if rank() == 0:
             config["starts"].note()
         with (
-            run_store(folder, mirror, notify, config["missing"], settings.cluster.min_workers) as store,
-            _records(folder, settings.run.name) as files,
+            surroundings(notify, config["missing"], settings.cluster.min_workers) as around,
+            folder_store(folder, mirror, notify, is_first_on_node=_is_first_on_node(), wish=around.wish) as store,
+            run_records(folder, RayMetrics(settings.run.name)) as files,
         ):
 
             def emit(event: Event) -> None:
@@ -78,40 +78,17 @@ def _reach_run(folder: Path, mirror: MirrorPlan | None, notify: Callable[[str], 
         raise unseen(folder)
 
 
-@contextmanager
-def _records(folder: Path, run: str) -> Iterator[Reporter]:
-    """Open the metrics on disk and Ray's. Rank 0 writes them, as it writes the checkpoints, not the driver.
-
-    So what a checkpoint has seen is in them, even if the driver was killed and the workers got a little further.
-    """
-    files = Reporters([MetricsFile(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard"), RayMetrics(run)])
-    try:
-        yield files
-    finally:
-        files.close()
+def _is_first_on_node() -> bool:
+    return ray.train.get_context().get_local_rank() == 0
 
 
 def _build_job(settings: Settings, config: dict[str, Any]) -> TrainJob:
     device = ray.train.torch.get_device()
     encoder = load_encoder(settings.encoder.model, settings.encoder, device=device, seed=settings.run.seed)
-    precision = f"{encoder.precision}, rows {'packed' if encoder.packs else 'padded'}"
     corpus = config["corpus"].open()
-    source = _build_source(settings, corpus, config) if rank() == 0 else None
-    return TrainJob(settings, corpus, encoder, ray.get(config["sets"]), precision, source)
-
-
-def _build_source(settings: Settings, corpus: Corpus, config: dict[str, Any]) -> NegativeSource | None:
-    if config["pool"] is not None:
-        return PoolClient(config["pool"], timeout_s=settings.negatives.timeout_s)
-    if config["index"] is None:
-        return None
-    shard = build_shard(
-        settings.negatives,
-        settings.encoder,
-        corpus,
-        plan=config["index"],
-        threads=config["threads"],
-        device=ray.train.torch.get_device(),
-        cache_dir=settings.corpus.cache_dir,
-    )
-    return InProcessSource(shard, corpus_digest=corpus.digest, rows=len(corpus))
+    source: NegativeSource | None = None
+    if rank() == 0 and config["pool"] is not None:
+        source = PoolClient(config["pool"], timeout_s=settings.negatives.timeout_s)
+    elif rank() == 0 and config["index"] is not None:
+        source = in_process_source(settings, corpus, plan=config["index"], threads=config["threads"], device=device)
+    return TrainJob(settings, corpus, encoder, ray.get(config["sets"]), source)

@@ -6,6 +6,7 @@ from hncse_ray.config.load import load_settings, read_setting, setting_kinds
 from hncse_ray.config.objective import OBJECTIVES, InfoNCE, InstanceSmoothing, ObjectiveSettings, OwnObjective
 from hncse_ray.config.sections import (
     COLLECTION_METRICS,
+    LOCAL_IS_ONE,
     RETRIEVAL_METRICS,
     SUITE_METRICS,
     ClusterSettings,
@@ -28,6 +29,7 @@ __all__ = [
     "EvaluationSettings",
     "InfoNCE",
     "InstanceSmoothing",
+    "LOCAL_IS_ONE",
     "LoraSettings",
     "NegativesSettings",
     "OBJECTIVES",

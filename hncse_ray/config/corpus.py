@@ -8,14 +8,16 @@ from pydantic import Field, model_validator
 
 from hncse_ray.config.base import MOST, Section, StrTuple
 
-CorpusSource = Literal["auto", "text", "jsonl", "csv", "parquet", "hub", "python-docs", "documents"]
+CorpusSource = Literal["auto", "text", "jsonl", "csv", "parquet", "hub", "python-docs", "documents", "memory"]
 
 
 class CorpusSettings(Section):
     """Where the sentences or pairs come from and which of them are kept."""
 
     source: CorpusSource = Field(
-        "auto", description="auto = files, each read as its ending says, and a folder as the documents in it"
+        "auto",
+        description="auto = files, each read as its ending says, and a folder as the documents in it;"
+        " memory = handed to hncse_ray.train(sentences=...)",
     )
     path: StrTuple = Field((), description="files and globs, folders (documents), or one data set name (hub)")
     column: str = Field("text", description="the column of tables and hub sources")
@@ -64,6 +66,9 @@ class CorpusSettings(Section):
         if self.source == "python-docs":
             if self.path:
                 raise ValueError("python-docs reads installed packages and takes no path; name them in packages")
+        elif self.source == "memory":
+            if self.path:
+                raise ValueError("source 'memory' is handed to hncse_ray.train(sentences=...) and takes no path")
         elif not self.path:
             raise ValueError(f"source {self.source!r} needs a path; python-docs needs none")
         elif self.source == "hub" and len(self.path) > 1:
@@ -86,7 +91,7 @@ class CorpusSettings(Section):
 
     @model_validator(mode="after")
     def _columns_fit(self) -> CorpusSettings:
-        if self.further_columns and self.source in ("text", "python-docs"):
+        if self.further_columns and self.source in ("text", "python-docs", "memory"):
             setting = self.further_columns[0][0]
             raise ValueError(f"source {self.source!r} has no columns, so {setting} cannot be read from it")
         if self.negative_columns and self.positive_column is None:

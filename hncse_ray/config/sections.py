@@ -31,6 +31,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 Side = Literal["query", "document"]
 Suite = Literal["stsb", "pairs", "python-docs", "retrieval"]
 
+LOCAL_IS_ONE = "engine 'local' is one worker in the command's own process"
 LONGEST_S = 10_000_000  # that anything is waited for, 115 days
 
 RETRIEVAL_METRICS = ("recall@1", "recall@10", "mrr", "ndcg@10")
@@ -226,8 +227,11 @@ class EvaluationSettings(Section):
 
 
 class ClusterSettings(Section):
-    """What Ray is asked for."""
+    """What trains a run, and what Ray is asked for."""
 
+    engine: Literal["ray", "local"] = Field(
+        "ray", description="local = one worker in the command's own process, without Ray: for notebooks and debugging"
+    )
     num_workers: int = Field(1, ge=1, le=4096, description="trainers, each a process (DDP)")
     min_workers: int | None = Field(
         None, ge=1, le=4096, description="elastic: train with as few while nodes are away; default: always num_workers"
@@ -245,6 +249,13 @@ class ClusterSettings(Section):
     start_timeout_s: float = Field(
         600, gt=0, le=LONGEST_S, description="wait so long for nodes to be free, or to be started"
     )
+
+    @model_validator(mode="after")
+    def _local_is_one_process(self) -> ClusterSettings:
+        if self.engine == "local" and (self.num_workers > 1 or self.min_workers is not None):
+            name = "num_workers" if self.num_workers > 1 else "min_workers"
+            raise ValueError(f"{LOCAL_IS_ONE}; {name} needs engine: ray")
+        return self
 
     @model_validator(mode="after")
     def _elastic_is_clear(self) -> ClusterSettings:

@@ -56,6 +56,7 @@ def prepare_corpus(
     tokenizer_digest: str,
     max_length: int,
     seed: int = 0,
+    sentences: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Corpus:
     """Return the corpus of the settings: from the cache, or read, made unique, tokenised and saved.
@@ -69,12 +70,13 @@ def prepare_corpus(
         tokenizer_digest: what identifies its behaviour.
         max_length: tokens a row at most, special tokens included; longer sentences are truncated.
         seed: chooses the sample where ``settings.max_sentences`` asks for one.
+        sentences: what is read where ``settings.source`` is ``memory``.
         progress: called with (what is done, rows done, rows in all if known).
 
     Raises:
         DataError: the source cannot be read, nothing is left of it, or the cache cannot be written.
     """
-    identity = source_identity(settings)
+    identity = source_identity(settings, sentences)
     sample = [settings.max_sentences, seed] if settings.max_sentences is not None else None
     relevant = [
         FORMAT_VERSION,
@@ -102,7 +104,7 @@ def prepare_corpus(
             "Set corpus.cache_dir or HNCSE_CACHE",
         ) from None
     try:
-        facts = _write(temporary, settings, tokenize, max_length, seed, progress)
+        facts = _write(temporary, settings, tokenize, max_length, seed, sentences, progress)
         facts |= {
             "digest": digest,
             "format": FORMAT_VERSION,
@@ -175,6 +177,7 @@ def _write(
     tokenize: Tokenize,
     max_length: int,
     seed: int,
+    sentences: Sequence[str] | None,
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Write the rows of a corpus and return the facts of its report."""
@@ -186,7 +189,7 @@ def _write(
     counts: Counter[str] = Counter()
     shape = shape_of(settings)
     schema = _schema(shape)
-    prepared = _prepared(read_examples(settings, counts), shape, tokenize, max_length)
+    prepared = _prepared(read_examples(settings, counts, sentences), shape, tokenize, max_length)
     rows = _unique_rows(prepared, shape, counts, progress)
     if settings.max_sentences is not None:
         by_document = schema.get_field_index("document") if shape.passages else None

@@ -84,7 +84,9 @@ def shape_of(settings: CorpusSettings) -> Shape:
     return Shape(pairs, negatives, passages or settings.document_column is not None, passages)
 
 
-def read_examples(settings: CorpusSettings, counts: Counter[str]) -> Iterator[Example]:
+def read_examples(
+    settings: CorpusSettings, counts: Counter[str], sentences: Sequence[str] | None = None
+) -> Iterator[Example]:
     """Yield the normalised rows of a source that pass the settings' filters, duplicates included.
 
     A row with a cell that cannot be used is dropped whole. Positives and negatives may be of any number of words.
@@ -92,6 +94,7 @@ def read_examples(settings: CorpusSettings, counts: Counter[str]) -> Iterator[Ex
     Args:
         settings: the source and its filters.
         counts: gains ``read`` (all lines or documents seen) and one of ``DROP_REASONS`` for each that is dropped.
+        sentences: what is read where the source is ``memory``.
 
     Raises:
         DataError: a file, column, package or data set cannot be read, or a column has nothing in any row.
@@ -100,7 +103,7 @@ def read_examples(settings: CorpusSettings, counts: Counter[str]) -> Iterator[Ex
         yield from _passages(settings, counts)
         return
     blank, kept = set(settings.further_columns), False
-    for cells in _raw(settings, counts):
+    for cells in _raw(settings, counts, sentences):
         counts["read"] += 1
         try:
             example = _example(cells, settings, blank)
@@ -131,12 +134,17 @@ def _is_short(text: str, settings: CorpusSettings) -> bool:
     return text.count(" ") + 1 < settings.min_words
 
 
-def source_identity(settings: CorpusSettings) -> str:
+def source_identity(settings: CorpusSettings, sentences: Sequence[str] | None = None) -> str:
     """Return what the text of a source is, whatever it is called: a hash of contents or versions.
 
     Raises:
         DataError: a file, package or data set cannot be found.
     """
+    if settings.source == "memory":
+        digest = hashlib.sha256()
+        for sentence in _handed(sentences):
+            digest.update(f"{len(sentence)} {sentence}".encode("utf-8", errors="surrogatepass"))
+        return f"memory {digest.hexdigest()}"
     if settings.source == "python-docs":
         return "python-docs " + " ".join(package_versions(settings.packages))
     if settings.source == "hub":
@@ -179,11 +187,21 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
     return files
 
 
-def _raw(settings: CorpusSettings, counts: Counter[str]) -> Iterator[Sequence[object]]:
+def _handed(sentences: Sequence[str] | None) -> Sequence[str]:
+    if sentences is None:
+        what = "is of sentences that were handed over, and this process has none"
+        raise DataError(what, "corpus.source=memory", "Name files by corpus.path")
+    return sentences
+
+
+def _raw(settings: CorpusSettings, counts: Counter[str], sentences: Sequence[str] | None) -> Iterator[Sequence[object]]:
     """Yield the cells of each row: the sentence, and those of the further columns in their order."""
     columns = [settings.column, *(name for _, name in settings.further_columns)]
     if settings.source == "python-docs":
         yield from ((text,) for text in docstring_sentences(settings.packages, settings.num_processes))
+        return
+    if settings.source == "memory":
+        yield from ((sentence,) for sentence in _handed(sentences))
         return
     if settings.source == "hub":
         yield from _hub_rows(settings, columns)

@@ -25,6 +25,7 @@ from hncse_ray.encoder.attention import use_packed_attention
 from hncse_ray.encoder.hardware import autocast_dtype
 from hncse_ray.encoder.head import TrainingHead
 from hncse_ray.encoder.lengths import TokenRows, attention_reach, first_position, length_batches, length_limit
+from hncse_ray.encoder.quiet import quiet
 from hncse_ray.errors import DataError, ModelError
 
 logger = logging.getLogger(__name__)
@@ -342,7 +343,7 @@ class SentenceEncoder(nn.Module):
         stages = self.model._modules
         self.model._modules = {name: stage for name, stage in stages.items() if not isinstance(stage, TrainingHead)}
         try:
-            with merged_adapters(self.model):
+            with merged_adapters(self.model), quiet():
                 self.model.save_pretrained(str(folder), create_model_card=False)
         finally:
             self.model._modules = stages

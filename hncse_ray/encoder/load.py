@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling, WeightedLayerPooling
 from torch import nn
 from transformers import AutoConfig
-from transformers.utils import logging as transformers_logging
 
 from hncse_ray.config import EncoderSettings
 from hncse_ray.encoder.adapters import add_adapters
 from hncse_ray.encoder.dropout import replace_dropout
 from hncse_ray.encoder.encoder import SentenceEncoder
 from hncse_ray.encoder.head import add_head
+from hncse_ray.encoder.quiet import quiet
 from hncse_ray.encoder.resolve import resolve_model
 from hncse_ray.errors import ModelError
 
@@ -86,7 +85,7 @@ def _load(folder: Path, settings: EncoderSettings, name: str) -> SentenceTransfo
     _check_prompts(folder, settings.prompts, name)
     config: dict[str, Any] = {} if settings.dropout is None else _dropout_config(folder, settings, name)
     try:
-        with _quiet():
+        with quiet():
             return SentenceTransformer(
                 str(folder),
                 device="cpu",
@@ -255,20 +254,6 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot be read ({error})", str(path)) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the bars of transformers and its tables of weights, which are checked here, out of the user's terminal."""
-    enabled, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if enabled:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
-import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -39,7 +38,6 @@ _OVERFETCH = 8  # candidates beyond k: room for rows that fp32 scores cannot tel
 _RESCORE_BYTES = 64e6  # float64 working memory of one search
 _MOST_QUERIES = 1024  # scored at a time
 _GPU_SCORES = 1 << 25  # fp32 scores held at a time on a GPU, 134 MB
-_untyped: Any = faiss  # the stubs miss most of the GPU part
 
 
 class VectorIndex(Protocol):
@@ -65,12 +63,20 @@ class VectorIndex(Protocol):
         """Return the stored vectors, float32 [n, D]; the IVF kinds and a GPU store float16."""
 
 
-def new_index(plan: IndexPlan, *, device: torch.device, folder: Path | None = None) -> VectorIndex:
+def _faiss() -> Any:
+    """Return faiss; imported by the kinds that use it: the stubs miss most of its GPU part."""
+    import faiss
+
+    return faiss
+
+
+def new_index(plan: IndexPlan, *, device: torch.device, threads: int = 1, folder: Path | None = None) -> VectorIndex:
     """Make an empty index.
 
     Args:
         plan: of `plan_index`.
         device: the CPU or a GPU.
+        threads: CPU threads that faiss may use to finish it.
         folder: where the IVF kinds keep their float16 vectors, in a file without a name; default the system's.
 
     Raises:
@@ -79,7 +85,7 @@ def new_index(plan: IndexPlan, *, device: torch.device, folder: Path | None = No
     """
     if device.type == "cuda":
         lacking = ""
-        if plan.kind != "exact_torch" and not hasattr(faiss, "StandardGpuResources"):
+        if plan.kind != "exact_torch" and not hasattr(_faiss(), "StandardGpuResources"):
             lacking = "this faiss has no GPU support"
         elif not torch.cuda.is_available():
             lacking = "torch sees no GPU"
@@ -89,7 +95,7 @@ def new_index(plan: IndexPlan, *, device: torch.device, folder: Path | None = No
     if plan.on_gpu != (device.type == "cuda"):
         raise ValueError(f"the index was planned with on_gpu={plan.on_gpu}, and asked for on {device}")
     if plan.kind in ("ivf_flat", "ivf_pq"):
-        return _IvfIndex(plan, device, folder)
+        return _IvfIndex(plan, device, threads, folder)
     if plan.kind == "exact_torch":
         return _ExactIndex(plan, device)
     return _FaissGpuIndex(plan, device) if plan.on_gpu else _FaissIndex(plan, device)
@@ -273,6 +279,7 @@ class _FaissIndex(_ExactIndex):
     """
 
     def _candidates(self, queries_QD: NDArray[np.float32], fetch: int, threads: int) -> Hits:
+        faiss = _faiss()
         faiss.cvar.distance_compute_blas_threshold = 800
         matrix_ND = self._matrix_ND.numpy()
 
@@ -295,24 +302,24 @@ class _FaissGpuIndex(_ExactIndex):
     def _candidates(self, queries_QD: NDArray[np.float32], fetch: int, threads: int) -> Hits:
         if not hasattr(self._local, "resources"):
             self._local.resources = _gpu_resources()
-        fetch = min(fetch, GPU_MOST_HITS)
+        faiss, fetch = _faiss(), min(fetch, GPU_MOST_HITS)
         half_QD = queries_QD.astype(np.float16)
         scores_QK, rows_QK = no_hits(len(queries_QD), fetch)
-        args = _untyped.GpuDistanceParams()
-        args.metric, args.k, args.dims = _untyped.METRIC_INNER_PRODUCT, fetch, self.dimension
-        args.vectors, args.numVectors = _untyped.cast_integer_to_void_ptr(self._matrix_ND.data_ptr()), self.rows
-        args.queries, args.numQueries = _untyped.cast_integer_to_void_ptr(half_QD.ctypes.data), len(half_QD)
-        args.vectorType = args.queryType = _untyped.DistanceDataType_F16
-        args.outDistances, args.outIndices = _untyped.swig_ptr(scores_QK), _untyped.swig_ptr(rows_QK)
-        args.outIndicesType = _untyped.IndicesDataType_I64
+        args = faiss.GpuDistanceParams()
+        args.metric, args.k, args.dims = faiss.METRIC_INNER_PRODUCT, fetch, self.dimension
+        args.vectors, args.numVectors = faiss.cast_integer_to_void_ptr(self._matrix_ND.data_ptr()), self.rows
+        args.queries, args.numQueries = faiss.cast_integer_to_void_ptr(half_QD.ctypes.data), len(half_QD)
+        args.vectorType = args.queryType = faiss.DistanceDataType_F16
+        args.outDistances, args.outIndices = faiss.swig_ptr(scores_QK), faiss.swig_ptr(rows_QK)
+        args.outIndicesType = faiss.IndicesDataType_I64
         args.device = self._matrix_ND.device.index or 0
-        _untyped.bfKnn(self._local.resources, args)
+        faiss.bfKnn(self._local.resources, args)
         return scores_QK, rows_QK
 
 
 def _gpu_resources() -> Any:
     """Return what faiss needs on a GPU, with less working memory than the 1.5 GB that it takes by itself."""
-    resources = _untyped.StandardGpuResources()
+    resources = _faiss().StandardGpuResources()
     resources.setTempMemory(256 << 20)
     return resources
 
@@ -320,9 +327,9 @@ def _gpu_resources() -> Any:
 class _IvfIndex:
     """`ivf_flat` and `ivf_pq`: a faiss index in memory, and the float16 vectors in a file that has no name."""
 
-    def __init__(self, plan: IndexPlan, device: torch.device, folder: Path | None) -> None:
+    def __init__(self, plan: IndexPlan, device: torch.device, threads: int, folder: Path | None) -> None:
         self.rows, self.dimension = plan.rows, plan.dimension
-        self._plan, self._device = plan, device
+        self._plan, self._device, self._threads = plan, device, threads
         self._filling = _Filling(plan)
         self._index: Any = None
         self._one_at_a_time = threading.Lock()  # for a GPU
@@ -342,7 +349,8 @@ class _IvfIndex:
 
     def finish(self) -> None:
         self._filling.finish()
-        plan = self._plan
+        faiss, plan = _faiss(), self._plan
+        faiss.omp_set_num_threads(self._threads)  # of this thread
         quantizer = faiss.IndexFlatIP(plan.dimension)
         parameters = (quantizer, plan.dimension, plan.nlist)
         index: Any
@@ -356,9 +364,9 @@ class _IvfIndex:
         index.train(self.vectors(sample_n))
         if self._device.type == "cuda":
             self._resources = _gpu_resources()
-            options = _untyped.GpuClonerOptions()
+            options = faiss.GpuClonerOptions()
             options.useFloat16 = options.useFloat16CoarseQuantizer = True
-            index = _untyped.index_cpu_to_gpu(self._resources, self._device.index or 0, index, options)
+            index = faiss.index_cpu_to_gpu(self._resources, self._device.index or 0, index, options)
         for start in range(0, plan.rows, BLOCK_ROWS):
             index.add(self._stored_ND[start : start + BLOCK_ROWS].astype(np.float32))
         if self._device.type == "cuda":
@@ -372,12 +380,12 @@ class _IvfIndex:
             with self._one_at_a_time:
                 found_QK = self._find(queries_QD, keep)
         else:
-            faiss.omp_set_num_threads(threads)  # of the calling thread
+            _faiss().omp_set_num_threads(threads)  # of the calling thread
             found_QK = self._find(queries_QD, keep)
         return merge_hits(found_QK[0][None], found_QK[1][None], k=k)
 
     def _find(self, queries_QD: NDArray[np.float32], k: int) -> Hits:
-        probes = _untyped.SearchParametersIVF(nprobe=self._plan.nprobe)
+        probes = _faiss().SearchParametersIVF(nprobe=self._plan.nprobe)
         scores_Qk, rows_Qk = self._index.search(queries_QD, k, params=probes)
         return scores_Qk, rows_Qk
 

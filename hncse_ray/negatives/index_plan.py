@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 from hncse_ray.errors import ClusterError, DataError
@@ -55,8 +56,8 @@ def plan_index(
     """Size an index, and refuse one that does not fit.
 
     `auto` is exact where that fits, else `ivf_pq`: `flat` on a CPU, `exact_torch` on a GPU, where it answers alike and
-    sooner (benchmarks/results/gpu_index_h200.json). `ivf_flat` needs more memory than these and is not exact: it is
-    chosen by hand, for the speed of a search among very many rows.
+    sooner (benchmarks/results/gpu_index_h200.json), and where faiss is not installed. `ivf_flat` needs more memory than
+    these and is not exact: it is chosen by hand, for the speed of a search among very many rows.
 
     Args:
         kind: the index, or `auto`.
@@ -68,12 +69,16 @@ def plan_index(
 
     Raises:
         DataError: there are no rows, or too few to train `ivf_pq`.
-        ClusterError: the index, or with `auto` every index, is too large.
+        ClusterError: the index, or with `auto` every index, is too large, or needs faiss, which is not installed.
     """
     if rows < 1:
         raise DataError("a shard has no rows to index", "negatives.index", "Use fewer shards (negatives.num_shards)")
-    candidates: list[IndexKind] = [kind] if kind != "auto" else ["exact_torch" if on_gpu else "flat"]
-    if kind == "auto" and rows >= _PQ_TRAINING_ROWS:
+    has_faiss = find_spec("faiss") is not None
+    if kind not in ("auto", "exact_torch") and not has_faiss:
+        raise ClusterError(f"{kind} needs faiss, which is not installed", "negatives.index",
+                           "Install hncse-ray[cpu] or hncse-ray[gpu], or use negatives.index=exact_torch")  # fmt: skip
+    candidates: list[IndexKind] = [kind] if kind != "auto" else ["exact_torch" if on_gpu or not has_faiss else "flat"]
+    if kind == "auto" and has_faiss and rows >= _PQ_TRAINING_ROWS:
         candidates.append("ivf_pq")
     sums = []
     for candidate in candidates:

@@ -11,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import faiss
 import numpy as np
 import torch
 
@@ -87,10 +86,9 @@ class IndexShard:
                     self._load(weights)
                     self._newest = version, weights
                 return BuildReport(len(self._ids), 0.0, 0.0)
-            faiss.omp_set_num_threads(self._threads)  # of this thread
             try:
                 self._load(weights)
-                index = new_index(self._plan, device=self._device, folder=self._folder)
+                index = new_index(self._plan, device=self._device, threads=self._threads, folder=self._folder)
                 for rows, vectors_nD in self._encoded():
                     index.put(rows, vectors_nD)
                 encode_seconds = time.perf_counter() - started

@@ -15,6 +15,11 @@ from hncse_ray.errors import StorageError
 _OF_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the command of a submitted job
 
 
+def is_job() -> bool:
+    """Say whether this process is the command of a job that was submitted to a cluster."""
+    return _OF_A_JOB in os.environ
+
+
 def check_outlasts_job(path: str | Path, setting: str) -> None:
     """Refuse a place for results that is gone when this process, a job that was submitted to a cluster, has ended.
 
@@ -28,7 +33,7 @@ def check_outlasts_job(path: str | Path, setting: str) -> None:
         StorageError: it is relative, or within that copy.
     """
     scheme, separator, below = str(path).rpartition("://")
-    if _OF_A_JOB not in os.environ or (separator and scheme not in ("file", "local")):
+    if not is_job() or (separator and scheme not in ("file", "local")):
         return
     if not Path(below).is_absolute() or "working_dir_files" in Path(below).parts:
         raise StorageError(
@@ -73,10 +78,12 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
         if path.exists():
             os.replace(path, replaced)
         os.replace(partial, path)
-    except Exception as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if replaced.exists() and not path.exists():
             os.replace(replaced, path)
+        if not isinstance(error, Exception):  # Ctrl-C
+            raise
         # safetensors and torch report a full disk as errors of their own, not as OSError.
         raise StorageError(f"cannot be written ({error})", str(path), "Is the disk full?") from error
     shutil.rmtree(replaced, ignore_errors=True)

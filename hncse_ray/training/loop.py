@@ -40,7 +40,6 @@ class TrainJob:
     corpus: Corpus
     encoder: SentenceEncoder
     sets: EvaluationSets
-    precision: str = ""
     source: NegativeSource | None = None
 
 
@@ -245,7 +244,7 @@ class _Trainer:
                 batch_size=self.settings.train.batch_size,
                 num_workers=world_size(),
                 device=str(self.encoder.device),
-                precision=job.precision,
+                precision=f"{self.encoder.precision}, rows {'packed' if self.encoder.packs else 'padded'}",
                 resumed=self.state.step > 0,
             )
         )

@@ -37,7 +37,7 @@ from hncse_ray.storage import (
     whole_folders,
     write_atomically,
 )
-from hncse_ray.training.run_folder import OTHER, RunFolder, claim_run_folder, refuse_other_settings
+from hncse_ray.training.run_folder import KEPT_CHECKPOINTS, OTHER, RunFolder, claim_run_folder, refuse_other_settings
 
 logger = logging.getLogger(__name__)
 
@@ -233,6 +233,13 @@ class MirrorPlan:
     remote: Remote
     token: str
     keep: int
+
+
+def mirror_plan(folder: RunFolder) -> MirrorPlan | None:
+    """Return how a claimed run is sent to its URL; None if it has none."""
+    if not isinstance(folder, RemoteRunFolder):
+        return None
+    return MirrorPlan(folder.remote, folder.token, keep=KEPT_CHECKPOINTS)
 
 
 class RunMirror:

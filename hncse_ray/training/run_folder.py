@@ -36,6 +36,7 @@ _FREE = (
     "negatives.timeout_s",
     "negatives.build_timeout_s",
 )
+KEPT_CHECKPOINTS = 2  # the newest, and the one before it in case the newest was damaged
 OTHER = "Choose another run.name, or remove the folder"
 
 
@@ -57,7 +58,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where Ray Train keeps the checkpoints."""
+        """Where the checkpoints are."""
         return self.path / "checkpoints"
 
     def finished(self) -> RunFinished | None:

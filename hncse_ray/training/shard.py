@@ -7,15 +7,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hncse_ray.config import EncoderSettings, NegativesSettings, Side
+from hncse_ray.config import EncoderSettings, NegativesSettings, Settings, Side
 from hncse_ray.corpus import Corpus
 from hncse_ray.corpus.cache import cache_folder
 from hncse_ray.encoder import load_encoder
 from hncse_ray.errors import StorageError
 from hncse_ray.negatives import IndexPlan, Weights, plan_index
+from hncse_ray.negatives.in_process import InProcessSource
 from hncse_ray.negatives.shard import IndexShard
 
 _ENCODE_BATCH = (128, 1024)  # rows encoded at a time on CPUs, and on a GPU
+_PART_BESIDE_TRAINER = 0.5  # of its GPU, for an index in the trainer's process
 _GPU_WORKING_BYTES = 1e9  # what encoding and searching take of a GPU beside model and index, at the least
 
 
@@ -97,7 +99,7 @@ def plan_for_gpu(
     Raises:
         ClusterError: it does not fit; the message does the sum.
     """
-    part = negatives.gpus_per_shard if 0 < negatives.gpus_per_shard < 1 else 1.0
+    part = min(1.0, negatives.gpus_per_shard) or _PART_BESIDE_TRAINER
     return plan_index(
         negatives.index,
         rows=plan.rows,
@@ -115,3 +117,30 @@ def _index_folder(negatives: NegativesSettings, cache_dir: str | None) -> Path:
     except OSError as error:
         raise StorageError(f"cannot be written ({error.strerror})", str(folder), "Set negatives.index_dir") from error
     return folder
+
+
+def in_process_source(
+    settings: Settings, corpus: Corpus, *, plan: IndexPlan, threads: int, device: torch.device
+) -> InProcessSource:
+    """Make a source of global negatives in this process: one shard with all rows, beside the trainer.
+
+    Args:
+        settings: of the run.
+        corpus: its rows.
+        plan: the index.
+        threads: CPU threads of one search.
+        device: of the trainer, and of the encoder that makes the vectors.
+
+    Raises:
+        HncseError: see :func:`build_shard`.
+    """
+    shard = build_shard(
+        settings.negatives,
+        settings.encoder,
+        corpus,
+        plan=plan,
+        threads=threads,
+        device=device,
+        cache_dir=settings.corpus.cache_dir,
+    )
+    return InProcessSource(shard, corpus_digest=corpus.digest, rows=len(corpus))

@@ -16,11 +16,12 @@ import torch
 from pool_faults import nothing_is_left
 from tiny import make_model, make_sentences
 
-from hncse_ray.cluster import prepare, train
+from hncse_ray.cluster import train
 from hncse_ray.config import OBJECTIVES, Settings, load_settings
 from hncse_ray.encoder import load_encoder
 from hncse_ray.negatives import IndexVersion, plan_index
 from hncse_ray.reporting import Reporters
+from hncse_ray.training.checks import prepare
 from hncse_ray.training.objective import Objective
 from hncse_ray.training.shard import build_shard
 from hncse_ray.training.step import LocalBatch, StepContext, StepNegatives, train_step

@@ -29,7 +29,6 @@ from pool_faults import (
 from tiny import make_sentences
 from waits import seconds, soon, within
 
-from hncse_ray.cluster import prepare
 from hncse_ray.cluster.node_corpus import NodeCorpus
 from hncse_ray.cluster.pool import PoolClient, PoolHandles, negative_pool
 from hncse_ray.cluster.resources import plan_pool
@@ -41,6 +40,7 @@ from hncse_ray.negatives import Hits, IndexVersion, SourceUnavailable, Weights, 
 from hncse_ray.negatives.in_process import InProcessSource
 from hncse_ray.reporting import Reporters
 from hncse_ray.storage import locked
+from hncse_ray.training.checks import prepare
 from hncse_ray.training.shard import build_shard
 
 pytestmark = pytest.mark.timeout(600)

@@ -144,3 +144,21 @@ def test_one_of_two_workers_killed_is_replaced(recipe: Path, reference: tuple[Pa
     course = [np.mean([r["positive_similarity"] for r in part if "loss" in r]) for part in (rows, alone)]
     assert course[0] == pytest.approx(course[1], abs=0.05)
     assert command.is_gone(), command.processes()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_the_other_engine(recipe: Path, reference: tuple[Path, dict]) -> None:
+    run = recipe.parent / "runs" / "either"
+    for engine, step in (("local", 10), ("ray", 40)):
+        command = Command("train", str(recipe), "run.name=either", f"cluster.engine={engine}")
+        soon(checkpoint(recipe, "either", step), within_s=240, what="a checkpoint")
+        command.process.send_signal(signal.SIGINT)
+        command.ended(within_s=120)
+        assert command.process.returncode == 130 and command.is_gone()
+    result = Command("train", str(recipe), "run.name=either", "cluster.engine=local").finish()
+    assert (run / "log.txt").read_text().count("resumes at step") == 2
+    assert {k: v for k, v in result.items() if k not in ("model", "sentences_per_s")} == {
+        k: v for k, v in reference[1].items() if k not in ("model", "sentences_per_s")
+    }
+    assert lines_of(run) == lines_of(reference[0])
+    assert weights_of(run) == weights_of(reference[0])

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from pair_tables import COLUMNS, make_pairs, write_pairs
 
-from hncse_ray.cluster.launch import check_run
 from hncse_ray.config import Settings, load_settings
 from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import load_encoder
 from hncse_ray.errors import HncseError, ModelError
+from hncse_ray.training.checks import check_run
 
 Tree = dict[str, Any]
 

@@ -93,7 +93,7 @@ def build_job(settings: Settings, sets: EvaluationSets | None = None) -> TrainJo
         max_length=settings.encoder.max_length,
     )
     sets = sets or load_evaluation_sets(settings.evaluation, settings.corpus)
-    return TrainJob(settings, corpus, encoder, sets, "fp32 (as set)")
+    return TrainJob(settings, corpus, encoder, sets)
 
 
 def run(
@@ -237,7 +237,7 @@ def test_events_come_in_order(tree: Tree, tmp_path: Path) -> None:
     ]
     started = of(events, RunStarted)[0]
     assert (started.run, started.sentences, started.batch_size, started.num_workers) == ("small", 300, 16, 1)
-    assert not started.resumed and started.precision == "fp32 (as set)" and started.device == "cpu"
+    assert not started.resumed and started.precision == "fp32 (as set), rows packed" and started.device == "cpu"
 
 
 @pytest.mark.parametrize(("every", "steps"), [(4, [0, 4, 8, 12]), (5, [0, 5, 10, 12]), (100, [0, 12])])

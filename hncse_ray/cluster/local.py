@@ -1,0 +1,113 @@
+"""The engine that trains in this process, without Ray: for notebooks, debugging, and machines that have no Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from joblib import cpu_count
+
+from hncse_ray.cluster.resources import Resources, WorkerPlan, plan_pool, plan_workers
+from hncse_ray.config import Settings
+from hncse_ray.corpus import Corpus
+from hncse_ray.negatives.in_process import InProcessSource
+from hncse_ray.reporting import Event, Notice, Reporter, RunFinished, StageProgress
+from hncse_ray.reporting.records import Unfailing, run_log, run_records
+from hncse_ray.storage import keep_trying
+from hncse_ray.training import TrainJob, fit
+from hncse_ray.training.checks import check_run
+from hncse_ray.training.remote_run import PATIENCE_S, bring_run, mirror_plan
+from hncse_ray.training.run_folder import RunFolder
+from hncse_ray.training.shard import in_process_source
+from hncse_ray.training.store import folder_store
+
+_PART_OF_MEMORY = 0.7  # that an index may take, as Ray reckons
+
+
+def train_here(
+    settings: Settings, folder: RunFolder, reporter: Reporter, sentences: Sequence[str] | None
+) -> RunFinished:
+    """Check a run and train it in this process, from its newest checkpoint if it has one.
+
+    Args:
+        settings: of the run.
+        folder: claimed for it.
+        reporter: receives the run's events.
+        sentences: of a run whose ``corpus.source`` is ``memory``.
+
+    Raises:
+        HncseError: the run is refused, or fails for a known cause.
+    """
+    machine = _machine()
+    plan = plan_workers(settings.cluster, machine)
+    device = torch.device("cuda", torch.cuda.current_device()) if plan.gpus else torch.device("cpu")
+    encoder, sets, corpus = check_run(settings, reporter, device=device, sentences=sentences)
+    told, mirror = Unfailing(reporter), mirror_plan(folder)
+
+    def notify(text: str) -> None:
+        told.on(Notice(text))
+
+    with run_log(folder.path), _threads(plan.threads):
+        if mirror is not None:
+            keep_trying(lambda: bring_run(mirror.remote, folder.path, notify), timeout_s=PATIENCE_S)
+        source = None
+        if settings.negatives.source != "none":
+            source = _source(settings, corpus, encoder.dimension, machine, plan, device, told)
+        with folder_store(folder.path, mirror, notify) as store, run_records(folder.path) as files:
+
+            def emit(event: Event) -> None:
+                files.on(event)
+                told.on(event)
+
+            finished = fit(TrainJob(settings, corpus, encoder, sets, source), store, emit)
+        assert finished is not None  # only nodes that come and go have a run pause
+        told.on(finished)
+        return finished
+
+
+def _source(
+    settings: Settings,
+    corpus: Corpus,
+    dimension: int,
+    machine: Resources,
+    workers: WorkerPlan,
+    device: torch.device,
+    reporter: Reporter,
+) -> InProcessSource:
+    """Make the source of global negatives: in this process, where the settings ask for a pool of actors too."""
+    if settings.negatives.source == "pool":
+        reporter.on(Notice("cluster.engine is local: the index of negatives.source=pool is made in this process, and"
+                           " training waits while it is renewed"))  # fmt: skip
+    alone = {"source": "in_process", "num_shards": 1, "cpus_per_shard": 0.0, "gpus_per_shard": 0.0}
+    plan = plan_pool(
+        settings.negatives.model_copy(update=alone),
+        [machine],
+        rows=len(corpus),
+        dimension=dimension,
+        on_trainers_gpu=workers.gpus > 0,
+    )
+    reporter.on(StageProgress(plan.describe(), 0, None))
+    alone_settings = settings.model_copy(update={"negatives": settings.negatives.model_copy(update=alone)})
+    return in_process_source(alone_settings, corpus, plan=plan.index, threads=workers.threads, device=device)
+
+
+def _machine() -> Resources:
+    """Return what this machine has, by Ray's names."""
+    return {
+        "CPU": float(cpu_count()),
+        "GPU": float(torch.cuda.device_count()),
+        "memory": _PART_OF_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+    }
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Compute with so many threads meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,131 @@
+"""The training command: claim the run, have an engine train it, keep the result. Ray is imported only if it is used."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hncse_ray.config import LOCAL_IS_ONE, Settings, load_settings
+from hncse_ray.errors import SettingsError, StorageError
+from hncse_ray.reporting import LineReporter, Reporter, Reporters, RunFinished
+from hncse_ray.storage import is_job
+from hncse_ray.training.remote_run import RemoteRunFolder, claim_run
+from hncse_ray.training.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+Engine = Callable[[Settings, RunFolder, Reporter, Sequence[str] | None], RunFinished]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves.
+
+    Attributes:
+        model: folder of the exported encoder, in sentence-transformers layout.
+        steps: optimiser steps taken.
+        best_step: the step whose weights are in ``model``.
+        sentences_per_s: sentences trained on a second, evaluation and checkpoints left out.
+        before: scores by split and ``suite/metric`` before training.
+        after: the same of ``model``.
+    """
+
+    model: str
+    steps: int
+    best_step: int
+    sentences_per_s: float
+    before: dict[str, dict[str, float]]
+    after: dict[str, dict[str, float]]
+
+
+def train(settings: Settings, *, sentences: Sequence[str] | None = None, reporter: Reporter | None = None) -> RunResult:
+    """Train an encoder as the settings say; go on where an interrupted run of the same settings stopped.
+
+    Everything that can be checked is checked before the training begins; a run that is refused leaves no folder.
+
+    With ``cluster.engine=local`` it trains in this process, without Ray: for notebooks, debugging, and machines that
+    have no Ray. Folder, checkpoints and records are the same, and a run begun so can be gone on with by Ray.
+
+    Args:
+        settings: see :func:`hncse_ray.load_settings`.
+        sentences: what to train on, in place of the corpus that the settings name; each is cleaned and filtered as
+            a line of a file would be.
+        reporter: receives the run's events too; its log and metrics files have them in any case.
+
+    Raises:
+        HncseError: bad settings, data, model, cluster or storage; or training failed for a known cause.
+    """
+    settings, engine = _located(_with_sentences(settings, sentences)), _engine(settings)
+    with claim_run(settings) as folder:
+        result = folder.finished()
+        if result is None:
+            events = Reporters([LineReporter(), *([reporter] if reporter else [])])
+            result = engine(settings, folder, events, sentences)
+            folder.write_result(asdict(result))
+            if settings.evaluation.test and not isinstance(folder, RemoteRunFolder):  # not for the trials of a sweep
+                _write_page(folder.path)
+        else:
+            logger.info("run %s is finished already", settings.run.name)
+    return RunResult(
+        model=f"{folder.place}/model",
+        steps=result.step,
+        best_step=result.best_step,
+        sentences_per_s=result.sentences_per_s,
+        before=result.before,
+        after=result.after,
+    )
+
+
+def _engine(settings: Settings) -> Engine:
+    """Return what trains a run; each brings its own imports.
+
+    Raises:
+        SettingsError: it cannot be used here.
+    """
+    if settings.cluster.engine == "local":
+        if is_job():
+            raise SettingsError(
+                f"{LOCAL_IS_ONE}, and a job is on a cluster", "cluster.engine", "Set cluster.engine=ray"
+            )
+        from hncse_ray.cluster.local import train_here
+
+        return train_here
+    from hncse_ray.cluster.launch import train_on_ray
+
+    return train_on_ray
+
+
+def _with_sentences(settings: Settings, sentences: Sequence[str] | None) -> Settings:
+    """Return the settings of a run on sentences that are handed over, or as they are if there are none.
+
+    Raises:
+        SettingsError: there are none, and the settings say that there are; or they say what sentences have not.
+    """
+    if sentences is None:
+        if settings.corpus.source == "memory":
+            raise SettingsError("names no file: the sentences are handed to hncse_ray.train(settings, sentences=[...])",
+                                "corpus.source=memory", "Name files by corpus.path")  # fmt: skip
+        return settings
+    if isinstance(sentences, str) or not all(isinstance(sentence, str) for sentence in sentences):
+        raise SettingsError("is no list of texts", "sentences", "Give a list such as ['One sentence.', 'Another.']")
+    return load_settings(settings.model_dump(mode="json"), {"corpus.source": "memory", "corpus.path": []})
+
+
+def _located(settings: Settings) -> Settings:
+    """Return the settings with the model's path made absolute: workers are in folders of their own."""
+    model = Path(settings.encoder.model)
+    if not model.is_dir():
+        return settings
+    return settings.model_copy(update={"encoder": settings.encoder.model_copy(update={"model": str(model.absolute())})})
+
+
+def _write_page(folder: Path) -> None:
+    """Write the page of a finished run; the run is not lost if that fails."""
+    from hncse_ray.reporting.run_page import write_run_page  # plotly takes a second to import
+
+    try:
+        write_run_page(folder)
+    except StorageError as error:
+        logger.warning("the page of the run could not be written: %s", error)

@@ -1,0 +1,61 @@
+"""What the nodes around a run ask of it: nodes that will be taken away, and room for more workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import ray.train
+from ray.util.placement_group import PlacementGroup
+
+from hncse_ray.cluster.elastic import Places, placed
+from hncse_ray.training.checkpoint import Wish
+from hncse_ray.training.distributed import from_first, rank, world_size
+
+
+@contextmanager
+def surroundings(notify: Callable[[str], None], missing: Places, least: int | None) -> Iterator[Surroundings]:
+    """Watch the nodes of a run's workers, and ask for places of further workers meanwhile.
+
+    Args:
+        notify: told when nodes are about to go or have come.
+        missing: places of further workers; when there is one, the run is asked to pause.
+        least: how many workers are enough to go on with before others are taken away; None = wait until they are.
+    """
+    with missing.asked_for() if missing.number and rank() == 0 else nullcontext() as groups:
+        yield Surroundings(notify, missing.number, groups, least)
+
+
+class Surroundings:
+    """Nodes of the run's workers that will be taken away, such as spot instances, and new places for more workers."""
+
+    def __init__(
+        self,
+        notify: Callable[[str], None],
+        missing: int,
+        groups: Sequence[PlacementGroup] | None,
+        least: int | None,
+    ) -> None:
+        self.notify: Callable[[str], None] = notify if rank() == 0 else lambda text: None
+        self._missing, self._groups, self._more, self._least = missing, groups, 0, least
+        self._leaving = set[str]()
+
+    def wish(self) -> Wish:
+        """Say what they ask for that they had not when last asked; a barrier, and the same on every rank."""
+        info = ray.train.get_preemption_info()  # Ray Train hears of it
+        news = set(info.preempted_node_ids) - self._leaving if info is not None else set()
+        self._leaving |= news
+        if news:
+            self.notify(f"{len(news)} node(s) of the workers will be taken away: a checkpoint is written now")
+            if self._least is not None and world_size() - len(info.preempted_ranks) >= self._least:
+                return Wish.PAUSE  # Ray places nothing more there
+        before, self._more = self._more, self._count()
+        if self._more and self._more == before:  # not while further ones are still coming
+            self.notify(f"there is room for {self._more} more worker(s): they take part from the checkpoint of now")
+            return Wish.PAUSE
+        return Wish.CHECKPOINT if news else Wish.NOTHING
+
+    def _count(self) -> int:
+        if not self._missing:
+            return 0
+        return from_first(lambda: placed(self._groups or ()))

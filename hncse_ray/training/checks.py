@@ -1,0 +1,100 @@
+"""Everything that can be checked of a run before it begins: model, data, corpus, and settings that must fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hncse_ray.config import Settings
+from hncse_ray.corpus import Corpus, prepare_corpus
+from hncse_ray.encoder import SentenceEncoder, has_dropout, load_encoder
+from hncse_ray.errors import DataError, ModelError
+from hncse_ray.reporting.events import StageProgress
+from hncse_ray.reporting.reporters import Reporter
+from hncse_ray.training.evaluator import EvaluationSets, load_evaluation_sets
+from hncse_ray.training.negatives import check_candidates
+from hncse_ray.training.objective_check import check_objective
+from hncse_ray.training.schedule import count_steps, plan_batches
+
+
+def prepare(
+    settings: Settings, encoder: SentenceEncoder, reporter: Reporter, *, sentences: Sequence[str] | None = None
+) -> Corpus:
+    """Prepare a run's corpus for its encoder, or find it prepared; progress goes to ``reporter``.
+
+    Args:
+        settings: of the run.
+        encoder: whose tokenizer.
+        reporter: receives how far it is.
+        sentences: of a run whose ``corpus.source`` is ``memory``.
+
+    Raises:
+        DataError: the source cannot be read, or nothing of it is left.
+    """
+    return prepare_corpus(
+        settings.corpus,
+        tokenize=encoder.token_rows,
+        tokenizer_digest=encoder.tokenizer_digest(),
+        max_length=settings.encoder.max_length,
+        seed=settings.run.seed,
+        sentences=sentences,
+        progress=lambda stage, done, total: reporter.on(StageProgress(stage, done, total)),
+    )
+
+
+def check_run(
+    settings: Settings,
+    reporter: Reporter,
+    *,
+    device: torch.device | str = "cpu",
+    sentences: Sequence[str] | None = None,
+) -> tuple[SentenceEncoder, EvaluationSets, Corpus]:
+    """Load what a run needs and check all that can be checked before it begins.
+
+    Args:
+        settings: of the run.
+        reporter: receives the progress of preparing the corpus.
+        device: of the encoder.
+        sentences: of a run whose ``corpus.source`` is ``memory``.
+
+    Raises:
+        HncseError: bad data or model, or settings that do not fit them.
+    """
+    model = settings.encoder.model
+    encoder = load_encoder(model, settings.encoder, device=device, seed=settings.run.seed)
+    if settings.corpus.positive_column is None:
+        _check_dropout(encoder)
+    elif encoder.unpooled_prompt("query") != encoder.unpooled_prompt("document"):
+        raise ModelError(
+            "it leaves prompts out of its pooling, which cannot be done where those of queries and documents differ"
+            " in length",
+            model,
+            "Set encoder.prompts, such as encoder.prompts={query: '', document: ''}",
+        )
+    if settings.encoder.max_length > (limit := encoder.length_limit):
+        raise ModelError(f"it takes {limit} tokens at most", model, "Lower encoder.max_length")
+    batch_size = settings.train.batch_size
+    check_objective(settings, dimension=encoder.dimension, batch_size=batch_size)
+    sets = load_evaluation_sets(settings.evaluation, settings.corpus)
+    corpus = prepare(settings, encoder, reporter, sentences=sentences)
+    if corpus.report.without_positive:
+        _check_dropout(encoder, f"{corpus.report.without_positive:,} rows have no positive, and ")
+    if len(corpus) < batch_size:
+        raise DataError(
+            f"has {len(corpus)} sentences, fewer than train.batch_size = {batch_size}",
+            f"corpus {settings.corpus.place}",
+            "Lower train.batch_size or give a larger corpus",
+        )
+    count_steps(settings.train, plan_batches(settings, corpus.view_lengths))  # refuses a warm-up that does not end
+    check_candidates(settings, corpus)
+    if (last_batch := len(corpus) % batch_size) >= settings.smallest_batch:
+        check_objective(settings, dimension=encoder.dimension, batch_size=last_batch)
+    return encoder, sets, corpus
+
+
+def _check_dropout(encoder: SentenceEncoder, why: str = "") -> None:
+    """See that two views of a sentence would differ."""
+    if not has_dropout(encoder):
+        raise ModelError(f"{why}it has no dropout, so both views of a sentence would be the same", encoder.name,
+                         "Set encoder.dropout=0.1")  # fmt: skip
