@@ -44,7 +44,9 @@ def evaluate(
     ],
     suite: Annotated[
         list[str] | None,
-        typer.Option(help="sts, transfer, geometry, python-docs, pairs, retrieval, stsb, or full; may be repeated."),
+        typer.Option(
+            help="sts, transfer, geometry, python-docs, python-code, pairs, retrieval, stsb, or full; may be repeated."
+        ),
     ] = None,
     pairs: Annotated[str | None, typer.Option(help="A file of query and answer; adds suite pairs.")] = None,
     data: Annotated[

@@ -8,7 +8,9 @@ from pydantic import Field, model_validator
 
 from hncse_ray.config.base import MOST, Section, StrTuple
 
-CorpusSource = Literal["auto", "text", "jsonl", "csv", "parquet", "hub", "python-docs", "documents", "memory"]
+CorpusSource = Literal[
+    "auto", "text", "jsonl", "csv", "parquet", "hub", "python-docs", "python-code", "documents", "memory"
+]  # fmt: skip
 
 
 class CorpusSettings(Section):
@@ -19,7 +21,9 @@ class CorpusSettings(Section):
         description="auto = files, each read as its ending says, and a folder as the documents in it;"
         " memory = handed to hncse_ray.train(sentences=...)",
     )
-    path: StrTuple = Field((), description="files and globs, folders (documents), or one data set name (hub)")
+    path: StrTuple = Field(
+        (), description="files and globs, folders (documents, python-code), or one data set name (hub)"
+    )
     column: str = Field("text", description="the column of tables and hub sources")
     title_column: str | None = Field(
         None, min_length=1, description="documents in tables: default: title, where there is one"
@@ -43,7 +47,12 @@ class CorpusSettings(Section):
     )
     subset: str | None = Field(None, description="the configuration of a hub data set")
     split: str = Field("train", description="the split of a hub data set")
-    packages: StrTuple = Field((), description="python-docs: packages to read; empty = a tested selection")
+    packages: StrTuple = Field(
+        (), description="python-docs and python-code: packages to read; empty = a tested selection, or what path names"
+    )
+    held_out: float = Field(
+        0.0, ge=0, lt=1, description="python-code: share of the modules that are scored on, not trained on"
+    )
     min_words: int = Field(
         1, ge=1, le=1000, description="words as blanks part them: one for a line of Chinese or Japanese"
     )
@@ -69,8 +78,8 @@ class CorpusSettings(Section):
         elif self.source == "memory":
             if self.path:
                 raise ValueError("source 'memory' is handed to hncse_ray.train(sentences=...) and takes no path")
-        elif not self.path:
-            raise ValueError(f"source {self.source!r} needs a path; python-docs needs none")
+        elif not self.path and self.source != "python-code":
+            raise ValueError(f"source {self.source!r} needs a path; python-docs and python-code need none")
         elif self.source == "hub" and len(self.path) > 1:
             raise ValueError("source 'hub' takes one data set name")
         return self
@@ -84,6 +93,11 @@ class CorpusSettings(Section):
         return tuple((setting, name) for setting, name in found if name is not None)
 
     @property
+    def has_pairs(self) -> bool:
+        """Whether rows may have positives."""
+        return self.positive_column is not None or self.source == "python-code"
+
+    @property
     def first_document_setting(self) -> str:
         """The first setting for documents alone that is not as by default; empty if all are."""
         alone = ("title_column", "unit", "passage_words", "near_duplicates")
@@ -91,7 +105,7 @@ class CorpusSettings(Section):
 
     @model_validator(mode="after")
     def _columns_fit(self) -> CorpusSettings:
-        if self.further_columns and self.source in ("text", "python-docs", "memory"):
+        if self.further_columns and self.source in ("text", "python-docs", "python-code", "memory"):
             setting = self.further_columns[0][0]
             raise ValueError(f"source {self.source!r} has no columns, so {setting} cannot be read from it")
         if self.negative_columns and self.positive_column is None:
@@ -99,9 +113,11 @@ class CorpusSettings(Section):
         if self.source == "documents" and (self.positive_column or self.negative_columns):
             setting = "positive_column" if self.positive_column else "negative_columns"
             raise ValueError(f"documents are no pairs; for {setting} read the table by another source")
-        documents_at_most = self.source in ("auto", "documents") and self.positive_column is None
-        if self.repel_within_document and self.document_column is None and not documents_at_most:
+        may_know = self.source == "python-code" or (self.source in ("auto", "documents") and not self.positive_column)
+        if self.repel_within_document and self.document_column is None and not may_know:
             raise ValueError("repel_within_document needs document_column, or documents")
+        if self.held_out and self.source != "python-code":
+            raise ValueError(f"held_out is for python-code, and the source is {self.source!r}")
         if self.source not in ("auto", "documents") and (setting := self.first_document_setting):
             raise ValueError(f"{setting} is for documents, and the source is {self.source!r}")
         texts = [self.column, *(name for setting, name in self.further_columns if setting != "document_column")]

@@ -29,7 +29,7 @@ Pooling = Literal[
 ]
 Precision = Literal["auto", "fp32", "bf16"]
 Side = Literal["query", "document"]
-Suite = Literal["stsb", "pairs", "python-docs", "retrieval"]
+Suite = Literal["stsb", "pairs", "python-docs", "python-code", "retrieval"]
 
 LOCAL_IS_ONE = "engine 'local' is one worker in the command's own process"
 LONGEST_S = 10_000_000  # that anything is waited for, 115 days
@@ -40,6 +40,7 @@ SUITE_METRICS: dict[str, tuple[str, ...]] = {
     "stsb": ("spearman",),
     "pairs": RETRIEVAL_METRICS,
     "python-docs": RETRIEVAL_METRICS,
+    "python-code": RETRIEVAL_METRICS,
     "retrieval": COLLECTION_METRICS,
 }
 
@@ -208,6 +209,14 @@ class EvaluationSettings(Section):
     senteval_path: str | None = Field(None, description="default: $HNCSE_DATA/senteval")
     pairs_dev: str | None = Field(None, description="TSV, JSONL, CSV or Parquet file of query and answer")
     pairs_test: str | None = Field(None, description="such a file for the test scores")
+    code_dev: StrTuple = Field(
+        (),
+        description="python-code: packages of the dev pairs; empty = a tested selection, or what corpus.held_out is",
+    )
+    code_test: StrTuple = Field((), description="those of the test pairs")
+    code_pairs: int | None = Field(
+        800, ge=2, le=MOST, description="python-code: a sample of so many pairs of a split, whose codes are searched"
+    )
     collection: StrTuple = Field(
         (), description="for retrieval: folders with corpus.jsonl, queries.jsonl and qrels/{dev,test}.tsv"
     )

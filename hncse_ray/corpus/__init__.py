@@ -3,6 +3,7 @@
 from hncse_ray.corpus.batches import BatchPlan, batch_mask, pad_rows, rank_slice
 from hncse_ray.corpus.corpus import Corpus, PrepareReport
 from hncse_ray.corpus.prepare import prepare_corpus
+from hncse_ray.corpus.python_code import scored_code_pairs
 from hncse_ray.corpus.python_docs import DocPair, docstring_sentences, documentation_pairs
 from hncse_ray.corpus.sentences import split_sentences
 from hncse_ray.corpus.text import normalise, row_hash
@@ -20,5 +21,6 @@ __all__ = [
     "prepare_corpus",
     "rank_slice",
     "row_hash",
+    "scored_code_pairs",
     "split_sentences",
 ]

@@ -1,8 +1,9 @@
-"""Docstrings of Python source files as plain sentences and one-line summaries, by parsing, never importing.
+"""Python source files as sentences of docstrings, one-line summaries and code, by parsing, never importing.
 
 Standard library only, and a program of its own: :mod:`hncse_ray.corpus.python_docs` starts this file as
 worker processes, which so begin in some 30 ms and never run the caller's ``__main__``. A worker reads a JSON
-request ``{"files": [...], "sentences": bool, "summaries": bool}`` from standard input and answers in JSON.
+request ``{"files": [...], "what": "sentences"}`` (or ``summaries``, ``codes``) from standard input and answers in
+JSON.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from inspect import cleandoc
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 MIN_WORDS, MAX_WORDS = 4, 60
+MIN_SUMMARY_WORDS = 3  # of a summary that is paired with its code
 _MIN_LETTERS = 0.82  # share of the characters that are not white space
 
 # Blocks under these directives are prose; under any other (code-block, math, plot, ...) they are dropped.
@@ -58,25 +60,69 @@ class Summary(NamedTuple):
     is_method: bool
 
 
+class Code(NamedTuple):
+    """What a public function says of itself first, and its signature and body without decorators and docstring."""
+
+    name: str
+    summary: str
+    code: str
+
+
+What = Literal["sentences", "summaries", "codes"]
+
+
 def summaries_of(tree: ast.Module) -> Iterator[Summary]:
     """Yield the first sentence of every public function, class and method that has a usable one."""
-    for name, docstring, is_method in _documented(tree):
-        if not name or any(part.startswith("_") for part in name.split(".")):
-            continue
-        if summary := summarise(docstring):
+    for name, docstring, is_method, _ in _documented(tree):
+        if _is_public(name) and (summary := summarise(docstring)):
             yield Summary(name.rpartition(".")[2], summary, is_method)
 
 
-def summarise(docstring: str) -> str:
+def codes_of(tree: ast.Module) -> Iterator[Code]:
+    """Yield every public function and method that has a usable summary and does something."""
+    for name, docstring, _, node in _documented(tree):
+        if not _is_public(name) or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if node.name.startswith("test_"):
+            continue
+        if (summary := summarise(docstring, MIN_SUMMARY_WORDS)) and (code := _code(node)):
+            yield Code(name.rpartition(".")[2], summary, code)
+
+
+def summarise(docstring: str, min_words: int = MIN_WORDS) -> str:
     """Return the first sentence of a docstring, or "" if that is no sentence that tells something."""
     paragraph = next(_paragraphs(_without_signature(cleandoc(docstring))), "")
     sentence = next(_split(paragraph), "")
-    return sentence if _is_sentence(sentence) else ""
+    return sentence if _is_sentence(sentence, min_words) else ""
+
+
+def _is_public(name: str) -> bool:
+    return bool(name) and not any(part.startswith("_") for part in name.split("."))
+
+
+def _code(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    """Return a function's code; "" if it does nothing, or cannot be written. It changes the node."""
+    node.body, node.decorator_list = node.body[1:], []
+    if all(map(_does_nothing, node.body)):
+        return ""
+    try:
+        return ast.unparse(node)
+    except (ValueError, RecursionError):  # an f-string that older Pythons cannot write; too deep
+        return ""
+
+
+def _does_nothing(statement: ast.stmt) -> bool:
+    match statement:
+        case ast.Pass() | ast.Expr(value=ast.Constant()):
+            return True
+        case ast.Raise(exc=ast.Name(id="NotImplementedError") | ast.Call(func=ast.Name(id="NotImplementedError"))):
+            return True
+    return False
 
 
 def sentences_of(tree: ast.Module) -> Iterator[str]:
     """Yield the sentences of every docstring, in the order of the file."""
-    for _, docstring, _ in _documented(tree):
+    for _, docstring, _, _ in _documented(tree):
         for paragraph in _paragraphs(_without_signature(cleandoc(docstring))):
             yield from filter(_is_sentence, _split(paragraph))
 
@@ -93,19 +139,22 @@ def parse(source: bytes) -> ast.Module | None:
         return None
 
 
-def _documented(tree: ast.Module) -> Iterator[tuple[str, str, bool]]:
-    """Yield (dotted name, docstring, is it a method); the name is empty for a module and its parts."""
+_Documented = tuple[str, str, bool, ast.stmt | None]
+
+
+def _documented(tree: ast.Module) -> Iterator[_Documented]:
+    """Yield (dotted name, docstring, is it a method, definition); the name is empty for a module and its parts."""
     if docstring := ast.get_docstring(tree, clean=False):
-        yield "", docstring, False
+        yield "", docstring, False, None
     yield from _documented_in(tree.body, "")
 
 
-def _documented_in(body: Iterable[ast.stmt], owner: str) -> Iterator[tuple[str, str, bool]]:
+def _documented_in(body: Iterable[ast.stmt], owner: str) -> Iterator[_Documented]:
     for node in body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             name = f"{owner}.{node.name}" if owner else node.name
             if docstring := ast.get_docstring(node, clean=False):
-                yield name, docstring, bool(owner)
+                yield name, docstring, bool(owner), node
             if isinstance(node, ast.ClassDef):
                 yield from _documented_in(node.body, name)
         elif isinstance(node, (ast.If, ast.Try, ast.With)):
@@ -115,19 +164,19 @@ def _documented_in(body: Iterable[ast.stmt], owner: str) -> Iterator[tuple[str, 
             yield from _attached(node.value, node.targets[0] if isinstance(node, ast.Assign) else None)
 
 
-def _attached(call: ast.Call, target: ast.expr | None) -> Iterator[tuple[str, str, bool]]:
+def _attached(call: ast.Call, target: ast.expr | None) -> Iterator[_Documented]:
     """Docstrings given to C functions: torch's ``add_docstr(torch.f, ...)``, numpy's ``add_newdoc(...)``."""
     function = ast.unparse(call.func).rpartition(".")[2].lstrip("_")
     if function in {"add_docstr", "add_docstr_all"} and len(call.args) >= 2:
         name = _dotted(target if target is not None else call.args[0]).rpartition(".")[2]
-        yield name, _constant_text(call.args[1]), function == "add_docstr_all"
+        yield name, _constant_text(call.args[1]), function == "add_docstr_all", None
     elif function == "add_newdoc" and len(call.args) >= 3:
         name, doc = _dotted(call.args[1]), call.args[2]
         if isinstance(doc, (ast.Tuple, ast.List)):
             if len(doc.elts) == 2:
-                yield f"{name}.{_dotted(doc.elts[0])}", _constant_text(doc.elts[1]), True
+                yield f"{name}.{_dotted(doc.elts[0])}", _constant_text(doc.elts[1]), True, None
         else:
-            yield name, _constant_text(doc), False
+            yield name, _constant_text(doc), False, None
 
 
 def _dotted(node: ast.expr) -> str:
@@ -269,34 +318,38 @@ def _split(paragraph: str) -> Iterator[str]:
     yield paragraph[start:].strip()
 
 
-def _is_sentence(text: str) -> bool:
-    if not text or not text[0].isalpha() or not MIN_WORDS <= text.count(" ") + 1 <= MAX_WORDS:
+def _is_sentence(text: str, min_words: int = MIN_WORDS) -> bool:
+    if not text or not text[0].isalpha() or not min_words <= text.count(" ") + 1 <= MAX_WORDS:
         return False
     solid = len(text) - text.count(" ")
     letters = sum(map(str.isalpha, text))
     return letters >= _MIN_LETTERS * solid and not text.endswith(":") and not _NOT_PROSE.search(text)
 
 
-def read_files(files: Iterable[str], *, sentences: bool, summaries: bool) -> list[tuple[list[str], list[Summary]]]:
-    """Return the sentences and summaries of each file; both empty where it cannot be read or parsed."""
-    answers: list[tuple[list[str], list[Summary]]] = []
+_READERS: dict[What, Callable[[ast.Module], Iterator[Any]]] = {
+    "sentences": sentences_of,
+    "summaries": summaries_of,
+    "codes": codes_of,
+}
+
+
+def read_files(files: Iterable[str], what: What) -> list[list[Any]]:
+    """Return what is asked for of each file; nothing where it cannot be read or parsed."""
+    answers: list[list[Any]] = []
     for file in files:
         try:
             with open(file, "rb") as stream:
                 tree = parse(stream.read())
         except OSError:
             tree = None
-        found_sentences = list(sentences_of(tree)) if tree and sentences else []
-        found_summaries = list(summaries_of(tree)) if tree and summaries else []
-        answers.append((found_sentences, found_summaries))
+        answers.append(list(_READERS[what](tree)) if tree else [])
     return answers
 
 
 def main() -> None:
     """Answer one request: see the module's docstring."""
     request = json.load(sys.stdin)
-    answer = read_files(request["files"], sentences=request["sentences"], summaries=request["summaries"])
-    json.dump(answer, sys.stdout)
+    json.dump(read_files(request["files"], request["what"]), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,15 @@ import string
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from hncse_ray.corpus import docstrings
 from hncse_ray.corpus.cache import cache_folder
-from hncse_ray.corpus.docstrings import Summary
+from hncse_ray.corpus.docstrings import What
 from hncse_ray.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ _SKIPPED_FOLDERS = {
     "transformers": ("models", "exporters", "integrations", "quantizers", "utils", "cli", "testing_utils.py"),
 }  # fmt: skip
 
-_PAIRS_VERSION = 1  # raise it when the rules below change: kept pairs are then made again
+_PAIRS_VERSION = 2  # raise it when the rules below change: kept pairs are then made again
 CHUNK_BYTES = 2_000_000  # of source for one worker: it starts in 30 ms and parses so much in half a second
 MIN_NAME, MAX_PACKAGES_PER_NAME, MAX_PAIRS_PER_NAME = 3, 6, 3
 # Names under which packages do unlike things.
@@ -77,7 +77,7 @@ _GENERIC_NAMES = frozenset(
     "show size start state step stop test transform type update validate value values version visit "
     "wrapper write".split()
 )
-_UNTELLING = (
+UNTELLING = (
     "see ",
     "alias ",
     "deprecated",
@@ -113,7 +113,7 @@ def docstring_sentences(packages: Sequence[str] = (), num_processes: int | None 
         DataError: a named package is not installed or has no Python source.
     """
     files = [file for _, found in sorted(find_packages(packages).items()) for file in found]
-    for sentences, _ in _read(files, num_processes, sentences=True):
+    for sentences in read_sources(files, "sentences", num_processes):
         yield from sentences
 
 
@@ -138,27 +138,43 @@ def documentation_pairs(
         DataError: a named package is not installed or has no Python source.
     """
     found = find_packages(packages or (), PAIR_PACKAGES)
-    key = hashlib.sha256(json.dumps([_PAIRS_VERSION, package_versions(list(found))]).encode()).hexdigest()
+    identity = [_PAIRS_VERSION, package_versions(list(found))]
+    return [
+        DocPair(*pair)
+        for pair in cached_pairs(identity, lambda: map(astuple, _read_pairs(found, num_processes)), cache_dir)
+    ]
+
+
+def cached_pairs(
+    identity: object, make: Callable[[], Iterable[Sequence[Any]]], cache_dir: str | None
+) -> list[list[Any]]:
+    """Return what was made under an identity, or make and keep it.
+
+    Raises:
+        DataError: it cannot be kept.
+    """
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     cached = cache_folder(cache_dir) / "pairs" / f"{key}.json"
     if cached.exists():
-        return [DocPair(**pair) for pair in json.loads(cached.read_text(encoding="utf-8"))]
-    pairs = _read_pairs(found, num_processes)
+        found: list[list[Any]] = json.loads(cached.read_text(encoding="utf-8"))
+        return found
+    made = [list(pair) for pair in make()]
     partial = cached.with_suffix(f".{os.getpid()}")
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps([asdict(pair) for pair in pairs]), encoding="utf-8")
+        partial.write_text(json.dumps(made), encoding="utf-8")
         partial.replace(cached)
     except OSError as error:
         raise DataError(f"cannot be written ({error.strerror})", str(cached.parent), "Set HNCSE_CACHE") from None
-    return pairs
+    return made
 
 
 def _read_pairs(found: dict[str, list[str]], num_processes: int | None) -> list[DocPair]:
     located = [(package, file) for package, files in found.items() for file in files]
     # key -> package -> the summary of its most prominent definition
     best: dict[str, dict[str, _Entry]] = defaultdict(dict)
-    answers = _read([file for _, file in located], num_processes, summaries=True)
-    for (package, file), (_, summaries) in zip(located, answers, strict=True):
+    answers = read_sources([file for _, file in located], "summaries", num_processes)
+    for (package, file), summaries in zip(located, answers, strict=True):
         for name, summary, is_method in summaries:
             entry = _Entry((is_method, file.count(os.sep), file), package, name, summary)
             key = name.replace("_", "").lower()
@@ -182,7 +198,7 @@ def _pair_up(described: dict[str, list[_Entry]]) -> list[DocPair]:
             continue
         distinct: dict[str, _Entry] = {}
         for entry in entries:
-            if not entry.summary.lower().startswith(_UNTELLING):
+            if not entry.summary.lower().startswith(UNTELLING):
                 distinct.setdefault(_bare(entry.summary), entry)
         if len(distinct) > 1:
             chosen.append((key, list(distinct.values())[: MAX_PAIRS_PER_NAME + 1]))
@@ -234,12 +250,15 @@ def package_versions(packages: Sequence[str] = ()) -> list[str]:
     return sorted(versions)
 
 
-def find_packages(packages: Sequence[str], default: Sequence[str] = DEFAULT_PACKAGES) -> dict[str, list[str]]:
+def find_packages(
+    packages: Sequence[str], default: Sequence[str] = DEFAULT_PACKAGES, *, setting: str = "corpus.packages"
+) -> dict[str, list[str]]:
     """Return package -> its source files, sorted, without importing any.
 
     Args:
         packages: top-level import names that must be there; empty = those of ``default`` that are installed.
         default: what an empty selection means.
+        setting: what names them, for messages.
 
     Raises:
         DataError: a named package is not installed or has no Python source.
@@ -255,12 +274,12 @@ def find_packages(packages: Sequence[str], default: Sequence[str] = DEFAULT_PACK
             raise DataError(
                 "is not an installed package with Python source",
                 package,
-                f"Give top-level import names in corpus.packages{did_you_mean}, or none for the default",
+                f"Give top-level import names in {setting}{did_you_mean}, or none for the default",
             )
     if missing := sorted(set(packages or default) - set(found)):
-        log.warning("python-docs: not installed, left out: %s", ", ".join(missing))
+        log.warning("%s: not installed, left out: %s", setting, ", ".join(missing))
     if not found:
-        raise DataError("none of the packages of python-docs is installed", hint="Name packages in corpus.packages")
+        raise DataError("none of the selected packages is installed", hint=f"Name packages in {setting}")
     return found
 
 
@@ -277,41 +296,51 @@ def _source_files(package: str) -> list[str]:
     if not spec.submodule_search_locations:
         return [spec.origin] if spec.origin and spec.origin.endswith(".py") else []
     skipped = _SKIPPED_FOLDERS.get(package, ())
+    return sorted(file for root in spec.submodule_search_locations for file in sources_in(root, skipped))
+
+
+def sources_in(root: str, skipped: Sequence[str] = ()) -> list[str]:
+    """Return the source files below a folder, sorted, without tests, hidden ones and what is not its own.
+
+    Args:
+        root: the folder.
+        skipped: files in it, and paths of folders below it, that are left out too.
+    """
     files = []
-    for root in spec.submodule_search_locations:
-        for folder, subfolders, names in os.walk(root):
-            subfolders[:] = sorted(
-                name
-                for name in subfolders
-                if name not in _SKIPPED_ANYWHERE and os.path.relpath(os.path.join(folder, name), root) not in skipped
-            )
-            files += [
-                os.path.join(folder, name)
-                for name in sorted(names)
-                if name.endswith(".py") and not name.startswith("test_") and not (folder == root and name in skipped)
-            ]
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(
+            name
+            for name in subfolders
+            if name not in _SKIPPED_ANYWHERE
+            and not name.startswith(".")
+            and os.path.relpath(os.path.join(folder, name), root) not in skipped
+        )
+        files += [
+            os.path.join(folder, name)
+            for name in sorted(names)
+            if name.endswith(".py") and not name.startswith("test_") and not (folder == root and name in skipped)
+        ]
     return sorted(files)
 
 
-def _read(
-    files: list[str], num_processes: int | None, *, sentences: bool = False, summaries: bool = False
-) -> Iterator[tuple[list[str], list[Summary]]]:
+def read_sources(files: list[str], what: What, num_processes: int | None) -> Iterator[list[Any]]:
     """Read files in worker processes; answers in the order of the files."""
     processes = num_processes or _cpus()
     chunks = list(_chunks(files, CHUNK_BYTES))
-    if processes == 1 or len(chunks) == 1 or not sys.executable:
+    if processes == 1 or len(chunks) <= 1 or not sys.executable:
         for file in files:
-            yield from docstrings.read_files([file], sentences=sentences, summaries=summaries)
+            yield from docstrings.read_files([file], what)
         return
 
-    def ask(chunk: list[str]) -> list[tuple[list[str], list[Summary]]]:
-        request = json.dumps({"files": chunk, "sentences": sentences, "summaries": summaries})
+    def ask(chunk: list[str]) -> list[list[Any]]:
+        request = json.dumps({"files": chunk, "what": what})
         # -I -S: no environment of the user, no site-packages: a worker needs the standard library alone.
         command = [sys.executable, "-I", "-S", docstrings.__file__]
         done = subprocess.run(command, input=request, capture_output=True, text=True, encoding="utf-8", check=False)
         if done.returncode:
             raise DataError(f"reading docstrings failed ({done.stderr.strip()[-300:]})", f"{chunk[0]} and following")
-        return [(found, [Summary(*entry) for entry in entries]) for found, entries in json.loads(done.stdout)]
+        answers: list[list[Any]] = json.loads(done.stdout)
+        return answers
 
     with ThreadPoolExecutor(min(processes, len(chunks))) as threads:
         yield from (answer for answers in threads.map(ask, chunks) for answer in answers)

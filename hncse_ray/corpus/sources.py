@@ -15,6 +15,7 @@ from typing import Any
 from hncse_ray.config import CorpusSettings
 from hncse_ray.corpus.documents import documents_identity, read_passages, reads_documents
 from hncse_ray.corpus.hub import hub_is_reachable
+from hncse_ray.corpus.python_code import code_identity, code_pairs
 from hncse_ray.corpus.python_docs import docstring_sentences, package_versions
 from hncse_ray.corpus.text import document_name, normalise
 from hncse_ray.errors import DataError
@@ -80,8 +81,8 @@ def shape_of(settings: CorpusSettings) -> Shape:
         DataError: settings for documents are given, and there are none.
     """
     passages = reads_documents(settings)
-    pairs, negatives = settings.positive_column is not None, bool(settings.negative_columns)
-    return Shape(pairs, negatives, passages or settings.document_column is not None, passages)
+    documents = passages or settings.document_column is not None or settings.source == "python-code"
+    return Shape(settings.has_pairs, bool(settings.negative_columns), documents, passages)
 
 
 def read_examples(
@@ -99,8 +100,12 @@ def read_examples(
     Raises:
         DataError: a file, column, package or data set cannot be read, or a column has nothing in any row.
     """
-    if reads_documents(settings):
-        yield from _passages(settings, counts)
+    if settings.source == "python-code" or reads_documents(settings):
+        for example in _codes(settings, counts) if settings.source == "python-code" else _passages(settings, counts):
+            if _is_short(example.text, settings):
+                counts["too_short"] += 1
+            else:
+                yield example
         return
     blank, kept = set(settings.further_columns), False
     for cells in _raw(settings, counts, sentences):
@@ -124,10 +129,17 @@ def read_examples(
 
 def _passages(settings: CorpusSettings, counts: Counter[str]) -> Iterator[Example]:
     for passage in read_passages(settings, counts):
-        if _is_short(passage.text, settings):
-            counts["too_short"] += 1
+        yield Example(passage.text, document=passage.document, title=passage.title, body=passage.body)
+
+
+def _codes(settings: CorpusSettings, counts: Counter[str]) -> Iterator[Example]:
+    """Functions of one name never repel each other: they do much the same, in one class or package or another."""
+    for summary, code, name in code_pairs(settings):
+        counts["read"] += 1
+        if is_unicode(summary):
+            yield Example(normalise(summary), positive=code, document=name)
         else:
-            yield Example(passage.text, document=passage.document, title=passage.title, body=passage.body)
+            counts["undecodable"] += 1
 
 
 def _is_short(text: str, settings: CorpusSettings) -> bool:
@@ -147,6 +159,8 @@ def source_identity(settings: CorpusSettings, sentences: Sequence[str] | None = 
         return f"memory {digest.hexdigest()}"
     if settings.source == "python-docs":
         return "python-docs " + " ".join(package_versions(settings.packages))
+    if settings.source == "python-code":
+        return code_identity(settings)
     if settings.source == "hub":
         return f"hub {_columns_identity(settings)} {_hub_identity(_load_hub(settings))}"
     if reads_documents(settings):

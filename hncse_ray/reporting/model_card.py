@@ -18,6 +18,7 @@ Scores = Mapping[str, Mapping[str, float]]
 _SUITES = {
     "stsb": "STS-Benchmark",
     "python-docs": "Documentation pairs of Python packages",
+    "python-code": "Functions of Python packages, by their summaries",
     "pairs": "Own pairs",
     "retrieval": "Own search collections",
 }
@@ -66,6 +67,7 @@ class CardFacts:
         after: the same of this model.
         index_step: the step whose weights the last index of global negatives was made from; None without one.
         corpus_without_positive: sentences among the pairs that had no positive; None where there are no pairs.
+        corpus_documents: documents that the rows are passages of; None where they are none.
     """
 
     settings: Mapping[str, Any]
@@ -80,6 +82,7 @@ class CardFacts:
     after: Scores
     index_step: int | None
     corpus_without_positive: int | None = None
+    corpus_documents: int | None = None
 
 
 def model_card(facts: CardFacts) -> str:

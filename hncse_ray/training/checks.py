@@ -63,7 +63,7 @@ def check_run(
     """
     model = settings.encoder.model
     encoder = load_encoder(model, settings.encoder, device=device, seed=settings.run.seed)
-    if settings.corpus.positive_column is None:
+    if not settings.corpus.has_pairs:
         _check_dropout(encoder)
     elif encoder.unpooled_prompt("query") != encoder.unpooled_prompt("document"):
         raise ModelError(

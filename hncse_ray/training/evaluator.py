@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from hncse_ray.config import CorpusSettings, EvaluationSettings
-from hncse_ray.corpus import documentation_pairs
+from hncse_ray.corpus import documentation_pairs, scored_code_pairs
 from hncse_ray.errors import DataError
 from hncse_ray.evaluation import (
     Difference,
@@ -104,6 +104,11 @@ def load_evaluation_sets(
             for split in splits:
                 chosen = [p for p in pairs if p.split == split]
                 sets[suite, split] = paired_set([p.query for p in chosen], [p.answer for p in chosen], sides=False)
+        elif suite == "python-code":
+            for split in splits:
+                packages = settings.code_dev if split == "dev" else settings.code_test
+                code = scored_code_pairs(split, packages, corpus, settings.code_pairs)
+                sets[suite, split] = paired_set([pair.summary for pair in code], [pair.code for pair in code])
         elif suite == "retrieval":
             sets |= _collections(settings.collection, splits, dev_needed=dev_needed)
         else:

@@ -52,6 +52,7 @@ def write_model(
             corpus_rows=corpus.report.rows,
             corpus_read=corpus.report.read,
             corpus_without_positive=corpus.report.without_positive,
+            corpus_documents=corpus.report.documents,
             steps=state.step,
             best_step=state.best_step,
             before=state.before,

@@ -31,7 +31,7 @@ from hncse_ray.training.evaluator import EvaluationSets, load_evaluation_sets
 from hncse_ray.training.senteval import senteval_folder
 
 TEST_SUITES = ("sts", "transfer", "geometry")
-SUITES = ("sts", "transfer", "geometry", "python-docs", "pairs", "retrieval", "stsb")
+SUITES = ("sts", "transfer", "geometry", "python-docs", "python-code", "pairs", "retrieval", "stsb")
 FULL = ("sts", "transfer", "geometry", "python-docs")
 
 Tell = Callable[[str, int, int | None], None]

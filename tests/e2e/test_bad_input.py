@@ -56,6 +56,7 @@ Case = tuple[Callable[[Path], list[str]], tuple[str, ...]]
 
 def text_file(name: str, content: bytes) -> Callable[[Path], list[str]]:
     def make(folder: Path) -> list[str]:
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
         return [f"corpus.path={folder / name}"]
 
@@ -80,7 +81,27 @@ def unwritable_cache(folder: Path) -> list[str]:
 LINES = "".join(f"{s}\n" for s in SENTENCES).encode()
 BAD_RUNS: dict[str, Case] = {
     "missing corpus": (overrides("corpus.path=HERE/none.txt"), ("none.txt: no such file", "Paths are relative to")),
-    "a directory": (overrides("corpus.path=HERE"), ("is a directory", "Name its files")),
+    "a directory": (overrides("corpus.path=HERE", "corpus.source=text"), ("is a directory", "Name its files")),
+    "a folder without documents": (
+        lambda folder: [*text_file("tables/a.jsonl", b"{}\n")(folder), f"corpus.path={folder}/tables"],
+        ("tables: has no documents among its 1 files", ".txt, .md and .html"),
+    ),
+    "an empty document": (
+        lambda folder: [*text_file("docs/a.txt", b"")(folder), f"corpus.path={folder}/docs"],
+        ("docs: no passage is left of 1 documents (dropped: empty 1)",),
+    ),
+    "HTML that is none": (
+        lambda folder: [*text_file("a.html", b"plain words")(folder), "corpus.source=documents"],
+        ("a.html: is no HTML", "rename it to .txt"),
+    ),
+    "a folder without Python": (
+        lambda folder: [
+            *text_file("docs/a.txt", b"x")(folder),
+            "corpus.source=python-code",
+            f"corpus.path={folder}/docs",
+        ],
+        ("docs: has no Python source",),
+    ),
     "a pattern without files": (overrides("corpus.path=HERE/*.none"), ("*.none: matches no file", "Paths are")),
     "empty corpus": (text_file("empty.txt", b""), ("empty.txt: is empty",)),
     "only short lines": (

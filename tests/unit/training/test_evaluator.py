@@ -222,3 +222,25 @@ class TestMissingData:
         (tmp_path / "pairs.tsv").write_text("one\ttwo\nonly one\n")
         error = failure(suites="pairs", metric="pairs/mrr", pairs_dev=str(tmp_path / "pairs.tsv"))
         assert "pairs.tsv:2" in str(error) and error.hint
+
+
+def test_functions_are_found_by_their_summaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package, verbs in (("one_package", ("count", "sort")), ("two_package", ("merge", "split", "join"))):
+        (tmp_path / f"{package}.py").write_text(
+            "".join(f'def {v}(x):\n    """{v.title()} all the rows of a table."""\n    return x.{v}()\n' for v in verbs)
+        )
+    monkeypatch.syspath_prepend(tmp_path)
+    corpus = CorpusSettings(source="python-code", cache_dir=str(tmp_path))
+    chosen = {
+        "suites": "python-code",
+        "metric": "python-code/mrr",
+        "code_dev": "one_package",
+        "code_test": "two_package",
+    }
+    sets = load_evaluation_sets(EvaluationSettings.model_validate(chosen), corpus).sets
+    dev, test = sets["python-code", "dev"], sets["python-code", "test"]
+    assert dev.queries == ("Count all the rows of a table.", "Sort all the rows of a table.")
+    assert dev.candidates == ("def count(x):\n    return x.count()", "def sort(x):\n    return x.sort()")
+    assert len(test.candidates) == 3 and dev.sides and dev.grades == ({0: 1}, {1: 1})
+    alone = EvaluationSettings.model_validate(chosen | {"test": False, "code_pairs": 2})
+    assert list(load_evaluation_sets(alone, corpus).sets) == [("python-code", "dev")]
