@@ -23,7 +23,8 @@ from hncse_ray.reporting.events import StepsLogged
 from hncse_ray.storage import write_folder
 from hncse_ray.training import TrainJob, fit, load_evaluation_sets
 from hncse_ray.training.checkpoint import Wish
-from hncse_ray.training.negatives import BatchNegatives, GlobalNegatives
+from hncse_ray.training.lookup import BatchNegatives
+from hncse_ray.training.negatives import GlobalNegatives
 from hncse_ray.training.schedule import plan_batches
 from hncse_ray.training.shard import build_shard
 
@@ -90,7 +91,10 @@ class WatchedSource:
         self._count("wait")
 
     def search(self, row_ids: np.ndarray, *, k: int, anchors: Any = None) -> Hits:
-        self._looking_up.number = self._numbers[tuple(row_ids.tolist())]
+        number = self._numbers.get(tuple(row_ids.tolist()))
+        if number is None:  # a part of a batch
+            number = next(n for rows, n in self._numbers.items() if set(row_ids.tolist()) <= set(rows))
+        self._looking_up.number = number
         self.before("search", self._looking_up.number)
         return self.inner.search(row_ids, k=k, anchors=anchors)
 

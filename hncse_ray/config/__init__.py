@@ -20,6 +20,7 @@ from hncse_ray.config.sections import (
     Side,
     TrainSettings,
 )
+from hncse_ray.config.views import ViewKind, ViewMix, ViewsSettings
 
 __all__ = [
     "COLLECTION_METRICS",
@@ -43,6 +44,9 @@ __all__ = [
     "Settings",
     "Side",
     "TrainSettings",
+    "ViewKind",
+    "ViewMix",
+    "ViewsSettings",
     "load_settings",
     "read_setting",
     "setting_kinds",

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from hncse_ray.config.base import MOST, Section, StrTuple, as_tuple
 from hncse_ray.config.corpus import CorpusSettings
 from hncse_ray.config.objective import HardNegativeMixing, Hybrid, InfoNCE, InstanceSmoothing, ObjectiveSettings
+from hncse_ray.config.views import ViewsSettings
 from hncse_ray.recipe import write_yaml
 
 Pooling = Literal[
@@ -119,6 +120,10 @@ class NegativesSettings(Section):
     relative_margin: float | None = Field(
         None, ge=0, lt=1, description="so are those above (1 - margin) x the mean similarity of positives"
     )
+    mask_batch: bool = Field(False, description="rows of the batch that are hits above these limits are not repelled")
+    mask_reciprocal: int | None = Field(
+        None, ge=1, le=2000, description="nor are two rows of it that are each among so many nearest of the other"
+    )
     skip_hardest: int = Field(0, ge=0, le=2000, description="of those left, pass over so many of the nearest")
     sampling: Literal["top", "uniform", "softmax"] = Field(
         "top", description="how m are drawn from those left: the nearest, any, or by a softmax of their scores"
@@ -156,6 +161,10 @@ class NegativesSettings(Section):
                 f"per_anchor {self.per_anchor} + skip_hardest {self.skip_hardest} is more than the"
                 f" {self.candidates} candidates"
             )
+        if self.mask_batch and self.max_score is None and self.relative_margin is None:
+            raise ValueError("mask_batch has no limit to go by; set max_score or relative_margin")
+        if self.mask_reciprocal is not None and self.mask_reciprocal > self.candidates:
+            raise ValueError(f"mask_reciprocal {self.mask_reciprocal} is more than the {self.candidates} candidates")
         if self.source == "in_process" and (self.num_shards, self.cpus_per_shard, self.gpus_per_shard) != (1, 0, 0):
             raise ValueError("source 'in_process' is one shard in the first trainer; for more set source: pool")
         if self.gpus_per_shard > 1 and self.gpus_per_shard % 1:
@@ -292,6 +301,7 @@ class Settings(Section):
     encoder: EncoderSettings = EncoderSettings()
     objective: ObjectiveSettings = InfoNCE()
     negatives: NegativesSettings = NegativesSettings()
+    views: ViewsSettings = ViewsSettings()
     train: TrainSettings = TrainSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     cluster: ClusterSettings = ClusterSettings()
@@ -305,6 +315,7 @@ class Settings(Section):
                 f" (train.batch_size - 1); lower objective.k or raise train.batch_size"
             )
         self._check_neighbours()
+        self._check_views()
         if workers > batch:
             raise ValueError(f"cluster.num_workers = {workers} is more than train.batch_size = {batch} sentences")
         return self
@@ -327,6 +338,24 @@ class Settings(Section):
                     f"objective.group_size {self.neighbours_per_anchor} + negatives.skip_hardest"
                     f" {negatives.skip_hardest} is more than negatives.candidates = {negatives.candidates}"
                 )
+
+    def _check_views(self) -> None:
+        views, negatives = self.views, self.negatives
+        if views.active and self.corpus.has_pairs:
+            raise ValueError("views.mix makes positives, and the corpus has pairs already; leave one of them out")
+        if views.mix.neighbour and self.corpus.repel_within_document:
+            raise ValueError("views.mix.neighbour takes passages of one document for positives, and"
+                             " corpus.repel_within_document repels them")  # fmt: skip
+        by_index = {
+            "views.agreement": views.agreement is not None,
+            "negatives.mask_batch": negatives.mask_batch,
+            "negatives.mask_reciprocal": negatives.mask_reciprocal is not None,
+        }
+        for setting in (name for name, asked in by_index.items() if asked and negatives.source == "none"):
+            raise ValueError(f"{setting} asks the index, and there is none; set negatives.source")
+        if views.agreement is not None and views.agreement > negatives.candidates:
+            raise ValueError(f"views.agreement = {views.agreement} is more than negatives.candidates ="
+                             f" {negatives.candidates}, which are looked up")  # fmt: skip
 
     @property
     def neighbours_per_anchor(self) -> int:

@@ -65,8 +65,8 @@ def prepare_corpus(
 
     Args:
         settings: the source, its filters and the cache.
-        tokenize: makes token rows; sentences are of no side, those that have positives are queries, and positives and
-            negatives are documents.
+        tokenize: makes token rows; sentences are of no side, those that have positives are queries, and positives,
+            negatives and passages are documents.
         tokenizer_digest: what identifies its behaviour.
         max_length: tokens a row at most, special tokens included; longer sentences are truncated.
         seed: chooses the sample where ``settings.max_sentences`` asks for one.
@@ -251,7 +251,7 @@ def _prepared(
     examples: Iterator[Example], shape: Shape, tokenize: Tokenize, max_length: int
 ) -> Iterator[list[_Prepared]]:
     """Tokenise examples, a batch at a time."""
-    side: Side | None = "query" if shape.pairs else None
+    side: Side | None = "query" if shape.pairs else "document" if shape.passages else None
     own = _Own(tokenize, max_length)
     while batch := list(itertools.islice(examples, _BATCH)):
         rows = own([example.text for example in batch], side)

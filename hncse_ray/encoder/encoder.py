@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ _PROBES = (
 )
 _TOLERANCE = 1e-4  # of coordinates of unit-norm vectors in fp32
 _CHUNK = 10_000  # texts tokenised at a time
+_TOKENISING = threading.Lock()  # a fast tokenizer is changed by every call, and refuses two at a time
 
 
 class SentenceEncoder(nn.Module):
@@ -224,20 +226,21 @@ class SentenceEncoder(nn.Module):
         return rows
 
     def _token_rows(self, texts: list[str], max_length: int, side: Side | None) -> list[NDArray[np.int32]]:
-        encoded = self.model.preprocess(
-            texts,
-            prompt=self.prompt(side) or None,
-            processing_kwargs={
-                "common": {"return_tensors": None},
-                "text": {
-                    "padding": False,
-                    "max_length": max_length,
-                    "return_attention_mask": False,
-                    "return_token_type_ids": False,
+        with _TOKENISING:
+            encoded = self.model.preprocess(
+                texts,
+                prompt=self.prompt(side) or None,
+                processing_kwargs={
+                    "common": {"return_tensors": None},
+                    "text": {
+                        "padding": False,
+                        "max_length": max_length,
+                        "return_attention_mask": False,
+                        "return_token_type_ids": False,
+                    },
                 },
-            },
-            **({} if side is None else {"task": side}),
-        )
+                **({} if side is None else {"task": side}),
+            )
         return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
 
     def tokenizer_digest(self) -> str:

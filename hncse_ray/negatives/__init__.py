@@ -5,6 +5,7 @@ a module which needs neither can be imported without torch.
 """
 
 from hncse_ray.negatives.hits import merge_hits
+from hncse_ray.negatives.in_batch import rows_too_close, score_limit
 from hncse_ray.negatives.index_plan import IndexPlan, plan_index
 from hncse_ray.negatives.refresh import RefreshDecision, RefreshFacts, RefreshRules, decide
 from hncse_ray.negatives.selection import Selection, SelectionRules, select
@@ -40,6 +41,8 @@ __all__ = [
     "decide",
     "merge_hits",
     "plan_index",
+    "rows_too_close",
+    "score_limit",
     "select",
     "weights_digest",
 ]

@@ -10,15 +10,22 @@ from numpy.typing import NDArray
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus, batch_mask, rank_slice
 from hncse_ray.training.distributed import rank, world_size
-from hncse_ray.training.negatives import BatchNegatives
+from hncse_ray.training.lookup import BatchNegatives
 from hncse_ray.training.step import LocalBatch, StepNegatives
+from hncse_ray.training.views import Views
 
 Bool = NDArray[np.bool_]
 Int64 = NDArray[np.int64]
 
 
 def local_batch(
-    number: int, ids_B: Int64, corpus: Corpus, found: BatchNegatives | None, *, settings: Settings
+    number: int,
+    ids_B: Int64,
+    corpus: Corpus,
+    found: BatchNegatives | None,
+    *,
+    settings: Settings,
+    views: Views | None = None,
 ) -> LocalBatch:
     """Return this rank's part of a global batch.
 
@@ -26,23 +33,42 @@ def local_batch(
         number: of the batch.
         ids_B: its rows, of all ranks.
         corpus: that they are of.
-        found: the neighbours that were selected for it; None where the run looks none up.
+        found: what the index knows of it; None where the run looks nothing up.
         settings: of the run.
+        views: its anchors and their positives, where they are made of passages.
     """
-    ids_b = rank_slice(ids_B, rank(), world_size())
-    apart = corpus.kept_apart(settings.corpus)
-    mask_BB = batch_mask(corpus.contents(ids_B), *([] if apart is None else [apart[ids_B]]))
+    own_b = rank_slice(np.arange(len(ids_B)), rank(), world_size())
+    ids_b = ids_B[own_b]
+    mask_BB = _mask(ids_B, corpus, found, views, settings)
     parts = [] if found is None else [_found(found, corpus)]
     if corpus.has_negatives:
         parts.append(_given(corpus, ids_B, mask_BB, all_columns=settings.negatives.columns == "all"))
+    targets = corpus.targets(ids_b) if corpus.has_pairs else None
+    if views is not None:
+        targets = [views.targets[i] for i in own_b]
     return LocalBatch(
         number=number,
-        rows=corpus.token_rows(ids_b),
+        rows=corpus.token_rows(ids_b) if views is None else [views.anchors[i] for i in own_b],
         sizes=tuple(len(rank_slice(ids_B, r, world_size())) for r in range(world_size())),
         negatives=_joined(parts) if parts else None,
         mask_BB=mask_BB,
-        targets=corpus.targets(ids_b) if corpus.has_pairs else None,
+        targets=targets,
     )
+
+
+def _mask(
+    ids_B: Int64, corpus: Corpus, found: BatchNegatives | None, views: Views | None, settings: Settings
+) -> Bool | None:
+    """Who may repel whom: rows that share no text and no document, and that the index does not keep apart."""
+    contents, documents = corpus.contents(ids_B), corpus.kept_apart(settings.corpus)
+    if views is not None:
+        contents = np.concatenate([contents, views.hashes_B2], axis=1)
+    mask_BB = batch_mask(contents, *([] if documents is None else [documents[ids_B]]))
+    if found is not None and len(found.apart_n2):
+        mask_BB = ~np.eye(len(ids_B), dtype=np.bool_) if mask_BB is None else mask_BB
+        i, j = found.apart_n2.T
+        mask_BB[i, j] = mask_BB[j, i] = False
+    return mask_BB
 
 
 def _found(found: BatchNegatives, corpus: Corpus) -> StepNegatives:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hncse_ray.config import Settings
+from hncse_ray.config import Settings, Side
 from hncse_ray.corpus import Corpus, prepare_corpus
 from hncse_ray.encoder import SentenceEncoder, has_dropout, load_encoder
 from hncse_ray.errors import DataError, ModelError
@@ -16,6 +16,7 @@ from hncse_ray.training.evaluator import EvaluationSets, load_evaluation_sets
 from hncse_ray.training.negatives import check_candidates
 from hncse_ray.training.objective_check import check_objective
 from hncse_ray.training.schedule import count_steps, plan_batches
+from hncse_ray.training.views import check_views
 
 
 def prepare(
@@ -65,19 +66,20 @@ def check_run(
     encoder = load_encoder(model, settings.encoder, device=device, seed=settings.run.seed)
     if not settings.corpus.has_pairs:
         _check_dropout(encoder)
-    elif encoder.unpooled_prompt("query") != encoder.unpooled_prompt("document"):
-        raise ModelError(
-            "it leaves prompts out of its pooling, which cannot be done where those of queries and documents differ"
-            " in length",
-            model,
-            "Set encoder.prompts, such as encoder.prompts={query: '', document: ''}",
-        )
     if settings.encoder.max_length > (limit := encoder.length_limit):
         raise ModelError(f"it takes {limit} tokens at most", model, "Lower encoder.max_length")
     batch_size = settings.train.batch_size
     check_objective(settings, dimension=encoder.dimension, batch_size=batch_size)
     sets = load_evaluation_sets(settings.evaluation, settings.corpus)
     corpus = prepare(settings, encoder, reporter, sentences=sentences)
+    sides: tuple[Side | None, ...] = ("query" if corpus.has_pairs or settings.views.active else None, "document")
+    if (corpus.has_pairs or corpus.has_passages) and len({encoder.unpooled_prompt(side) for side in sides}) > 1:
+        raise ModelError(
+            "it leaves prompts out of its pooling, which cannot be done where those of queries and documents differ"
+            " in length",
+            model,
+            "Set encoder.prompts, such as encoder.prompts={query: '', document: ''}",
+        )
     if corpus.report.without_positive:
         _check_dropout(encoder, f"{corpus.report.without_positive:,} rows have no positive, and ")
     if len(corpus) < batch_size:
@@ -88,6 +90,7 @@ def check_run(
         )
     count_steps(settings.train, plan_batches(settings, corpus.view_lengths))  # refuses a warm-up that does not end
     check_candidates(settings, corpus)
+    check_views(settings, corpus)
     if (last_batch := len(corpus) % batch_size) >= settings.smallest_batch:
         check_objective(settings, dimension=encoder.dimension, batch_size=last_batch)
     return encoder, sets, corpus

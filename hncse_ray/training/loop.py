@@ -23,10 +23,12 @@ from hncse_ray.training.distributed import ShardedEncode, from_first, raise_toge
 from hncse_ray.training.evaluator import EvaluationSets, Scores, Split
 from hncse_ray.training.export import write_model
 from hncse_ray.training.guards import Guards, batch_uniformity
-from hncse_ray.training.negatives import BatchNegatives, GlobalNegatives
+from hncse_ray.training.lookup import BatchNegatives
+from hncse_ray.training.negatives import GlobalNegatives
 from hncse_ray.training.objective import Metrics, Objective
 from hncse_ray.training.schedule import build_optimizer, build_schedule, count_steps, plan_batches
 from hncse_ray.training.step import LocalBatch, StepContext, train_step
+from hncse_ray.training.views import BatchViews, Views, batch_views
 
 Emit = Callable[[Event], None]
 _SPLITS: tuple[Split, ...] = ("dev", "test")
@@ -95,6 +97,9 @@ class _Trainer:
             objective=self.objective,
         )
         self.state, self.best = resumed.state, resumed.best
+        self.views: BatchViews | None = None
+        if self.settings.views.active:
+            self.views = stack.enter_context(batch_views(self.settings, self.corpus, self.plan, self.encoder))
         self.negatives: GlobalNegatives | None = None
         from_first(lambda: self._begin(job, resumed, stack))
         if self.settings.encoder.compile:
@@ -157,9 +162,12 @@ class _Trainer:
         found: Sequence[BatchNegatives | None] = [None] * len(numbers)
         if self.settings.negatives.source != "none":
             found = from_first(lambda: self._take_negatives(numbers))
+        views: Sequence[Views | None] = [None] * len(numbers)
+        if self.views is not None:
+            views = self.views.take(numbers, [None if own is None else own.dropped_B for own in found])
         return [
-            local_batch(number, self.plan.batch(number), self.corpus, own, settings=self.settings)
-            for number, own in zip(numbers, found, strict=True)
+            local_batch(number, self.plan.batch(number), self.corpus, own, settings=self.settings, views=own_views)
+            for number, own, own_views in zip(numbers, found, views, strict=True)
         ]
 
     def _take_negatives(self, numbers: Sequence[int]) -> list[BatchNegatives]:
@@ -174,6 +182,8 @@ class _Trainer:
         self.state.positive_similarity = means["positive_similarity"]
         if self.negatives is not None:
             means |= self.negatives.metrics(self.state.step)
+        if self.views is not None:
+            means |= self.views.metrics()
         speed = self.log.sentences / self.log.seconds
         self.state.train_seconds += self.log.seconds
         self.state.sentences += self.log.sentences
@@ -256,6 +266,7 @@ class _Trainer:
                 dimension=self.encoder.dimension,
                 source=job.source,
                 notify=lambda text: self.emit(Notice(text)),
+                views=self.views,
             )
             stack.callback(self.negatives.close)
             self.negatives.resume(self.state, resumed.index)

@@ -6,10 +6,9 @@ that all ranks see the same neighbours of the same version.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,40 +21,16 @@ from hncse_ray.negatives import (
     NegativeSource,
     RefreshFacts,
     RefreshRules,
-    Selection,
-    SelectionRules,
     SourceStatus,
     SourceUnavailable,
     decide,
-    select,
 )
 from hncse_ray.training.checkpoint import TrainState, Weights
+from hncse_ray.training.lookup import BatchNegatives, LookedUp, LookUp
 from hncse_ray.training.prefetch import Prefetch
+from hncse_ray.training.views import BatchViews
 
 _UNUSED_BATCHES = 50
-
-Int64 = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class BatchNegatives:
-    """The neighbours selected for one global batch; where there are none, the masks say so.
-
-    Attributes:
-        ids_Bm: row ids, int64, -1 where not usable.
-        mask_Bm: which are usable.
-        columns_mask: ``[B, B * m]``, see the objectives; None unless ``negatives.columns`` is ``all``.
-        vectors_BmD: of ``stored`` negatives, float32, zero where not usable; None for ``fresh`` ones.
-        version: what they come from; None if there are none.
-        ranks_B: how many hits of an anchor are nearer than its own target, int64; -1 where that is not among them.
-    """
-
-    ids_Bm: NDArray[np.int64]
-    mask_Bm: NDArray[np.bool_]
-    columns_mask: NDArray[np.bool_] | None
-    vectors_BmD: NDArray[np.float32] | None
-    version: IndexVersion | None
-    ranks_B: NDArray[np.int64]
 
 
 def check_candidates(settings: Settings, corpus: Corpus) -> None:
@@ -73,15 +48,6 @@ def check_candidates(settings: Settings, corpus: Corpus) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _LookedUp:
-    negatives: BatchNegatives
-    selection: Selection
-    complete: bool
-    search_s: float
-    by_anchors: bool
-
-
 class _Window:
     """What has happened since the last log."""
 
@@ -95,8 +61,9 @@ class _Window:
         self._slots = 0
         self._scores: list[NDArray[np.float32]] = []
         self._ranks: list[NDArray[np.int64]] = []
+        self._apart = 0
 
-    def add(self, looked_up: _LookedUp, waited: bool) -> None:
+    def add(self, looked_up: LookedUp, waited: bool) -> None:
         """Count one batch that was answered."""
         selection = looked_up.selection
         self.version = looked_up.negatives.version
@@ -106,8 +73,8 @@ class _Window:
         self._removed.update(selection.removed)
         self._slots += selection.mask_Bm.size
         self._scores.append(selection.scores_Bm[selection.mask_Bm])
-        if looked_up.by_anchors:
-            self._ranks.append(looked_up.negatives.ranks_B)
+        self._ranks.append(looked_up.negatives.ranks_B[looked_up.asked_B])
+        self._apart += len(looked_up.negatives.apart_n2)
 
     def facts(self) -> dict[str, float]:
         """Return shares of batches, counts a batch, milliseconds and cosines, by name."""
@@ -124,9 +91,9 @@ class _Window:
             "search_ms_p99": float(p99) * 1e3,
             "usable": scores.size / self._slots,
             "index_similarity": float(scores.mean()) if scores.size else 0.0,
+            "masked_in_batch": self._apart / answered,
         }
-        if self._ranks:
-            ranks = np.concatenate(self._ranks)
+        if len(ranks := np.concatenate(self._ranks)):
             facts |= {"own_found": float((ranks >= 0).mean()), "own_first": float((ranks == 0).mean())}
         return facts | {f"removed_{rule}": count / answered for rule, count in self._removed.items()}
 
@@ -141,6 +108,7 @@ class GlobalNegatives:
         dimension: width D of the embeddings.
         source: where neighbours come from.
         notify: takes one line for the user.
+        views: the anchors of the batches, where they are made of passages.
     """
 
     def __init__(
@@ -152,22 +120,15 @@ class GlobalNegatives:
         dimension: int,
         source: NegativeSource,
         notify: Callable[[str], None],
+        views: BatchViews | None = None,
     ) -> None:
         s = settings.negatives
-        self._settings, self._corpus, self._plan, self._notify = settings, corpus, plan, notify
-        self._dimension, self._source = dimension, source
-        self._per_anchor, self._stored = settings.neighbours_per_anchor, s.use == "stored"
-        smoothing = settings.objective.name == "instance_smoothing"
-        self._selection_rules = SelectionRules.of(
-            s,
-            per_anchor=self._per_anchor,
-            exclude_batch=not smoothing,  # a smoothing group is not repelled: a sentence of the batch may be in it
-            unique=s.columns == "all" and not smoothing,
-        )
+        self._settings, self._source, self._notify = settings, source, notify
         self._refresh_rules = RefreshRules(s.refresh_every_steps, s.refresh, s.max_staleness_steps)
         self._sync = s.refresh == "sync"
         check_candidates(settings, corpus)
-        self._prefetch: Prefetch[_LookedUp] = Prefetch(s.timeout_s)
+        self._ask = LookUp(settings, corpus=corpus, plan=plan, dimension=dimension, source=source, views=views)
+        self._prefetch: Prefetch[LookedUp] = Prefetch(s.timeout_s)
         self._published_step: int | None = None
         self._published: Weights | None = None
         self._positive_similarity = 1.0
@@ -323,71 +284,20 @@ class GlobalNegatives:
             looked_up, waited = None, True
         if looked_up is None:
             self._window.missed += 1
-            return self._nothing(len(self._plan.batch(number)))
+            return self._ask.nothing(number)
         if self._prefetch.returned():
             self._notify("the negative pool answers again")
         limit, version = self._refresh_rules.max_staleness_steps, looked_up.negatives.version
         step = number // self._settings.train.accumulation_steps
         if limit is not None and version is not None and step - version.step > limit:
             self._window.missed += 1  # waiting did not help: rather none than older ones
-            return self._nothing(len(looked_up.negatives.ids_Bm))
+            return self._ask.nothing(number)
         self._window.add(looked_up, waited)
         return looked_up.negatives
 
-    def _look_up(self, number: int) -> _LookedUp:
-        """Search, select and fetch for one batch, all in one version; in the prefetching thread."""
+    def _look_up(self, number: int) -> LookedUp:
+        """Look one batch up, in the prefetching thread."""
         try:
-            return self._look_up_once(number)
+            return self._ask(number, positive_similarity=self._positive_similarity)
         except SourceUnavailable:  # the version may just have given way to the next
-            return self._look_up_once(number)
-
-    def _look_up_once(self, number: int) -> _LookedUp:
-        started = time.perf_counter()
-        row_ids_B, positive_similarity = self._plan.batch(number), self._positive_similarity
-        # Pairs: what is near the anchor, not what is near its target.
-        anchors = self._corpus.token_rows(row_ids_B) if self._corpus.has_pairs else None
-        k = self._settings.negatives.candidates + 1  # the row itself may be one
-        hits = self._source.search(row_ids_B, k=k, anchors=anchors)
-        seconds = time.perf_counter() - started
-        selection = select(
-            hits.ids_Bk,
-            hits.scores_Bk,
-            row_ids_B=row_ids_B,
-            contents=self._corpus.contents,
-            documents=self._corpus.kept_apart(self._settings.corpus),
-            positive_score=positive_similarity,
-            rules=self._selection_rules,
-            seed=(self._settings.run.seed, number),
-        )
-        vectors_BmD = None
-        if self._stored:
-            vectors_BmD = np.zeros((*selection.ids_Bm.shape, self._dimension), dtype=np.float32)
-            if selection.mask_Bm.any():
-                ids = selection.ids_Bm[selection.mask_Bm]
-                vectors_BmD[selection.mask_Bm] = self._source.vectors(ids, version=hits.version)
-        negatives = BatchNegatives(
-            selection.ids_Bm,
-            selection.mask_Bm,
-            selection.columns_mask,
-            vectors_BmD,
-            hits.version,
-            own_ranks(hits.ids_Bk, self._corpus.target_hashes, row_ids_B),
-        )
-        return _LookedUp(negatives, selection, hits.complete, seconds, anchors is not None)
-
-    def _nothing(self, B: int) -> BatchNegatives:
-        m = self._per_anchor
-        return BatchNegatives(
-            ids_Bm=np.full((B, m), -1, dtype=np.int64),
-            mask_Bm=np.zeros((B, m), dtype=bool),
-            columns_mask=np.zeros((B, B * m), dtype=bool) if self._selection_rules.unique else None,
-            vectors_BmD=np.zeros((B, m, self._dimension), dtype=np.float32) if self._stored else None,
-            version=None,
-            ranks_B=np.full(B, -1, dtype=np.int64),
-        )
-
-
-def own_ranks(ids_Bk: Int64, target_hashes_N: Int64, row_ids_B: Int64) -> Int64:
-    """Return where each row's target, or one of equal tokens, stands among its hits ``[B]``; -1 if it does not."""
-    own_Bk = (ids_Bk >= 0) & (target_hashes_N[ids_Bk] == target_hashes_N[row_ids_B][:, None])
-    return np.where(own_Bk.any(axis=1), own_Bk.argmax(axis=1), -1)
+            return self._ask(number, positive_similarity=self._positive_similarity)

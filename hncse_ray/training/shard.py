@@ -63,7 +63,7 @@ def build_shard(
         taken = torch.cuda.memory_reserved(device)
         plan = plan_for_gpu(negatives, plan, free_bytes=free, total_bytes=total, taken_bytes=taken)
 
-    side: Side | None = "document" if corpus.has_pairs else None
+    side: Side | None = "document" if corpus.has_pairs or corpus.has_passages else None
 
     def load_weights(weights: Weights) -> None:
         model.load_weights({name: torch.tensor(np.asarray(array)) for name, array in weights.items()})

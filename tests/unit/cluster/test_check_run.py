@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 from pair_tables import COLUMNS, make_pairs, write_pairs
+from passages import documents_section, make_documents
 
 from hncse_ray.config import Settings, load_settings
 from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import load_encoder
-from hncse_ray.errors import HncseError, ModelError
+from hncse_ray.errors import DataError, HncseError, ModelError
 from hncse_ray.training.checks import check_run
 
 Tree = dict[str, Any]
@@ -81,3 +82,43 @@ def test_what_is_wrong_is_named(tree: Tree, overrides: list[str], said: str) -> 
     with pytest.raises(HncseError) as caught:
         checked(load_settings(tree, overrides))
     assert said in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ passages
+
+
+def of_documents(small_run: Tree, folder: Path, **changes: str) -> Tree:
+    """The run on documents, every one of them changed alike."""
+    documents = [row | changes for row in make_documents(40)]
+    small_run["corpus"] = documents_section(folder, documents, str(folder / "cache"))
+    return small_run
+
+
+def test_positives_of_passages_are_asked_for_where_there_are_some(small_run: Tree, tmp_path: Path) -> None:
+    every = "views.mix={title: 1, crop: 1, cloze: 1, neighbour: 1, keywords: 1}"
+    with pytest.raises(
+        DataError, match=r"has no passages, which views\.mix makes positives of.*corpus\.source=documents"
+    ):
+        checked(load_settings(small_run, [every]))
+    assert len(checked(load_settings(of_documents(small_run, tmp_path), [every]))) > 40
+    tree = of_documents(small_run, tmp_path, title="")
+    with pytest.raises(DataError, match=r"0 of \d+ passages looked at have a title and a text.*Leave title out"):
+        checked(load_settings(tree, [every]))
+    assert len(checked(load_settings(tree, ["views.mix={cloze: 1}"]))) > 40
+    tree = of_documents(small_run, tmp_path, text="one river")
+    for kind, needed in {"cloze": "two sentences", "crop": "6 words", "neighbour": "another passage"}.items():
+        with pytest.raises(DataError, match=f"0 of .* looked at have {needed}.*views.mix.{kind}"):
+            checked(load_settings(tree, [f"views.mix={{{kind}: 1}}"]))
+    with pytest.raises(ModelError, match="it has no dropout"):  # a row that does for no kind is two dropout passes
+        checked(load_settings(of_documents(small_run, tmp_path), ["views.mix={title: 1}", "encoder.dropout=0"]))
+
+
+def test_prompts_of_passages_that_are_not_pooled_must_be_alike(small_run: Tree, tmp_path: Path) -> None:
+    tree = of_documents(small_run, tmp_path)
+    tree["encoder"] |= {"model": unpooled(tree["encoder"]["model"], tmp_path / "unpooled"), "pooling": "auto"}
+    unlike = "encoder.prompts={query: 'the one ', document: 'every '}"
+    for mix in ([], ["views.mix={title: 1}"]):
+        with pytest.raises(ModelError, match=r"leaves prompts out of its pooling"):
+            checked(load_settings(tree, [unlike, *mix]))
+    alike = "encoder.prompts={query: 'the one ', document: 'every garden '}"
+    assert len(checked(load_settings(tree, [alike, "views.mix={title: 1}"]))) > 40

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,19 @@ def test_vectors_that_are_no_numbers_are_an_error_though_the_weights_broke_after
         encoder.encode(TEXTS)
     with pytest.raises(ModelError, match="not numbers"):
         encoder.encode_rows(encoder.tokenize(TEXTS[:2]), unit_norm=True)
+
+
+def test_several_threads_tokenise_at_once(tiny_model: Path) -> None:
+    """A fast tokenizer is set to another length by each call, and refuses two callers at a time."""
+    encoder, texts = load_encoder(tiny_model), make_sentences(300)
+    expected = {length: [row.tolist() for row in encoder.tokenize(texts, length)] for length in (6, 12)}
+
+    def again(number: int) -> bool:
+        length = (6, 12)[number % 2]
+        return [row.tolist() for row in encoder.tokenize(texts, length)] == expected[length]
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(again, range(40)))
 
 
 def test_a_text_without_a_token_is_named(tiny_model: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from hncse_ray.negatives.in_process import InProcessSource
 from hncse_ray.reporting import Event
 from hncse_ray.reporting.events import CheckpointSaved, StepsLogged
 from hncse_ray.training.batch import local_batch
-from hncse_ray.training.negatives import BatchNegatives
+from hncse_ray.training.lookup import BatchNegatives
 from hncse_ray.training.objective import Objective
 from hncse_ray.training.shard import build_shard
 from hncse_ray.training.step import LocalBatch, StepContext, train_step
@@ -68,7 +68,8 @@ def found_for(corpus: Corpus, encoder: SentenceEncoder, *, use: str, columns: st
         vectors_BmD = encoder.encode_rows(corpus.targets(range(len(corpus))), unit_norm=True)[ids_Bm]
         vectors_BmD[~mask_Bm] = 0
     columns_mask = (rng.random((B, B * M)) < 0.9) & mask_Bm.ravel() if columns == "all" else None
-    return BatchNegatives(ids_Bm, mask_Bm, columns_mask, vectors_BmD, None, np.full(B, -1))
+    nobody = np.zeros((0, 2), dtype=np.int64)
+    return BatchNegatives(ids_Bm, mask_Bm, columns_mask, vectors_BmD, None, np.full(B, -1), None, nobody)
 
 
 def step(
