@@ -5,7 +5,7 @@ from hncse_ray.corpus.corpus import Corpus, PrepareReport
 from hncse_ray.corpus.prepare import prepare_corpus
 from hncse_ray.corpus.python_code import scored_code_pairs
 from hncse_ray.corpus.python_docs import DocPair, docstring_sentences, documentation_pairs
-from hncse_ray.corpus.sentences import split_sentences
+from hncse_ray.corpus.sentences import sentences_or_runs, split_sentences
 from hncse_ray.corpus.text import normalise, row_hash
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "rank_slice",
     "row_hash",
     "scored_code_pairs",
+    "sentences_or_runs",
     "split_sentences",
 ]

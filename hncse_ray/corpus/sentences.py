@@ -70,6 +70,7 @@ def _ends(text: str, start: int, match: re.Match[str], *, caseless: bool) -> boo
     return caseless or not first.islower()
 
 
+_RUN_WORDS, _FEWEST_WORDS = 12, 4  # of a run, and of the last one
 _NO_BLANKS = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
@@ -79,6 +80,18 @@ def count_words(text: str) -> int:
     """Count words: what blanks part, and two characters of a script that has none (Chinese, Japanese, Thai) as one."""
     unparted = len(_NO_BLANKS.findall(text))
     return len(_NO_BLANKS.sub(" ", text).split()) + (unparted + 1) // 2
+
+
+def sentences_or_runs(text: str) -> list[str]:
+    """Split a text into its sentences, and one that marks no end of any into runs of a dozen words.
+
+    For what must ask a text about itself: lists, keywords and text without punctuation have no sentences.
+    """
+    sentences = split_sentences(text)
+    if len(sentences) > 1 or count_words(text) < _RUN_WORDS + _FEWEST_WORDS:
+        return sentences
+    runs = list(_cut(" ".join(sentences), _RUN_WORDS))
+    return runs if count_words(runs[-1]) >= _FEWEST_WORDS else runs[:-2] + [f"{runs[-2]} {runs[-1]}"]
 
 
 def pack_passages(sentences: list[str], most_words: int) -> list[str]:

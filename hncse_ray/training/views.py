@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hncse_ray.config import Settings, Side, ViewKind
-from hncse_ray.corpus import BatchPlan, Corpus, row_hash, split_sentences
+from hncse_ray.corpus import BatchPlan, Corpus, row_hash, sentences_or_runs
 from hncse_ray.corpus.sentences import count_words
 from hncse_ray.encoder import SentenceEncoder
 from hncse_ray.errors import DataError
@@ -194,7 +194,7 @@ class ViewMaker:
         return crops[0], crops[1]
 
     def _cloze(self, passage: _Passage, rng: np.random.Generator) -> Pair | None:
-        sentences = split_sentences(passage.body)
+        sentences = sentences_or_runs(passage.body)
         asked = [i for i, sentence in enumerate(sentences) if count_words(sentence) >= _LEAST_SENTENCE_WORDS]
         if len(sentences) < 2 or not asked:
             return None

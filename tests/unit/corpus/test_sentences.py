@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from hncse_ray.corpus import split_sentences
+from hncse_ray.corpus import sentences_or_runs, split_sentences
 from hncse_ray.corpus.sentences import count_words, pack_passages
 
 CASES = {
@@ -55,3 +55,11 @@ def test_passages_are_few_full_and_even():
     assert min(sizes) >= 50
     assert len(passages) <= 1.25 * sum(lengths) / 100
     assert pack_passages([], 100) == []
+
+
+def test_a_text_without_sentence_ends_is_parted_into_runs_of_words() -> None:
+    words = [f"word{i}" for i in range(27)]
+    assert sentences_or_runs(" ".join(words)) == [" ".join(words[:12]), " ".join(words[12:])]
+    assert sentences_or_runs(" ".join(words[:15])) == [" ".join(words[:15])]
+    assert sentences_or_runs("One two three. So " + " ".join(words)) == ["One two three.", "So " + " ".join(words)]
+    assert "".join(sentences_or_runs("字" * 60)) == "字" * 60
