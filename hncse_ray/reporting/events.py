@@ -38,7 +38,7 @@ class StepsLogged:
         step: optimiser steps taken.
         metrics: ``loss``, ``grad_norm``, the objective's own metrics, ``uniformity``.
         learning_rate: of the last step.
-        sentences_per_s: anchors trained on a second, over all workers, evaluation left out.
+        sentences_per_s: anchors trained on a second, over all workers; evaluation and waits for an index are left out.
     """
 
     step: int

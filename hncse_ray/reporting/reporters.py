@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,7 +57,7 @@ class LineReporter:
 
     def __init__(self) -> None:
         self._total = 0
-        self._started: tuple[float, int] | None = None
+        self._pace = Pace()
         self._stage = ""
 
     def on(self, event: Event) -> None:
@@ -68,8 +68,9 @@ class LineReporter:
             self._stage = event.stage
             return
         if isinstance(event, RunStarted):
-            self._total, self._started = event.total_steps, (time.monotonic(), event.step)
-        left = time_left(self._started, event.step, self._total) if isinstance(event, StepsLogged) else ""
+            self._total = event.total_steps
+            self._pace.begin(event)
+        left = self._pace.left(event.step) if isinstance(event, StepsLogged) else ""
         level = logging.WARNING if isinstance(event, Notice) else logging.INFO
         logger.log(level, "%s%s", describe(event, self._total), f"  {left} left" if left else "")
 
@@ -195,11 +196,31 @@ def _describe_index(metrics: dict[str, float]) -> str:
     return text + (f" ({missing:.0%} of batches without neighbours)" if missing else "")
 
 
-def time_left(started: tuple[float, int] | None, step: int, total_steps: int) -> str:
-    """Estimate the time to the last step from the pace since ``started`` (monotonic seconds, step)."""
-    if started is None or step <= started[1]:
-        return ""
-    seconds = (time.monotonic() - started[0]) / (step - started[1]) * (total_steps - step)
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+class Pace:
+    """Estimates the time to the last step, by the time from the first line of the log to the present one.
+
+    What comes before the first line does not come again: the first scores, the first index, warming up. What comes
+    now and then afterwards, such as scores, is in the estimate.
+
+    Args:
+        clock: returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._total = clock, 0
+        self._first: tuple[float, int] | None = None
+
+    def begin(self, event: RunStarted) -> None:
+        """A run begins, or is taken up."""
+        self._total, self._first = event.total_steps, None
+
+    def left(self, step: int) -> str:
+        """Return the time left after a step that is logged; empty for the first of them."""
+        now = self._clock()
+        if self._first is None or step <= self._first[1]:
+            self._first = self._first or (now, step)
+            return ""
+        seconds = (now - self._first[0]) / (step - self._first[1]) * (self._total - step)
+        minutes, rest = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -10,12 +10,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from hncse_ray.reporting.events import (
     Evaluated,
@@ -26,7 +28,14 @@ from hncse_ray.reporting.events import (
     StageProgress,
     StepsLogged,
 )
-from hncse_ray.reporting.reporters import describe
+from hncse_ray.reporting.reporters import Pace, describe
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """The time left of a stage by its speed of the last half minute; of training as the log says."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["left"], style="progress.remaining") if task.fields["left"] else super().render(task)
 
 
 class TerminalReporter:
@@ -39,11 +48,12 @@ class TerminalReporter:
             MofNCompleteColumn(),
             TextColumn("{task.fields[facts]}"),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            _TimeLeft(),
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
         self._facts: dict[str, str] = {}
+        self._pace = Pace()
 
     def on(self, event: Event) -> None:
         """Move a bar, or print the event above the bars."""
@@ -52,13 +62,14 @@ class TerminalReporter:
             self._bar(event.stage, event.done, event.total)
         elif isinstance(event, RunStarted):
             self._end_stages()
+            self._pace.begin(event)
             console.print(describe(event), highlight=False, markup=False)
             self._bar("training", event.step, event.total_steps)
         elif isinstance(event, StepsLogged):
             self._facts |= {"loss": f"{event.metrics['loss']:.4f}", "speed": f"{event.sentences_per_s:,.0f}/s"}
             if (index_step := event.metrics.get("negatives/index_step")) is not None:
                 self._facts["index"] = f"{index_step:.0f}"
-            self._bar("training", event.step)
+            self._bar("training", event.step, left=self._pace.left(event.step))
         elif isinstance(event, Evaluated):
             if event.split == "dev" and event.metric in event.scores:
                 self._facts["dev"] = f"{event.scores[event.metric]:.4f}"
@@ -79,12 +90,12 @@ class TerminalReporter:
                 self._progress.remove_task(task)
                 del self._tasks[name]
 
-    def _bar(self, name: str, done: int, total: int | None = None) -> None:
+    def _bar(self, name: str, done: int, total: int | None = None, left: str = "") -> None:
         if name not in self._tasks:
             self._progress.start()
-            self._tasks[name] = self._progress.add_task(name, total=total, facts="")
+            self._tasks[name] = self._progress.add_task(name, total=total, facts="", left="")
         facts = "  ".join(f"{key} {value}" for key, value in self._facts.items()) if name == "training" else ""
-        self._progress.update(self._tasks[name], completed=done, facts=facts)
+        self._progress.update(self._tasks[name], completed=done, facts=facts, left=left)
         if total is not None:
             self._progress.update(self._tasks[name], total=total)
 

@@ -172,7 +172,7 @@ class _Trainer:
 
     def _take_negatives(self, numbers: Sequence[int]) -> list[BatchNegatives]:
         assert self.negatives is not None
-        self.negatives.refresh(self.state, self.encoder.weights)
+        self.log.seconds -= self.negatives.refresh(self.state, self.encoder.weights)  # a wait is no training
         return self.negatives.take(numbers, self.state)
 
     def _write_log(self) -> None:

@@ -153,8 +153,12 @@ class GlobalNegatives:
         self._positive_similarity = float(state.index_version["positive_similarity"])
         self._publish(index_weights, step, wait=True)
 
-    def refresh(self, state: TrainState, copy_weights: Callable[[], Weights]) -> None:
-        """Publish the present weights if they are due, and wait if training must. Before each step."""
+    def refresh(self, state: TrainState, copy_weights: Callable[[], Weights]) -> float:
+        """Publish the present weights if they are due, and wait if training must. Before each step.
+
+        Returns:
+            How many seconds training has waited for an index to be made.
+        """
         status = self._status()
         facts = RefreshFacts(
             step=state.step,
@@ -168,9 +172,14 @@ class GlobalNegatives:
             self._notify(decision.notice)
         if decision.publish and (decision.wait or not facts.building):
             self._positive_similarity = state.positive_similarity
-            self._publish(copy_weights(), state.step, wait=decision.wait)
-        elif decision.wait:
-            self._wait()
+            weights = copy_weights()  # which waits for the device, so for steps that are training
+            started = time.perf_counter()
+            self._publish(weights, state.step, wait=decision.wait)
+        else:
+            started = time.perf_counter()
+            if decision.wait:
+                self._wait()
+        return time.perf_counter() - started
 
     def take(self, numbers: Sequence[int], state: TrainState) -> list[BatchNegatives]:
         """Return the neighbours of the batches of this step, and look up those of the next.

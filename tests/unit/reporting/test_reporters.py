@@ -27,7 +27,7 @@ from hncse_ray.reporting import (
     score_table,
 )
 from hncse_ray.reporting.events import CheckpointSaved, Evaluated, StepsLogged
-from hncse_ray.reporting.reporters import describe, time_left
+from hncse_ray.reporting.reporters import Pace, describe
 
 METRIC = "pairs/recall@1"
 
@@ -111,15 +111,38 @@ class TestTimeLeft:
         ("elapsed", "step", "expected"),
         [(10.0, 10, "0:10"), (600.0, 10, "10:00"), (36000.0, 10, "10:00:00"), (75.0, 19, "0:04"), (20.0, 20, "0:00")],
     )
-    def test_it_follows_the_pace_so_far(self, elapsed: float, step: int, expected: str) -> None:
-        assert time_left((time.monotonic() - elapsed, 0), step, 20) == expected
+    def test_it_follows_the_pace_since_the_first_line(self, elapsed: float, step: int, expected: str) -> None:
+        now = [500.0]
+        pace = Pace(lambda: now[0])
+        pace.begin(started(total=20))
+        now[0] += 240  # the first scores and the first index
+        assert pace.left(0) == ""
+        now[0] += elapsed
+        assert pace.left(step) == expected
 
     def test_a_resumed_run_counts_from_where_it_was_taken_up(self) -> None:
-        assert time_left((time.monotonic() - 10, 90), 95, 100) == "0:10"
+        now = [0.0]
+        pace = Pace(lambda: now[0])
+        for step, seconds in ((10, 5), (20, 100)):
+            now[0] += seconds
+            pace.left(step)
+        pace.begin(started(step=90, total=100))
+        now[0] += 300
+        assert pace.left(92) == ""
+        now[0] += 6
+        assert pace.left(95) == "0:10"
 
-    def test_without_a_pace_there_is_no_estimate(self) -> None:
-        assert time_left(None, 5, 10) == ""
-        assert time_left((time.monotonic(), 5), 5, 10) == ""
+    def test_a_terminal_shows_what_the_log_shows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = [0.0]
+        monkeypatch.setattr("hncse_ray.reporting.terminal.Pace", lambda: Pace(lambda: now[0]))
+        console = Console(file=io.StringIO(), force_terminal=True, width=160)
+        reporter = TerminalReporter(console)
+        reporter.on(started(total=20))
+        for step, seconds in ((5, 300), (10, 65), (15, 65)):
+            now[0] += seconds
+            reporter.on(logged(step))
+        reporter.close()
+        assert "1:05" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 class TestLineReporter:
@@ -134,7 +157,7 @@ class TestLineReporter:
         assert lines[0] == "tokenise"
         assert lines[1].startswith("run small starts")
         assert lines[2].startswith("step 0  dev")
-        assert lines[3].startswith("step 4/12  loss 0.7500") and lines[3].endswith("  0:00 left")
+        assert lines[3].startswith("step 4/12  loss 0.7500") and "left" not in lines[3]
         assert lines[4].endswith("(best)")
         assert lines[5:] == [
             "step 4  checkpoint saved in 0.25 s",

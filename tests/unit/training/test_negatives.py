@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,24 @@ def test_in_sync_every_step_uses_the_version_of_the_last_refresh(
     assert list(run.source.published) == [0, 5, 10]
     digests = {found[0].version.weights_digest for found in batches.values() if found[0].version}
     assert len(digests) == 3
+
+
+@pytest.mark.parametrize("method", ["publish", "wait"])
+def test_making_an_index_does_not_count_as_training(
+    tree: Tree, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = negatives_settings(tree, "train.max_steps=6", "negatives.refresh_every_steps=2")
+    run, late, clock = prepared(settings), [0.0], time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + late[0])
+
+    def hold_up(called: str, number: int) -> None:
+        late[0] += 1e6 * (called == method)
+
+    run.source.before = hold_up
+    carry_out(settings, tmp_path, run=run)
+    assert late[0] == 3e6 and run.finished is not None
+    assert all(16 / log.sentences_per_s < 1e5 for log in run.logs)  # seconds
+    assert 6 * 16 / run.finished.sentences_per_s < 1e5
 
 
 def test_without_refreshing_one_version_serves_the_whole_run(tree: Tree, tmp_path: Path) -> None:
