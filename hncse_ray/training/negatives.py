@@ -6,6 +6,7 @@ that all ranks see the same neighbours of the same version.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
