@@ -66,15 +66,15 @@ def _print_corpus(console: Console, corpus: Corpus) -> None:
     table = Table(title=f"Corpus {corpus.digest[:12]}")
     table.add_column("lines")
     table.add_column("count", justify="right")
-    table.add_row("read", f"{report.read:,}")
+    of_documents = report.documents is not None
+    table.add_row("documents read" if of_documents else "read", f"{report.read:,}")
     for reason, count in report.dropped.items():
         table.add_row(f"dropped: {reason.replace('_', ' ')}", f"{count:,}")
-    table.add_row("kept", f"{report.rows:,}")
-    if report.documents is not None:
-        table.add_row("passages of so many documents", f"{report.documents:,}")
+    table.add_row("passages kept" if of_documents else "kept", f"{report.rows:,}")
+    if of_documents:
+        table.add_row("of so many documents", f"{report.documents:,}")
     if report.without_positive is not None:
         table.add_row("of these without a positive", f"{report.without_positive:,}")
     console.print(table)
-    console.print(
-        f"{report.mean_tokens:.1f} tokens a sentence, prepared in {report.seconds:.1f} s -> {corpus.path}", markup=False
-    )
+    size = f"{report.mean_tokens:.1f} tokens a {'passage' if of_documents else 'sentence'}"
+    console.print(f"{size}, prepared in {report.seconds:.1f} s -> {corpus.path}", markup=False)

@@ -120,7 +120,11 @@ class CorpusSettings(Section):
             raise ValueError(f"held_out is for python-code, and the source is {self.source!r}")
         if self.source not in ("auto", "documents") and (setting := self.first_document_setting):
             raise ValueError(f"{setting} is for documents, and the source is {self.source!r}")
-        texts = [self.column, *(name for setting, name in self.further_columns if setting != "document_column")]
+        texts = [
+            self.column,
+            *([self.title_column] if self.title_column else []),
+            *(name for setting, name in self.further_columns if setting != "document_column"),
+        ]
         if twice := [name for name in texts if texts.count(name) > 1]:
             raise ValueError(f"column {twice[0]!r} is named twice among column, positive_column and negative_columns")
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 TITLE_COLUMN, ID_COLUMNS = "title", ("_id", "id")
 _NAMED_FAULTS = 3  # files that cannot be read are named so often, and all are counted
 _SHINGLE, _PERMUTATIONS = 5, 128  # words of a shingle; numbers of a signature
+_BATCH = 4096  # shingles hashed at a time, each of which takes a KiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,9 @@ class NearDuplicates:
         from datasketch import LeanMinHash, MinHash
 
         signature = MinHash(num_perm=_PERMUTATIONS, hashfunc=xxhash.xxh32_intdigest)
-        signature.update_batch({shingle.encode() for shingle in _shingles(text)})
+        shingles = _shingles(text)
+        while batch := [shingle.encode() for shingle in itertools.islice(shingles, _BATCH)]:
+            signature.update_batch(batch)
         near = self._index.query(signature)
         if any(signature.jaccard(self._signatures[i]) >= self._threshold for i in near):
             return True
@@ -196,10 +200,8 @@ def _documents(settings: CorpusSettings, counts: Counter[str]) -> Iterator[tuple
 def _table(path: Path, settings: CorpusSettings, counts: Counter[str]) -> Iterator[tuple[str, Document]]:
     """Yield the documents of a table, a row or neighbouring rows each, after their names."""
     asked = [settings.column, *(name for name in (settings.title_column, settings.document_column) if name)]
-    optional = (
-        settings.title_column or TITLE_COLUMN,
-        *([settings.document_column] if settings.document_column else ID_COLUMNS),
-    )
+    title_column = settings.title_column or TITLE_COLUMN
+    optional = (title_column, *([settings.document_column] if settings.document_column else ID_COLUMNS))
     seen: set[str] = set()
     before, titles = "", 0
     for record in read_records(path, asked, optional=optional):
@@ -209,6 +211,7 @@ def _table(path: Path, settings: CorpusSettings, counts: Counter[str]) -> Iterat
             continue
         text, title, *names = record.cells[0], *record.cells[len(asked) :]
         try:
+            title = None if title_column == settings.column else title
             document = Document(_cell(title), paragraphs_of(_checked(text)))
             name = next((found for value in names if (found := document_name(value))), f"\0{record.number}")
         except ValueError:

@@ -6,6 +6,7 @@ import gzip
 import os
 import re
 import unicodedata
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,9 @@ def document_kind(path: Path) -> DocumentKind | None:
 
 
 def documents_in(folder: Path) -> list[Path]:
-    """Return the documents in a folder and those below it, in the order of their paths; hidden ones are left out.
+    """Return the documents in a folder and those below it, in the order of their paths.
+
+    Hidden files and folders, and links to folders, are left out.
 
     Raises:
         DataError: a folder cannot be read, or there is none.
@@ -100,7 +103,10 @@ def documents_in(folder: Path) -> list[Path]:
     for where, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(where, name) for name in names if not name.startswith(".")]
-    documents = sorted((path for path in found if document_kind(path)), key=lambda path: path.relative_to(folder).parts)
+    documents = sorted(
+        (path for path in found if document_kind(path) and path.is_file()),
+        key=lambda path: path.relative_to(folder).parts,
+    )
     if not documents:
         hint = "A folder's .txt, .md and .html files are read; of JSONL, CSV and Parquet name the file itself"
         raise DataError(f"has no documents among its {len(found)} files", str(folder), hint)
@@ -215,9 +221,12 @@ def _read_html(text: str, path: Path) -> Document:
 
 
 def _soup(html: str) -> BeautifulSoup:
-    from bs4 import BeautifulSoup
+    from bs4 import BeautifulSoup, MarkupResemblesLocatorWarning, XMLParsedAsHTMLWarning
 
-    return BeautifulSoup(html.replace(_BLOCK_END, " "), "html.parser")
+    with warnings.catch_warnings():  # XHTML is read as HTML, and what is no HTML has an error of its own
+        warnings.simplefilter("ignore", MarkupResemblesLocatorWarning)
+        warnings.simplefilter("ignore", XMLParsedAsHTMLWarning)
+        return BeautifulSoup(html.replace(_BLOCK_END, " "), "html.parser")
 
 
 def _document(soup: BeautifulSoup, title: str | None) -> Document:

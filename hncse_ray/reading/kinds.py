@@ -20,11 +20,14 @@ ENDINGS: dict[str, Kind] = {
 }  # fmt: skip
 """Lower case; ``.gz`` may follow each but Parquet's, which is compressed within. Any other ending is plain text."""
 
-_READ = "Text (a sentence a line), JSONL, CSV, TSV (each also as .gz) and Parquet are read"
+_READ = (
+    "Text (a sentence a line), JSONL, CSV, TSV (each also as .gz) and Parquet are read, and as documents"
+    " (corpus.source=documents) text, Markdown and HTML"
+)
 # Read as lines they would give nonsense. Who knows better says which source it is.
 _FOREIGN = {
-    ".7z", ".arrow", ".bz2", ".doc", ".docx", ".feather", ".lz4", ".npy", ".npz", ".orc", ".pdf", ".pickle", ".pkl",
-    ".pt", ".safetensors", ".tar", ".tgz", ".xls", ".xlsx", ".xz", ".zip", ".zst",
+    ".7z", ".arrow", ".bz2", ".doc", ".docx", ".feather", ".htm", ".html", ".lz4", ".npy", ".npz", ".orc", ".pdf",
+    ".pickle", ".pkl", ".pt", ".safetensors", ".tar", ".tgz", ".xls", ".xlsx", ".xz", ".zip", ".zst",
 }  # fmt: skip
 
 

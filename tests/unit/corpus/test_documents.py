@@ -1,5 +1,7 @@
 import gzip
 import json
+import os
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -126,6 +128,27 @@ def test_documents_are_split_at_ends_of_sentences_into_passages_of_like_length(t
     long, _ = read(write(tmp_path / "more", {"c.txt": "word " * 450 + "end. " + "字" * 900}), passage_words=200)
     assert max(count_words(row.body) for row in long) == 200
     assert "".join(row.body.replace(" ", "") for row in long) == "word" * 450 + "end." + "字" * 900
+
+
+def test_a_huge_document_takes_little_memory(tmp_path):
+    path = write(tmp_path, {"a.txt": " ".join(f"w{i}." for i in range(60_000))}) / "a.txt"
+    tracemalloc.start()
+    try:
+        rows, _ = read(path, source="documents")
+        assert tracemalloc.get_traced_memory()[1] < 45e6  # 61 MB are the hashes of all shingles at once
+    finally:
+        tracemalloc.stop()
+    assert len(rows) == 300
+
+
+def test_xhtml_and_a_fifo_are_no_trouble(tmp_path, recwarn):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    page = '<?xml version="1.0"?><html xmlns="http://www.w3.org/1999/xhtml"><body><p>A sentence.</p></body></html>'
+    assert [row.body for row in read(write(tmp_path, {"a.xhtml": page}))[0]] == ["A sentence."]
+    assert not recwarn.list
+    with pytest.raises(DataError, match="unknown kind '.html'.*corpus.source=documents"):
+        read(write(tmp_path, {"b.html": page}) / "b.html")
 
 
 def test_a_long_document_is_not_dropped_by_max_chars(tmp_path):
