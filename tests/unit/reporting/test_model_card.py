@@ -181,3 +181,13 @@ def test_pairs_are_called_so() -> None:
     assert (
         "unlabelled sentences" in plain and "trained without labels" in plain and "pairs" not in plain.split("```")[0]
     )
+
+
+def test_passages_and_code_are_told_of():
+    changes = ["corpus.source=documents", "corpus.path=docs"]
+    text = model_card(facts(*changes, corpus_documents=40))
+    assert "unlabelled passages by contrast" in text
+    assert "unique passages kept of" in text and " documents\n" in text
+    text = model_card(facts("corpus.source=python-code", "corpus.path=[]", "corpus.packages=[numpy]"))
+    assert "first sentences of their docstrings (numpy)" in text
+    assert "unique pairs kept of" in text and "`None`" not in text
