@@ -22,6 +22,7 @@ from hncse_ray.evaluation import evaluate_retrieval
 from hncse_ray.reporting import LineReporter
 from hncse_ray.training import load_evaluation_sets
 from hncse_ray.training.checks import prepare
+from hncse_ray.training.whitening import Spread
 
 
 def main() -> None:
@@ -33,15 +34,13 @@ def main() -> None:
     encoder = load_encoder(settings.encoder.model, settings.encoder)
     corpus = prepare(settings, encoder, LineReporter())
     known = encoder.encode(corpus.texts(range(len(corpus))))
-    mean_D = known.mean(axis=0)
-    variances_D, directions_DD = np.linalg.eigh(np.cov((known - mean_D).T.astype(np.float64)))
+    spread = Spread.of(known)
     sets = load_evaluation_sets(settings.evaluation, settings.corpus).sets
     scores = {}
     for power in args.powers:
-        scale_DD = directions_DD * np.maximum(variances_D, variances_D.max() * 1e-6) ** power
 
-        def encode(texts: list[str], scale_DD: NDArray[np.float64] = scale_DD) -> NDArray[np.float64]:
-            return np.asarray((remember(encoder, texts) - mean_D) @ scale_DD)
+        def encode(texts: list[str], power: float = power) -> NDArray[np.float64]:
+            return spread.whitened(remember(encoder, texts), -power)
 
         plain = power == 0
         scores[power] = {
