@@ -48,6 +48,17 @@ def make_collection(folder: Path, *, splits: tuple[str, ...] = ("dev", "test"), 
     return folder
 
 
+def make_topics(folder: Path, count: int = 90, *, seed: int = 0) -> Path:
+    """Write documents of four sentences, each about five words of its own."""
+    generator = random.Random(seed)
+    folder.mkdir(parents=True)
+    for number in range(count):
+        words = generator.sample(WORDS, 5)
+        sentences = [" ".join(generator.choices([*words, *words, *WORDS], k=9)).capitalize() for _ in range(4)]
+        (folder / f"{number:03d}.txt").write_text(". ".join(sentences) + ".", encoding="utf-8")
+    return folder
+
+
 def make_tokenizer(*, padding: int = 0, lowercase: bool = True, max_length: int = 64) -> PreTrainedTokenizerFast:
     """Return a word-level tokenizer; ``padding`` is the id of its padding token."""
     vocabulary = ["[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *WORDS]

@@ -47,7 +47,7 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: 
 def run_training(settings: Settings, console: Console) -> dict[str, Any]:
     """Train with progress on a console, print the scores, and return what ``--json`` prints."""
     from hncse_ray.cluster import train as run_train
-    from hncse_ray.reporting import score_table
+    from hncse_ray.reporting import describe_verdict, score_table
 
     if console.is_terminal:
         with console_reporter(console) as reporter:
@@ -56,8 +56,9 @@ def run_training(settings: Settings, console: Console) -> dict[str, Any]:
         result = run_train(settings)
     console.print(score_table(result.before, result.after))
     console.print(f"model: {result.model}  (best on dev at step {result.best_step} of {result.steps})", markup=False)
-    if result.best_step == 0:
-        console.print("no evaluation beat the model you started from, so the model is that one", style="yellow")
+    if result.verdict is not None:
+        style = "yellow" if result.verdict.is_base else None
+        console.print(describe_verdict(result.verdict), style=style, markup=False, highlight=False)
     return asdict(result)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hncse_ray.config import LOCAL_IS_ONE, Settings, load_settings
 from hncse_ray.errors import SettingsError, StorageError
-from hncse_ray.reporting import LineReporter, Reporter, Reporters, RunFinished
+from hncse_ray.reporting import LineReporter, Reporter, Reporters, RunFinished, Verdict
 from hncse_ray.storage import is_job
 from hncse_ray.training.remote_run import RemoteRunFolder, claim_run
 from hncse_ray.training.run_folder import RunFolder
@@ -30,6 +30,7 @@ class RunResult:
         sentences_per_s: sentences trained on a second, evaluation and checkpoints left out.
         before: scores by split and ``suite/metric`` before training.
         after: the same of ``model``.
+        verdict: what ``model`` is made of, and what dev says of it; None of runs of earlier versions.
     """
 
     model: str
@@ -38,6 +39,7 @@ class RunResult:
     sentences_per_s: float
     before: dict[str, dict[str, float]]
     after: dict[str, dict[str, float]]
+    verdict: Verdict | None = None
 
 
 def train(settings: Settings, *, sentences: Sequence[str] | None = None, reporter: Reporter | None = None) -> RunResult:
@@ -75,6 +77,7 @@ def train(settings: Settings, *, sentences: Sequence[str] | None = None, reporte
         sentences_per_s=result.sentences_per_s,
         before=result.before,
         after=result.after,
+        verdict=result.verdict,
     )
 
 

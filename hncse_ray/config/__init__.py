@@ -2,6 +2,7 @@
 
 from hncse_ray.config.base import Section
 from hncse_ray.config.corpus import CorpusSettings
+from hncse_ray.config.export import ExportSettings
 from hncse_ray.config.load import load_settings, read_setting, setting_kinds
 from hncse_ray.config.objective import OBJECTIVES, InfoNCE, InstanceSmoothing, ObjectiveSettings, OwnObjective
 from hncse_ray.config.sections import (
@@ -28,6 +29,7 @@ __all__ = [
     "CorpusSettings",
     "EncoderSettings",
     "EvaluationSettings",
+    "ExportSettings",
     "InfoNCE",
     "InstanceSmoothing",
     "LOCAL_IS_ONE",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -64,6 +65,12 @@ class CorpusSettings(Section):
     )
     cache_dir: str | None = Field(None, description="default: $HNCSE_CACHE, else ~/.cache/hncse_ray")
     num_processes: int | None = Field(None, ge=1, le=1024, description="default: one per CPU")
+
+    @property
+    def of_documents(self) -> bool:
+        """Whether rows are passages of documents: it is said so, or a folder is named."""
+        folders = any(os.path.isdir(os.path.expanduser(path)) for path in self.path)
+        return self.source == "documents" or (self.source == "auto" and folders)
 
     @property
     def place(self) -> str:

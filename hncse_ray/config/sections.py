@@ -7,12 +7,14 @@ The defaults of ``encoder`` and ``train`` are those of unsupervised SimCSE on BE
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from hncse_ray.config.base import MOST, Section, StrTuple, as_tuple
 from hncse_ray.config.corpus import CorpusSettings
+from hncse_ray.config.export import ExportSettings
 from hncse_ray.config.objective import HardNegativeMixing, Hybrid, InfoNCE, InstanceSmoothing, ObjectiveSettings
 from hncse_ray.config.views import ViewsSettings
 from hncse_ray.recipe import write_yaml
@@ -30,7 +32,7 @@ Pooling = Literal[
 ]
 Precision = Literal["auto", "fp32", "bf16"]
 Side = Literal["query", "document"]
-Suite = Literal["stsb", "pairs", "python-docs", "python-code", "retrieval"]
+Suite = Literal["stsb", "pairs", "python-docs", "python-code", "retrieval", "cloze"]
 
 LOCAL_IS_ONE = "engine 'local' is one worker in the command's own process"
 LONGEST_S = 10_000_000  # that anything is waited for, 115 days
@@ -43,6 +45,7 @@ SUITE_METRICS: dict[str, tuple[str, ...]] = {
     "python-docs": RETRIEVAL_METRICS,
     "python-code": RETRIEVAL_METRICS,
     "retrieval": COLLECTION_METRICS,
+    "cloze": RETRIEVAL_METRICS,
 }
 
 
@@ -213,8 +216,12 @@ class TrainSettings(Section):
 class EvaluationSettings(Section):
     """Which sets are scored, and which dev metric chooses the checkpoint."""
 
-    suites: Annotated[tuple[Suite, ...], BeforeValidator(as_tuple)] = Field(("stsb",), description="what is scored")
-    metric: str = Field("stsb/spearman", description="the dev metric that chooses, as suite/metric")
+    suites: Annotated[tuple[Suite, ...], BeforeValidator(as_tuple)] = Field(
+        ("stsb",), description="what is scored; default of a corpus of documents: cloze, which needs no labels"
+    )
+    metric: str = Field(
+        "stsb/spearman", description="the dev metric that chooses, as suite/metric; of documents cloze/mrr"
+    )
     senteval_path: str | None = Field(None, description="default: $HNCSE_DATA/senteval")
     pairs_dev: str | None = Field(None, description="TSV, JSONL, CSV or Parquet file of query and answer")
     pairs_test: str | None = Field(None, description="such a file for the test scores")
@@ -228,6 +235,10 @@ class EvaluationSettings(Section):
     )
     collection: StrTuple = Field(
         (), description="for retrieval: folders with corpus.jsonl, queries.jsonl and qrels/{dev,test}.tsv"
+    )
+    cloze_queries: int = Field(300, ge=10, le=100_000, description="sentences that ask; their documents are held out")
+    cloze_candidates: int = Field(
+        5000, ge=100, le=MOST, description="rows that are searched; of a larger corpus a random sample"
     )
     test: bool = Field(True, description="score the test sets too, before and after; the trials of a sweep do not")
     batch_size: int = Field(128, ge=1, le=65_536, description="sentences that are encoded at a time for scores")
@@ -304,7 +315,17 @@ class Settings(Section):
     views: ViewsSettings = ViewsSettings()
     train: TrainSettings = TrainSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    export: ExportSettings = ExportSettings()
     cluster: ClusterSettings = ClusterSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _documents_judge_themselves(cls, tree: Any) -> Any:
+        if not isinstance(tree, Mapping) or not isinstance(given := tree.get("evaluation") or {}, Mapping):
+            return tree
+        if "suites" in given or not _are_documents(tree.get("corpus")):
+            return tree
+        return {**tree, "evaluation": {"suites": ("cloze",), "metric": "cloze/mrr", **given}}
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Settings:
@@ -316,6 +337,8 @@ class Settings(Section):
             )
         self._check_neighbours()
         self._check_views()
+        if self.export.chooses and not self.evaluation.suites:
+            raise ValueError("export.merge and export.whiten choose by a dev score, and evaluation.suites is empty")
         if workers > batch:
             raise ValueError(f"cluster.num_workers = {workers} is more than train.batch_size = {batch} sentences")
         return self
@@ -377,3 +400,11 @@ class Settings(Section):
     def to_yaml(self) -> str:
         """Return the resolved settings as YAML; ``load_settings`` reads it back to the same tree."""
         return write_yaml(self.model_dump(mode="json"))
+
+
+def _are_documents(corpus: Any) -> bool:
+    """Whether a corpus, its settings not yet checked, is one of documents."""
+    try:
+        return CorpusSettings.model_validate(corpus).of_documents
+    except ValidationError:  # which the whole will tell
+        return False

@@ -88,6 +88,10 @@ class BatchPlan:
         seed: seeds every epoch's order together with the epoch's number.
         bucket_by_length: rows of like length share a batch (less padding).
         min_batch: a trailing batch of fewer rows is dropped from its epoch.
+        left_out: row ids that are in no batch.
+
+    Attributes:
+        rows: how many row ids are in the batches.
 
     Raises:
         DataError: the corpus has too few rows for one batch of ``min_batch``.
@@ -101,6 +105,7 @@ class BatchPlan:
         seed: int,
         bucket_by_length: bool,
         min_batch: int,
+        left_out: Int64 | None = None,
     ) -> None:
         """See the class."""
         if batch_size < 1 or not 1 <= min_batch <= batch_size:
@@ -110,11 +115,15 @@ class BatchPlan:
         self.seed = seed
         self.bucket_by_length = bucket_by_length
         self.min_batch = min_batch
-        full, rest = divmod(len(self._lengths), batch_size)
+        self._ids = np.arange(len(self._lengths))
+        if left_out is not None:
+            self._ids = np.setdiff1d(self._ids, left_out)
+        self.rows = len(self._ids)
+        full, rest = divmod(self.rows, batch_size)
         self.batches_per_epoch = full + (rest >= min_batch)
         if self.batches_per_epoch == 0:
             raise DataError(
-                f"the corpus has {len(self._lengths)} rows, fewer than the {min_batch} of the smallest batch",
+                f"the corpus has {self.rows} rows, fewer than the {min_batch} of the smallest batch",
                 hint="Lower train.batch_size or use a larger corpus",
             )
         self._plan_epoch = lru_cache(maxsize=2)(self._plan)  # look-ups ahead of the step may be in the next epoch
@@ -122,7 +131,8 @@ class BatchPlan:
     def epoch(self, epoch: int) -> list[Int64]:
         """Return the batches of an epoch: arrays of row ids, each row of the corpus at most once.
 
-        Every row appears exactly once but for those of a dropped trailing batch, which differ by epoch.
+        Every row that is not left out appears exactly once but for those of a dropped trailing batch, which differ by
+        epoch.
         """
         return list(self._plan_epoch(epoch))
 
@@ -133,7 +143,7 @@ class BatchPlan:
 
     def _plan(self, epoch: int) -> list[Int64]:
         rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(len(self._lengths))
+        order = rng.permutation(self._ids)
         whole = len(order) // self.batch_size * self.batch_size
         # The short batch is taken off before sorting, so that which rows are dropped does not hang on length.
         order, rest = order[:whole], order[whole:]

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,11 +65,10 @@ def reads_documents(settings: CorpusSettings) -> bool:
     Raises:
         DataError: a setting for documents alone is given, and there are none.
     """
-    folders = [path for path in settings.path if os.path.isdir(os.path.expanduser(path))]
-    if settings.source == "documents" or (settings.source == "auto" and folders):
+    if settings.of_documents:
         if settings.positive_column or settings.negative_columns:
             setting = "positive_column" if settings.positive_column else "negative_columns"
-            raise DataError(f"is a folder of documents, and corpus.{setting} is for a table", folders[0],
+            raise DataError(f"is a folder of documents, and corpus.{setting} is for a table", settings.place,
                             "Name the table itself")  # fmt: skip
         return True
     setting = settings.first_document_setting

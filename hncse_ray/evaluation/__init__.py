@@ -1,7 +1,8 @@
 """Scores of any ``encode(list[str]) -> ndarray [N, D]``: STS, transfer, retrieval, geometry; and their comparison."""
 
+from hncse_ray.evaluation.cloze import Gaps, cloze_set, draw_gaps
 from hncse_ray.evaluation.collection import read_collection
-from hncse_ray.evaluation.compare import Difference, compare_retrieval, compare_sts, mean_and_spread
+from hncse_ray.evaluation.compare import Difference, compare_earned, compare_retrieval, compare_sts, mean_and_spread
 from hncse_ray.evaluation.geometry import (
     SimilarityHistogram,
     alignment,
@@ -21,14 +22,18 @@ __all__ = [
     "TRANSFER_TASKS",
     "Difference",
     "Encode",
+    "Gaps",
     "RetrievalSet",
     "SimilarityHistogram",
     "StsPair",
     "StsPairs",
     "alignment",
     "anisotropy",
+    "cloze_set",
+    "compare_earned",
     "compare_retrieval",
     "compare_sts",
+    "draw_gaps",
     "encode_checked",
     "encode_unit",
     "evaluate_geometry",

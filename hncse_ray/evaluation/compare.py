@@ -67,10 +67,10 @@ def compare_sts(
     found, whole_T, sampled_T = [], [], []
     for (name, pairs), *both in zip(sets.items(), *cosines_2T, strict=True):
         gold_N = np.array([pair.gold for pair in pairs.pairs])
-        whole_T.append(_spearmans(both, gold_N, np.arange(len(gold_N))))
-        draws_RN = rng.integers(0, len(gold_N), (resamples, len(gold_N)))
-        sampled_T.append(np.array([_spearmans(both, gold_N, draw_N) for draw_N in draws_RN]))
-        found.append(_difference(name, whole_T[-1], sampled_T[-1]))
+        whole_2, sampled_R2 = _correlated(both, gold_N, rng.integers(0, len(gold_N), (resamples, len(gold_N))))
+        whole_T.append(whole_2)
+        sampled_T.append(sampled_R2)
+        found.append(_difference(name, whole_2, sampled_R2))
     if set(sets) == set(STS_TASKS):
         found.append(_difference("avg", np.mean(whole_T, axis=0), np.mean(sampled_T, axis=0)))
     return found
@@ -109,15 +109,46 @@ def compare_retrieval(
         scores_2 = [query_scores(encode, data) for encode in (first, second)]
         draws_RQ = rng.integers(0, len(data.queries), (resamples, len(data.queries)))
         for metric in data.metrics:
-            scores_2Q = np.stack([of_encoder[metric] for of_encoder in scores_2])
-            whole.setdefault(metric, []).append(scores_2Q.mean(axis=1))
-            sampled.setdefault(metric, []).append(scores_2Q[:, draws_RQ].mean(axis=2).T)
-            found.append(_difference(f"{name}/{metric}", whole[metric][-1], sampled[metric][-1]))
+            whole_2, sampled_R2 = _mean_earned(np.stack([of_encoder[metric] for of_encoder in scores_2]), draws_RQ)
+            whole.setdefault(metric, []).append(whole_2)
+            sampled.setdefault(metric, []).append(sampled_R2)
+            found.append(_difference(f"{name}/{metric}", whole_2, sampled_R2))
     if len(sets) > 1:
         for metric in whole:
             means = (np.mean(of_sets[metric], axis=0) for of_sets in (whole, sampled))
             found.append(_difference(f"{mean}/{metric}", *means))
     return found
+
+
+def compare_earned(
+    name: str,
+    earned: Mapping[str, tuple[FloatArray, FloatArray]],
+    *,
+    gold: Mapping[str, FloatArray] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Difference:
+    """Compare two encoders by what they have earned already, as the functions above do: nothing is encoded again.
+
+    Args:
+        name: of the score.
+        earned: by set, what each item has earned with either encoder, ``[N]``; a score is the mean over the sets.
+        gold: by set, the gold scores of the items, whose earnings are cosines: the score is Spearman x 100. None: it is
+            the mean of the earnings.
+        resamples: bootstrap samples.
+        seed: of the resampling.
+    """
+    rng = np.random.default_rng(seed)
+    whole_S, sampled_S = [], []
+    for set_name, both in earned.items():
+        draws_RN = rng.integers(0, len(both[0]), (resamples, len(both[0])))
+        if gold is None:
+            whole_2, sampled_R2 = _mean_earned(np.stack(both), draws_RN)
+        else:
+            whole_2, sampled_R2 = _correlated(both, gold[set_name], draws_RN)
+        whole_S.append(whole_2)
+        sampled_S.append(sampled_R2)
+    return _difference(name, np.mean(whole_S, axis=0), np.mean(sampled_S, axis=0))
 
 
 def mean_and_spread(runs: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:
@@ -130,6 +161,17 @@ def mean_and_spread(runs: Sequence[dict[str, float]]) -> dict[str, tuple[float, 
         raise DataError("the runs of one group have different scores", hint="Score all of them on the same suites")
     values = {name: np.array([run[name] for run in runs]) for name in runs[0]}
     return {name: (float(v.mean()), float(v.std(ddof=1)) if len(v) > 1 else 0.0) for name, v in values.items()}
+
+
+def _mean_earned(both_2N: FloatArray, draws_RN: Ints) -> tuple[FloatArray, FloatArray]:
+    """The mean of what items have earned, of all of them ``[2]`` and of each draw ``[R, 2]``."""
+    return both_2N.mean(axis=1), both_2N[:, draws_RN].mean(axis=2).T
+
+
+def _correlated(both: Sequence[FloatArray], gold_N: FloatArray, draws_RN: Ints) -> tuple[FloatArray, FloatArray]:
+    """The correlation of cosines with the gold, of all of them ``[2]`` and of each draw ``[R, 2]``."""
+    sampled_R2 = np.array([_spearmans(both, gold_N, draw_N) for draw_N in draws_RN])
+    return _spearmans(both, gold_N, np.arange(len(gold_N))), sampled_R2
 
 
 def _spearmans(both: Sequence[FloatArray], gold_N: FloatArray, index_N: Ints) -> FloatArray:

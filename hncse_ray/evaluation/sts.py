@@ -250,10 +250,15 @@ def cosines(encode: Encode, sets: Sequence[StsPairs]) -> list[FloatArray]:
 
 
 def _score(encode: Encode, sets: Sequence[StsPairs]) -> list[float]:
-    return [_correlation(own_N, one) for own_N, one in zip(cosines(encode, sets), sets, strict=True)]
+    return [correlation(own_N, one) for own_N, one in zip(cosines(encode, sets), sets, strict=True)]
 
 
-def _correlation(cosine_N: FloatArray, pairs: StsPairs) -> float:
+def correlation(cosine_N: FloatArray, pairs: StsPairs) -> float:
+    """Return Spearman's correlation of the cosines of pairs with their gold scores, x 100.
+
+    Raises:
+        DataError: it is undefined, since all cosines or all gold scores are the same.
+    """
     gold_N = [pair.gold for pair in pairs.pairs]
     if min(gold_N) == max(gold_N):
         what = f"every scored pair ({len(gold_N)}) has the same gold score, so that Spearman is undefined"

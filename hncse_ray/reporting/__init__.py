@@ -1,8 +1,9 @@
 """Events of a run and what is made of them: terminal, log lines, metrics file, TensorBoard."""
 
-from hncse_ray.reporting.events import Event, Notice, RunFinished, RunStarted, StageProgress
+from hncse_ray.reporting.events import Event, Notice, RunFinished, RunStarted, StageProgress, Verdict
 from hncse_ray.reporting.reporters import LineReporter, MetricsFile, Reporter, Reporters, TensorBoard
 from hncse_ray.reporting.terminal import TerminalReporter, score_table, scoreboard_table
+from hncse_ray.reporting.verdict import describe_verdict
 
 __all__ = [
     "Event",
@@ -16,6 +17,8 @@ __all__ = [
     "StageProgress",
     "TensorBoard",
     "TerminalReporter",
+    "Verdict",
+    "describe_verdict",
     "score_table",
     "scoreboard_table",
 ]

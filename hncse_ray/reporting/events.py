@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,43 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What is exported, and what dev says of it.
+
+    Attributes:
+        step: whose weights are the trained ones; 0 if none was better than the base.
+        merge: their share; the base has the rest. 0 is the base itself.
+        whiten: power of the whitening behind them; 0 is none.
+        metric: that judged; None where nothing was judged, and no score below is known.
+        base: score of the base.
+        chosen: score of what is exported.
+        low: lower end of the 95 % interval of their difference, by a paired bootstrap; None if it is not known.
+        high: its upper end.
+        tried: how many candidates were scored for it after training.
+    """
+
+    step: int
+    merge: float
+    whiten: float
+    metric: str | None = None
+    base: float | None = None
+    chosen: float | None = None
+    low: float | None = None
+    high: float | None = None
+    tried: int = 0
+
+    @property
+    def is_base(self) -> bool:
+        """Whether the model that is exported is the one that the run began with."""
+        return self.merge == self.whiten == 0
+
+    @property
+    def difference(self) -> float | None:
+        """What the exported model scores above the base."""
+        return None if self.chosen is None or self.base is None else self.chosen - self.base
+
+
+@dataclass(frozen=True)
 class RunFinished:
     """The run is over and its model exported."""
 
@@ -83,6 +121,17 @@ class RunFinished:
     stopped_early: bool
     before: dict[str, dict[str, float]] = field(default_factory=dict)
     after: dict[str, dict[str, float]] = field(default_factory=dict)
+    verdict: Verdict | None = None
+
+    @classmethod
+    def read(cls, tree: Mapping[str, Any]) -> RunFinished:
+        """Return what ``asdict`` has made a tree.
+
+        Raises:
+            TypeError: it is another tree.
+        """
+        verdict = (tree := dict(tree)).get("verdict")
+        return cls(**{**tree, "verdict": None if verdict is None else Verdict(**verdict)})
 
 
-Event = StageProgress | RunStarted | StepsLogged | Evaluated | CheckpointSaved | Notice | RunFinished
+Event = StageProgress | RunStarted | StepsLogged | Evaluated | CheckpointSaved | Notice | Verdict | RunFinished

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import yaml
 
+from hncse_ray.reporting.events import Verdict
+from hncse_ray.reporting.verdict import describe_verdict
+
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -21,6 +24,7 @@ _SUITES = {
     "python-code": "Functions of Python packages, by their summaries",
     "pairs": "Own pairs",
     "retrieval": "Own search collections",
+    "cloze": "Sentences of the corpus, each to find its document",
 }
 _FOLDERS = ("storage_path", "cache_dir")  # settings that a card leaves out
 _FILES = ("path", "senteval_path", "pairs_dev", "pairs_test", "collection")  # settings of which it tells the last part
@@ -66,6 +70,7 @@ class CardFacts:
         before: scores by split and ``suite/metric`` of the base model.
         after: the same of this model.
         index_step: the step whose weights the last index of global negatives was made from; None without one.
+        verdict: what is made of the weights of that step, and what dev says of it; None where it is not known.
         corpus_without_positive: sentences among the pairs that had no positive; None where there are no pairs.
         corpus_documents: documents that the rows are passages of; None where they are none.
     """
@@ -83,6 +88,7 @@ class CardFacts:
     index_step: int | None
     corpus_without_positive: int | None = None
     corpus_documents: int | None = None
+    verdict: Verdict | None = None
 
 
 def model_card(facts: CardFacts) -> str:
@@ -98,6 +104,7 @@ def model_card(facts: CardFacts) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["python"] = repr
+    environment.filters["told"] = describe_verdict
     settings = shareable_settings(facts.settings)
     dumped = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     head = _front_matter(facts).to_yaml()

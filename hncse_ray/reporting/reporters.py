@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,9 @@ from hncse_ray.reporting.events import (
     RunStarted,
     StageProgress,
     StepsLogged,
+    Verdict,
 )
+from hncse_ray.reporting.verdict import describe_verdict
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +106,9 @@ class MetricsFile:
             )
         elif isinstance(event, Evaluated):
             self._append({"step": event.step, "split": event.split, **event.scores, "is_best": event.is_best})
+        elif isinstance(event, Verdict):
+            told = asdict(event)
+            self._append({"step": told.pop("step"), "verdict": told | {"difference": event.difference}})
 
     def close(self) -> None:
         """Nothing to close: every line is written at once."""
@@ -118,9 +124,10 @@ class MetricsFile:
                 row = json.loads(line)
             except ValueError:
                 break  # cut short by a kill: the last line
-            # A run that starts over at step 0 scores it again; one that goes on from later does not. Test scores
-            # are the end of a run: written again when it gets there.
-            if row.get("split") != "test" and (row["step"] < step or (row["step"] == step and step > 0)):
+            # A run that starts over at step 0 scores it again; one that goes on from later does not. Verdict and test
+            # scores are the end of a run: written again when it gets there.
+            is_end = row.get("split") == "test" or "verdict" in row
+            if not is_end and (row["step"] < step or (row["step"] == step and step > 0)):
                 kept.append(line + "\n")
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(kept), encoding="utf-8")
@@ -182,6 +189,8 @@ def describe(event: Event, total_steps: int = 0) -> str:
             return f"step {event.step}  checkpoint saved in {event.seconds:.2f} s"
         case Notice():
             return event.text
+        case Verdict():
+            return describe_verdict(event)
         case RunFinished():
             early = ", stopped early" if event.stopped_early else ""
             return f"finished after {event.step} steps{early}; best on dev at step {event.best_step}"

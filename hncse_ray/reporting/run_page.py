@@ -14,6 +14,7 @@ from hncse_ray.errors import StorageError
 from hncse_ray.recipe import read_yaml
 from hncse_ray.reporting.events import RunFinished
 from hncse_ray.reporting.page import BLUE, draw, line_figure, write_page
+from hncse_ray.reporting.verdict import describe_verdict
 
 Row = Mapping[str, Any]
 
@@ -72,7 +73,7 @@ def write_run_page(run_folder: Path) -> Path:
     uses_pool = any(name.startswith("negatives/") for row in logged for name in row)
     scores = {}
     if any(metric in row for row in dev):
-        scores["scores"] = _score_figure(dev, metric, best_step, "exported" if result else "best so far")
+        scores["scores"] = _score_figure(dev, metric, best_step, "best" if result else "best so far")
     return write_page(
         run_folder / "report.html",
         "run.html",
@@ -82,6 +83,7 @@ def write_run_page(run_folder: Path) -> Path:
         source=_setting(settings, "corpus", "source"),
         metric=metric,
         result=result,
+        verdict=describe_verdict(result.verdict) if result and result.verdict else "",
         last_step=max((row["step"] for row in rows), default=0),
         best_step=best_step,
         scores=_scores(rows, result, best_step),
@@ -123,7 +125,7 @@ def _read_result(path: Path) -> RunFinished | None:
     if not path.exists():
         return None
     try:
-        return RunFinished(**json.loads(path.read_text(encoding="utf-8")))
+        return RunFinished.read(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise StorageError(f"cannot be read ({error})", str(path)) from error
 

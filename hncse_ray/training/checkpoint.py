@@ -47,6 +47,8 @@ class TrainState:
         evaluations_without_gain: dev evaluations since then.
         before: scores by split at step 0.
         best_scores: dev scores of the best weights.
+        before_earned: what each dev query earned at step 0 by the metric that chooses, by set.
+        best_earned: the same with the best weights.
         sentences: sentences trained on, repeats counted.
         train_seconds: time spent on them; evaluation and checkpoints left out.
         corpus_digest: of the prepared corpus.
@@ -62,6 +64,8 @@ class TrainState:
     evaluations_without_gain: int = 0
     before: dict[str, dict[str, float]] = field(default_factory=dict)
     best_scores: dict[str, float] = field(default_factory=dict)
+    before_earned: dict[str, list[float]] = field(default_factory=dict)
+    best_earned: dict[str, list[float]] = field(default_factory=dict)
     sentences: int = 0
     train_seconds: float = 0.0
     corpus_digest: str = ""

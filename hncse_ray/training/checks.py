@@ -12,6 +12,7 @@ from hncse_ray.encoder import SentenceEncoder, has_dropout, load_encoder
 from hncse_ray.errors import DataError, ModelError
 from hncse_ray.reporting.events import StageProgress
 from hncse_ray.reporting.reporters import Reporter
+from hncse_ray.training.cloze import hold_out
 from hncse_ray.training.evaluator import EvaluationSets, load_evaluation_sets
 from hncse_ray.training.negatives import check_candidates
 from hncse_ray.training.objective_check import check_objective
@@ -82,16 +83,20 @@ def check_run(
         )
     if corpus.report.without_positive:
         _check_dropout(encoder, f"{corpus.report.without_positive:,} rows have no positive, and ")
-    if len(corpus) < batch_size:
+    gaps = hold_out(settings, corpus)
+    left_out = None if gaps is None else gaps.rows
+    if (rows := len(corpus) - (0 if left_out is None else len(left_out))) < batch_size:
+        held = "" if left_out is None else f" beside the {len(left_out)} that are held out"
         raise DataError(
-            f"has {len(corpus)} sentences, fewer than train.batch_size = {batch_size}",
+            f"has {rows} sentences{held}, fewer than train.batch_size = {batch_size}",
             f"corpus {settings.corpus.place}",
             "Lower train.batch_size or give a larger corpus",
         )
-    count_steps(settings.train, plan_batches(settings, corpus.view_lengths))  # refuses a warm-up that does not end
+    plan = plan_batches(settings, corpus.view_lengths, left_out=left_out)
+    count_steps(settings.train, plan)  # refuses a warm-up that does not end
     check_candidates(settings, corpus)
     check_views(settings, corpus)
-    if (last_batch := len(corpus) % batch_size) >= settings.smallest_batch:
+    if (last_batch := plan.rows % batch_size) >= settings.smallest_batch:
         check_objective(settings, dimension=encoder.dimension, batch_size=last_batch)
     return encoder, sets, corpus
 

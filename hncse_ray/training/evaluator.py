@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from hncse_ray.config import CorpusSettings, EvaluationSettings
 from hncse_ray.corpus import documentation_pairs, scored_code_pairs
 from hncse_ray.errors import DataError
@@ -15,20 +17,36 @@ from hncse_ray.evaluation import (
     Encode,
     RetrievalSet,
     StsPairs,
+    compare_earned,
     compare_retrieval,
     compare_sts,
-    evaluate_retrieval,
     paired_set,
     read_collection,
     read_pairs,
     read_sts,
-    spearman,
 )
 from hncse_ray.evaluation.collection import LAYOUT
+from hncse_ray.evaluation.retrieval import query_scores
+from hncse_ray.evaluation.sts import correlation, cosines
 from hncse_ray.training.senteval import senteval_folder
 
 Split = Literal["dev", "test"]
 Scores = dict[str, float]
+Earned = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an encoder was found to score.
+
+    Attributes:
+        scores: by ``suite/metric``.
+        earned: of one metric, by set: what each query earns, or the cosine of each pair. With it two encoders are
+            compared later, without encoding again.
+    """
+
+    scores: Scores
+    earned: Earned
 
 
 @dataclass(frozen=True)
@@ -46,21 +64,42 @@ class EvaluationSets:
         Raises:
             DataError: the encoder returned vectors that cannot be scored.
         """
+        return self.measure(encode, split).scores
+
+    def measure(self, encode: Encode, split: Split, metric: str = "") -> Measured:
+        """Do what :meth:`score` does, and keep what every item has earned by one metric, ``suite/metric``."""
         scores: Scores = {}
         several: dict[str, list[float]] = {}
+        earned: Earned = {}
         for (name, its_split), data in self.sets.items():
             if its_split != split:
                 continue
             if isinstance(data, StsPairs):
-                found = {"spearman": spearman(encode, data)}
+                of_items = {"spearman": cosines(encode, [data])[0]}
+                found = {"spearman": correlation(of_items["spearman"], data)}
             else:
-                found = evaluate_retrieval(encode, data)
+                of_items = query_scores(encode, data)
+                found = {each: float(np.mean(of_queries)) for each, of_queries in of_items.items()}
             suite, slash, _ = name.partition("/")
-            for metric, score in found.items():
-                scores[f"{name}/{metric}"] = score
+            for each, score in found.items():
+                scores[f"{name}/{each}"] = score
                 if slash:
-                    several.setdefault(f"{suite}/{metric}", []).append(score)
-        return scores | {name: sum(of_sets) / len(of_sets) for name, of_sets in several.items()}
+                    several.setdefault(f"{suite}/{each}", []).append(score)
+                if metric == f"{suite}/{each}":
+                    earned[name] = of_items[each].tolist()
+        means = {name: sum(of_sets) / len(of_sets) for name, of_sets in several.items()}
+        return Measured(scores | means, earned)
+
+    def judge(self, first: Earned, second: Earned, metric: str) -> Difference | None:
+        """Compare what two encoders have earned on dev by ``metric``; None if that is not known of both."""
+        if not first or first.keys() != second.keys():
+            return None
+        sets = {name: self.sets[name, "dev"] for name in first}
+        gold = {
+            name: np.array([p.gold for p in data.pairs]) for name, data in sets.items() if isinstance(data, StsPairs)
+        }
+        both = {name: (np.array(of_first), np.array(second[name])) for name, of_first in first.items()}
+        return compare_earned(metric, both, gold=gold or None)
 
     def compare(self, first: Encode, second: Encode, suite: str) -> list[Difference]:
         """Compare two encoders on a suite's test sets, or on those of dev where it has no test.
@@ -109,6 +148,8 @@ def load_evaluation_sets(
                 packages = settings.code_dev if split == "dev" else settings.code_test
                 code = scored_code_pairs(split, packages, corpus, settings.code_pairs)
                 sets[suite, split] = paired_set([pair.summary for pair in code], [pair.code for pair in code])
+        elif suite == "cloze":
+            continue  # of the prepared corpus: cloze.py
         elif suite == "retrieval":
             sets |= _collections(settings.collection, splits, dev_needed=dev_needed)
         else:

@@ -16,6 +16,7 @@ from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import SentenceEncoder, hub_name, resolve_model
 from hncse_ray.encoder.head import TrainingHead
 from hncse_ray.errors import ModelError
+from hncse_ray.reporting.events import Verdict
 from hncse_ray.reporting.model_card import CardFacts, Usage, model_card
 from hncse_ray.training.checkpoint import TrainState
 
@@ -32,6 +33,7 @@ def write_model(
     corpus: Corpus,
     state: TrainState,
     after: Mapping[str, Mapping[str, float]],
+    verdict: Verdict,
 ) -> None:
     """Fill the folder of an exported model.
 
@@ -42,6 +44,7 @@ def write_model(
         corpus: that it was trained on.
         state: at the end of the run.
         after: scores of the encoder by split.
+        verdict: what the encoder is, and how it was judged.
     """
     card = model_card(
         CardFacts(
@@ -55,6 +58,7 @@ def write_model(
             corpus_documents=corpus.report.documents,
             steps=state.step,
             best_step=state.best_step,
+            verdict=verdict,
             before=state.before,
             after=after,
             index_step=None if state.index_version is None else int(state.index_version["step"]),

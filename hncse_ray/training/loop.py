@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,12 +15,25 @@ from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import SentenceEncoder, freeze_unused
 from hncse_ray.errors import HncseError, StorageError
+from hncse_ray.evaluation import Encode
 from hncse_ray.negatives import NegativeSource
-from hncse_ray.reporting.events import CheckpointSaved, Evaluated, Event, Notice, RunFinished, RunStarted, StepsLogged
+from hncse_ray.reporting.events import (
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    Notice,
+    RunFinished,
+    RunStarted,
+    StageProgress,
+    StepsLogged,
+    Verdict,
+)
 from hncse_ray.training.batch import local_batch
 from hncse_ray.training.checkpoint import Resumed, RunStore, Wish, read_newest, write_checkpoint
+from hncse_ray.training.choice import Candidate, ExportChoice
+from hncse_ray.training.cloze import cloze_dev, hold_out
 from hncse_ray.training.distributed import ShardedEncode, from_first, raise_together, world_size
-from hncse_ray.training.evaluator import EvaluationSets, Scores, Split
+from hncse_ray.training.evaluator import EvaluationSets, Measured, Split
 from hncse_ray.training.export import write_model
 from hncse_ray.training.guards import Guards, batch_uniformity
 from hncse_ray.training.lookup import BatchNegatives
@@ -73,9 +86,13 @@ class _Trainer:
 
     def __init__(self, job: TrainJob, store: RunStore, emit: Emit, stack: ExitStack) -> None:
         self.settings, self.encoder, self.sets, self.corpus = job.settings, job.encoder, job.sets, job.corpus
+        gaps = hold_out(self.settings, self.corpus)
+        if gaps is not None:
+            cloze = cloze_dev(self.settings, self.corpus, gaps)
+            self.sets = EvaluationSets({**self.sets.sets, ("cloze", "dev"): cloze})
         self.store, self.emit = store, emit
         train = self.settings.train
-        self.plan = plan_batches(self.settings, self.corpus.view_lengths)
+        self.plan = plan_batches(self.settings, self.corpus.view_lengths, left_out=None if gaps is None else gaps.rows)
         self.total_steps = count_steps(train, self.plan)
         freeze_unused(self.encoder)
         self.optimizer = build_optimizer(self.encoder, train)
@@ -89,6 +106,7 @@ class _Trainer:
         self.encode = ShardedEncode(self.encoder, self.settings.evaluation.batch_size)
         self.guards = Guards(train)
         self.log = _Log()
+        self.base = self.encoder.weights() if ExportChoice.needs_base(self.settings) else None
         resumed = read_newest(
             store.checkpoints(),
             encoder=self.encoder,
@@ -112,8 +130,9 @@ class _Trainer:
         state, train = self.state, self.settings.train
         saved_step, wish = state.step, Wish.NOTHING
         if not state.before:
-            state.before = {split: self._score(split) for split in _SPLITS}
-            self._consider_best(state.before["dev"])
+            dev, test = (self._measure(self.encode, split) for split in _SPLITS)
+            state.before, state.before_earned = {"dev": dev.scores, "test": test.scores}, dev.earned
+            self._consider_best(dev)
         while True:
             # Rare events first: what is due now, before the next step is taken.
             patience = train.early_stopping_evaluations
@@ -126,7 +145,7 @@ class _Trainer:
                 self.log = _Log()
                 wish = max(wish, self.store.wish())
             if state.evaluated_step != state.step and (last or self._due(train.evaluate_every_steps)):
-                self._consider_best(self._score("dev"))
+                self._consider_best(self._measure(self.encode, "dev"))
                 continue  # the score may end the run here
             if saved_step != state.step and (last or wish or self._due(train.checkpoint_every_steps)):
                 self._checkpoint()
@@ -190,27 +209,28 @@ class _Trainer:
         self.emit(StepsLogged(self.state.step, means, self.log.learning_rate, speed))
         self.guards.check(self.state.step, means)
 
-    def _score(self, split: Split) -> Scores:
+    def _measure(self, encode: Encode, split: Split) -> Measured:
         """Score on all ranks; what the first has found counts, as the last bits differ from processor to processor."""
         error: HncseError | None = None
-        scores: Scores = {}
+        measured = Measured({}, {})
         try:
-            scores = self.sets.score(self.encode, split)
+            measured = self.sets.measure(encode, split, self.settings.evaluation.metric if split == "dev" else "")
         except HncseError as caught:
             error = caught
         raise_together(error)
-        return from_first(lambda: scores)
+        return from_first(lambda: measured)
 
     def _tell(self, event: Event) -> None:
         from_first(lambda: self.emit(event))
 
-    def _consider_best(self, scores: Scores) -> None:
-        state, metric = self.state, self.settings.evaluation.metric
+    def _consider_best(self, measured: Measured) -> None:
+        state, metric, scores = self.state, self.settings.evaluation.metric, measured.scores
         state.evaluated_step = state.step
         score = scores.get(metric)
         is_best = score is None or state.best_score is None or score > state.best_score
         if is_best:
-            state.best_score, state.best_step, state.best_scores = score, state.step, scores
+            state.best_score, state.best_step = score, state.step
+            state.best_scores, state.best_earned = scores, measured.earned
             state.evaluations_without_gain = 0
             self.best = self.encoder.weights()
         else:
@@ -273,16 +293,34 @@ class _Trainer:
 
     def _finish(self, stopped_early: bool) -> RunFinished:
         state = self.state
-        if self.best is not None:
-            self.encoder.load_weights(self.best)
-        after = {"dev": state.best_scores, "test": self._score("test")}
+        assert self.best is not None  # the weights of step 0 were the first
+        choice = ExportChoice(
+            self.settings,
+            self.encoder,
+            self.corpus,
+            state=state,
+            base=self.base,
+            trained=self.best,
+            measure=lambda encode: self._measure(encode, "dev"),
+            progress=lambda stage, done, total: self._tell(StageProgress(stage, done, total)),
+        )
+        chosen = choice.make()
+        verdict = from_first(lambda: self._verdict(chosen, tried=choice.to_score))
+        self._tell(verdict)
+        after = {"dev": chosen.measured.scores, "test": self._measure(self.encode, "test").scores}
         if after["test"]:
             metric = self.settings.evaluation.metric
             self._tell(Evaluated(state.best_step, "test", after["test"], metric, is_best=True))
         from_first(
             lambda: self.store.export(
                 lambda folder: write_model(
-                    folder, self.encoder, settings=self.settings, corpus=self.corpus, state=state, after=after
+                    folder,
+                    self.encoder,
+                    settings=self.settings,
+                    corpus=self.corpus,
+                    state=state,
+                    after=after,
+                    verdict=verdict,
                 )
             )
         )
@@ -294,8 +332,22 @@ class _Trainer:
                 stopped_early=stopped_early,
                 before=state.before,
                 after=after,
+                verdict=verdict,
             )
         )
+
+    def _verdict(self, chosen: Candidate, *, tried: int) -> Verdict:
+        """Say what is exported, and how sure its gain on dev is."""
+        state, metric = self.state, self.settings.evaluation.metric
+        verdict = Verdict(state.best_step, chosen.merge, chosen.whiten, tried=tried)
+        if metric not in chosen.measured.scores:
+            return verdict
+        base, score = state.before["dev"][metric], chosen.measured.scores[metric]
+        found = None
+        if not verdict.is_base:
+            found = self.sets.judge(state.before_earned, chosen.measured.earned, metric)
+        low, high = (None, None) if found is None else (found.low, found.high)
+        return replace(verdict, metric=metric, base=base, chosen=score, low=low, high=high)
 
 
 class _Log:

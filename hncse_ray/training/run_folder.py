@@ -67,7 +67,7 @@ class RunFolder:
         if not path.exists():
             return None
         try:
-            return RunFinished(**json.loads(path.read_text(encoding="utf-8")))
+            return RunFinished.read(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise StorageError(f"cannot be read ({error})", str(path), "Delete it to take the run up again") from error
 

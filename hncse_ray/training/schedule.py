@@ -15,14 +15,17 @@ from hncse_ray.corpus import BatchPlan
 from hncse_ray.errors import SettingsError
 
 
-def plan_batches(settings: Settings, lengths: npt.NDArray[np.integer]) -> BatchPlan:
-    """Return the batches of a run over a corpus whose rows have these lengths `[N]`."""
+def plan_batches(
+    settings: Settings, lengths: npt.NDArray[np.integer], *, left_out: npt.NDArray[np.int64] | None = None
+) -> BatchPlan:
+    """Return the batches of a run over a corpus whose rows have these lengths `[N]`, without those left out."""
     return BatchPlan(
         lengths,
         batch_size=settings.train.batch_size,
         seed=settings.run.seed,
         bucket_by_length=settings.train.bucket_by_length,
         min_batch=settings.smallest_batch,
+        left_out=left_out,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pair_tables import COLUMNS, make_pairs, write_pairs
 from passages import documents_section, make_documents
+from tiny import make_topics
 
 from hncse_ray.config import Settings, load_settings
 from hncse_ray.corpus import Corpus
@@ -63,6 +64,20 @@ def test_prompts_of_unlike_length_that_are_not_pooled_are_refused(tree: Tree, tm
     assert len(checked(load_settings(tree, [alike]))) == 40
     assert len(checked(load_settings(tree, [unlike, "corpus.positive_column=null", "corpus.negative_columns=[]"]))) > 30
     tree["encoder"] |= {"model": str(tree["encoder"]["model"]), "pooling": "mean"}
+
+
+def test_documents_are_judged_by_themselves_and_sentences_cannot_be(small_run: Tree, tmp_path: Path) -> None:
+    plain = dict(small_run["corpus"])
+    small_run["corpus"]["path"] = str(make_topics(tmp_path / "texts", 60))
+    del small_run["evaluation"]
+    assert len(checked(load_settings(small_run))) == 60
+    with pytest.raises(DataError, match=r"has 48 sentences beside the 12 that are held out, fewer than"):
+        checked(load_settings(small_run, ["train.batch_size=50"]))
+    with pytest.raises(DataError, match=r"only 3 sentences can ask.*evaluation\.suites"):
+        checked(load_settings(small_run, ["corpus.max_sentences=18"]))
+    small_run |= {"corpus": plain, "evaluation": {"suites": ["cloze"], "metric": "cloze/mrr"}}
+    with pytest.raises(DataError, match=r"has no documents.*'cloze'.*corpus\.source=documents"):
+        checked(load_settings(small_run))
 
 
 @pytest.mark.parametrize(

@@ -151,3 +151,19 @@ def test_a_row_whose_positive_is_itself_is_alike_no_other():
     assert batch_mask(np.stack([own, [9, 1, 8, 1, 4]], axis=1)).tolist() == naive_mask(
         np.stack([own, [9, 1, 8, 1, 4]], axis=1)
     )
+
+
+@pytest.mark.parametrize("bucket", [True, False])
+def test_rows_that_are_left_out_are_in_no_batch(bucket):
+    left_out = np.array([0, 7, 50, len(LENGTHS) - 1])
+    found = plan(batch_size=8, seed=1, bucket_by_length=bucket, min_batch=1, left_out=left_out)
+    kept = sorted(set(range(len(LENGTHS))) - set(left_out.tolist()))
+    assert found.rows == len(kept) and found.batches_per_epoch == -(-len(kept) // 8)
+    for epoch in (0, 1):
+        assert sorted(np.concatenate(found.epoch(epoch)).tolist()) == kept
+
+
+def test_without_any_left_out_the_batches_are_as_ever():
+    one, two = (plan(batch_size=8, seed=1, bucket_by_length=True, min_batch=1, left_out=rows)
+                for rows in (None, np.array([], dtype=np.int64)))  # fmt: skip
+    assert all(np.array_equal(a, b) for a, b in zip(one.epoch(0), two.epoch(0), strict=True))

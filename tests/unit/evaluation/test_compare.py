@@ -13,6 +13,9 @@ from hncse_ray.evaluation import (
     Difference,
     Encode,
     RetrievalSet,
+    StsPair,
+    StsPairs,
+    compare_earned,
     compare_retrieval,
     compare_sts,
     evaluate_retrieval,
@@ -21,6 +24,8 @@ from hncse_ray.evaluation import (
     paired_set,
     read_sts,
 )
+from hncse_ray.evaluation.retrieval import query_scores
+from hncse_ray.evaluation.sts import cosines
 
 DIMENSION = 16
 
@@ -148,3 +153,25 @@ def test_several_seeds_are_summed_up_by_mean_and_standard_deviation() -> None:
     assert mean_and_spread([{"a": 1.0}]) == {"a": (1.0, 0.0)}
     with pytest.raises(DataError, match="different scores"):
         mean_and_spread([{"a": 1.0}, {"b": 1.0}])
+
+
+# ------------------------------------------------------------------------------------------------ what is earned
+
+
+def test_what_queries_have_earned_is_compared_as_the_encoders_are() -> None:
+    sets = {"one": DATA, "two": numbered(range(50, 250))}
+    encodes = (Noisy(1.5, 1), Noisy(0.7, 2))
+    earned = {name: tuple(query_scores(encode, data)["mrr"] for encode in encodes) for name, data in sets.items()}
+    wanted = {d.name: d for d in compare_retrieval(*encodes, sets)}
+    assert compare_earned("mean/mrr", earned) == wanted["mean/mrr"]
+    assert compare_earned("one/mrr", {"one": earned["one"]}) == wanted["one/mrr"]
+
+
+def test_so_are_cosines() -> None:
+    rng = np.random.default_rng(0)
+    pairs = StsPairs("sts", tuple(StsPair(f"one {i}", f"two {i}", float(rng.uniform(0, 5))) for i in range(80)))
+    encodes = (Noisy(1.5, 1), Noisy(0.7, 2))
+    (wanted,) = compare_sts(*encodes, {"sts": pairs})
+    both = tuple(cosines(encode, [pairs])[0] for encode in encodes)
+    gold = np.array([pair.gold for pair in pairs.pairs])
+    assert compare_earned("sts", {"sts": both}, gold={"sts": gold}) == wanted

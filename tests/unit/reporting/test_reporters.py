@@ -26,7 +26,7 @@ from hncse_ray.reporting import (
     TerminalReporter,
     score_table,
 )
-from hncse_ray.reporting.events import CheckpointSaved, Evaluated, StepsLogged
+from hncse_ray.reporting.events import CheckpointSaved, Evaluated, StepsLogged, Verdict
 from hncse_ray.reporting.reporters import Pace, describe
 
 METRIC = "pairs/recall@1"
@@ -98,6 +98,29 @@ def test_several_reporters_hear_the_same_and_are_all_closed() -> None:
         (scored(4, best=True), "step 4  dev  pairs/recall@1 0.2500  pairs/mrr 0.5000  (best)"),
         (CheckpointSaved(4, 0.26), "step 4  checkpoint saved in 0.26 s"),
         (Notice("look out"), "look out"),
+        (
+            Verdict(8, 1.0, 0.0, "cloze/mrr", 0.512, 0.56, 0.03, 0.0664),
+            "cloze/mrr 0.512 -> 0.560 (+0.048, 95 % 0.030 to 0.066): the adapted model is exported",
+        ),
+        (
+            Verdict(8, 0.75, 0.125, "cloze/mrr", 0.512, 0.56, -0.004, 0.1),
+            "cloze/mrr 0.512 -> 0.560 (+0.048, 95 % -0.004 to 0.100) with merge 0.75 and whitening 0.125:"
+            " the adapted model is exported, though the difference may be luck",
+        ),
+        (
+            Verdict(8, 0.5, 0.0, "stsb/spearman", 80.0, 78.5, -2.0, -1.0),
+            "stsb/spearman 80.00 -> 78.50 (-1.50, 95 % -2.00 to -1.00) with merge 0.5:"
+            " the adapted model is exported, though it is worse",
+        ),
+        (
+            Verdict(0, 0.0, 0.25, "cloze/mrr", 0.5, 0.52),
+            "cloze/mrr 0.500 -> 0.520 (+0.020) with whitening 0.25: the whitened base model is exported",
+        ),
+        (
+            Verdict(8, 0.0, 0.0, "cloze/mrr", 0.5, 0.5),
+            "cloze/mrr 0.500: nothing helped on dev: the base model is exported",
+        ),
+        (Verdict(8, 1.0, 0.0), "nothing was judged, as there is no dev set: the adapted model is exported"),
         (RunFinished(12, 8, 1.0, False), "finished after 12 steps; best on dev at step 8"),
         (RunFinished(10, 8, 1.0, True), "finished after 10 steps, stopped early; best on dev at step 8"),
     ],

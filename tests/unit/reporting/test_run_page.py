@@ -15,7 +15,7 @@ from page_text import figures, loads, table
 from hncse_ray.config import load_settings
 from hncse_ray.errors import SettingsError, StorageError
 from hncse_ray.reporting import MetricsFile, RunFinished, RunStarted
-from hncse_ray.reporting.events import Evaluated, StepsLogged
+from hncse_ray.reporting.events import Evaluated, StepsLogged, Verdict
 from hncse_ray.reporting.run_page import write_run_page
 
 METRIC = "python-docs/recall@10"
@@ -60,7 +60,9 @@ def leave_run(folder: Path, *, finished: bool = True, steps: int = 3, extra: dic
     if finished:
         before = {"dev": {METRIC: 0.5}, "test": {METRIC: 0.625}}
         after = {"dev": {METRIC: 0.75}, "test": {METRIC: 0.5, "python-docs/mrr": 76.5}}
-        result = RunFinished(20, 10, 240.5, False, before, after)
+        verdict = Verdict(10, 0.75, 0.0, METRIC, 0.5, 0.75, 0.1, 0.4, tried=3)
+        reporter.on(verdict)
+        result = RunFinished(20, 10, 240.5, False, before, after, verdict)
         (folder / "result.json").write_text(json.dumps(asdict(result)), encoding="utf-8")
 
 
@@ -96,13 +98,16 @@ class TestFinishedRun:
     def test_the_curves_are_those_of_the_metrics_file(self, page: str) -> None:
         assert points(page, "scores") == {
             METRIC: ([0, 10, 20], [0.5, 0.75, 0.625]),
-            "exported: step 10": ([10], [0.75]),
+            "best: step 10": ([10], [0.75]),
         }
         assert points(page, "loss") == {"loss": ([10, 20], [1.0, 0.5])}
         assert points(page, "learning-rate") == {"learning rate": ([10, 20], [1e-4, 5e-5])}
         assert points(page, "speed") == {"speed": ([10, 20], [250.0, 250.0])}
         assert points(page, "uniformity") == {"uniformity": ([10, 20], [-2.0, -2.0])}
         assert points(page, "similarity-of-views").keys() == {"positive", "hardest negative of the batch"}
+
+    def test_the_verdict_is_on_it(self, page: str) -> None:
+        assert "0.500 -&gt; 0.750 (+0.250, 95 % 0.100 to 0.400) with merge 0.75" in page.replace("<wbr>", "")
 
     def test_without_a_pool_nothing_is_said_of_one(self, page: str) -> None:
         assert "Global negatives" not in page

@@ -20,6 +20,7 @@ from hncse_ray.errors import DataError, HncseError, StorageError, TrainingError
 from hncse_ray.reporting import Event
 from hncse_ray.reporting.events import CheckpointSaved, Evaluated, RunStarted, StepsLogged
 from hncse_ray.training import EvaluationSets, TrainJob, distributed, fit, load_evaluation_sets
+from hncse_ray.training.evaluator import Measured
 from hncse_ray.training.guards import Guards
 
 Found = dict[str, Any]
@@ -122,8 +123,8 @@ class TwoMinds(EvaluationSets):
         super().__init__({})
         object.__setattr__(self, "dev", iter(scores[distributed.rank()]))
 
-    def score(self, encode: object, split: str) -> dict[str, float]:
-        return {"pairs/recall@1": next(self.dev) if split == "dev" else 0.0}
+    def measure(self, encode: object, split: str, metric: str = "") -> Measured:
+        return Measured({"pairs/recall@1": next(self.dev) if split == "dev" else 0.0}, {})
 
 
 # by case: what is changed of a small run
@@ -133,13 +134,24 @@ CASES = {
     "nothing is left": ["negatives.source=in_process", "negatives.max_score=-0.9", "train.max_steps=80"],
     "scores": ["train.evaluate_every_steps=2", "train.early_stopping_evaluations=2"],
     "collapse": ["train.max_steps=5"],
+    "export": [
+        "evaluation={suites: [pairs], metric: pairs/recall@1, pairs_dev: unused}",
+        "train.evaluate_every_steps=6",
+        "export={merge: auto, whiten: auto}",
+    ],
+}
+DEV = {
+    "scores": ([0.1, 0.2, 0.5, 0.4, 0.3], [0.1, 0.3, 0.2, 0.1, 0.0]),
+    # before, at steps 6 and 12, of three merges, of two whitenings
+    "export": ([0.1, 0.2, 0.4, 0.3, 0.5, 0.2, 0.3, 0.6], [0.1, 0.2, 0.4, 0.9, 0.0, 0.0, 0.9, 0.0]),
 }
 
 
 def run(case: str, rank: int, tree: Found, root: Path) -> Found:
     settings = negatives_settings(tree, "negatives.source=none", *CASES[case])
     prepared_run = prepared(settings)
-    source, sets = prepared_run.source, load_evaluation_sets(settings.evaluation, settings.corpus)
+    source = prepared_run.source
+    sets = TwoMinds(DEV[case]) if case in DEV else load_evaluation_sets(settings.evaluation, settings.corpus)
     events: list[Event] = []
 
     def emit(event: Event) -> None:
@@ -149,8 +161,6 @@ def run(case: str, rank: int, tree: Found, root: Path) -> Found:
 
     if case == "long build":
         source.before = lambda method, number: time.sleep(LONGER_S) if method == "publish" and not number else None
-    if case == "scores":
-        sets = TwoMinds([[0.1, 0.2, 0.5, 0.4, 0.3], [0.1, 0.3, 0.2, 0.1, 0.0]])
     found: Found = {"events": events}
     with pytest.MonkeyPatch.context() as patch:
         if case == "collapse":
@@ -229,3 +239,12 @@ def test_the_first_rank_s_figures_say_whether_it_has_collapsed(ranks: list[Found
     assert [rank["finished"].step for rank in found] == [5, 5]
     kinds = [type(event) for event in found[0]["events"]]
     assert kinds[0] is RunStarted and kinds.count(StepsLogged) == 5 and CheckpointSaved in kinds
+
+
+def test_the_first_rank_s_scores_choose_what_is_exported(ranks: list[Found]) -> None:
+    found = of(ranks, "export")
+    first, second = (rank["finished"] for rank in found)
+    assert first == second
+    assert (first.best_step, first.verdict.merge, first.verdict.whiten) == (12, 0.5, 0.25)
+    assert (first.verdict.base, first.verdict.chosen, first.verdict.tried) == (0.1, 0.6, 5)
+    assert first.after["dev"] == {"pairs/recall@1": 0.6}

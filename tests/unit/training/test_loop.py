@@ -24,6 +24,7 @@ from hncse_ray.reporting.events import CheckpointSaved, Evaluated, StepsLogged
 from hncse_ray.storage import write_folder
 from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets
 from hncse_ray.training.checkpoint import Wish
+from hncse_ray.training.evaluator import Measured
 from hncse_ray.training.guards import Guards, batch_uniformity
 
 Tree = dict[str, Any]
@@ -80,8 +81,8 @@ class ScriptedSets(EvaluationSets):
         super().__init__({})
         object.__setattr__(self, "dev", iter(dev))
 
-    def score(self, encode: object, split: str) -> dict[str, float]:
-        return {"pairs/recall@1": next(self.dev) if split == "dev" else 0.0}
+    def measure(self, encode: object, split: str, metric: str = "") -> Measured:
+        return Measured({"pairs/recall@1": next(self.dev) if split == "dev" else 0.0}, {})
 
 
 def build_job(settings: Settings, sets: EvaluationSets | None = None) -> TrainJob:
@@ -233,6 +234,7 @@ def test_events_come_in_order(tree: Tree, tmp_path: Path) -> None:
         ("StepsLogged", "", 9),
         ("Evaluated", "dev", 9),
         ("CheckpointSaved", "", 9),
+        ("Verdict", "", finished.best_step if finished else -1),
         ("Evaluated", "test", finished.best_step if finished else -1),
     ]
     started = of(events, RunStarted)[0]

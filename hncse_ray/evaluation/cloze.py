@@ -1,0 +1,133 @@
+"""A score without labels: does a sentence find the document that it was taken out of?
+
+The documents of the corpus are both the questions and what is searched, as in the inverse cloze task (Lee et al. 2019,
+arXiv 1906.00300), so no pair has to be judged by anyone. What is asked about must not be trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hncse_ray.config import RETRIEVAL_METRICS
+from hncse_ray.errors import DataError
+from hncse_ray.evaluation.retrieval import RetrievalSet
+
+Int64 = NDArray[np.int64]
+TextsOf = Callable[[Int64], list[str]]
+
+HELD_OUT_SHARE = 0.2  # of all rows, at the most
+_FEWEST = 10  # queries: fewer say nothing
+_SHORTEST = 20  # characters of a sentence that asks, and of what it leaves behind
+_DRAW, _OTHERS = 1, 2  # streams of random numbers beside those of the run
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Which documents are held out, and the sentences that are taken out of some of their rows.
+
+    Attributes:
+        rows: all rows of the documents, in rising order.
+        sentences: what is taken out, by row.
+    """
+
+    rows: Int64
+    sentences: dict[int, str]
+
+
+def draw_gaps(
+    documents_N: Int64, bodies: TextsOf, split: Callable[[str], list[str]], *, count: int, seed: int, where: str
+) -> Gaps:
+    """Hold documents out at random, whole ones, until ``count`` sentences ask or a fifth of the rows is used up.
+
+    Every document has one sentence that asks; where so few can be held out that this is not ``count``, they have more,
+    of different rows.
+
+    Args:
+        documents_N: the document of each row.
+        bodies: texts of rows, without titles.
+        split: a text into sentences.
+        count: sentences.
+        seed: of the draw; the same on every machine.
+        where: names the corpus in errors.
+
+    Raises:
+        DataError: too few documents have a sentence and something beside it.
+    """
+    rng = np.random.default_rng([seed, _DRAW])
+    order = np.argsort(documents_N, kind="stable")
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(documents_N[order])) + 1, [len(order)]])
+    most_rows = int(HELD_OUT_SHARE * len(order))
+    held: list[Int64] = []
+    found: list[list[tuple[int, str]]] = []
+    for document in rng.permutation(len(starts) - 1):
+        rows = order[starts[document] : starts[document + 1]]
+        if sum(map(len, held)) + len(rows) > most_rows:
+            continue
+        own = rng.permutation(rows)[:count]
+        drawn = [(int(row), _draw_sentence(body, split, rng)) for row, body in zip(own, bodies(own), strict=True)]
+        if asking := [(row, sentence) for row, sentence in drawn if sentence]:
+            held.append(rows)
+            found.append(asking)
+        if len(held) == count:
+            break
+    turns = (gap for turn in zip_longest(*found) for gap in turn if gap is not None)
+    sentences = dict(gap for gap, _ in zip(turns, range(count), strict=False))
+    if len(sentences) < _FEWEST:
+        raise DataError(
+            f"only {len(sentences)} sentences can ask for the document that they are of, and suite 'cloze' needs"
+            f" {_FEWEST}: from documents of two sentences and more, and of a fifth of the corpus",
+            where,
+            "Give more documents, or set evaluation.suites",
+        )
+    return Gaps(np.sort(np.concatenate(held)), sentences)
+
+
+def cloze_set(texts: TextsOf, gaps: Gaps, *, rows: int, most_candidates: int, seed: int) -> RetrievalSet:
+    """Return the set in which every sentence searches the corpus for the row that it was taken out of.
+
+    The candidates are all rows; of a larger corpus the rows that are asked for and others at random. A sentence that
+    stands in another candidate too asks nothing, and is left out.
+
+    Args:
+        texts: of rows, as they are searched.
+        gaps: of :func:`draw_gaps`.
+        rows: of the corpus.
+        most_candidates: how many rows are searched.
+        seed: of the choice of them.
+    """
+    asked = np.sort(np.fromiter(gaps.sentences, np.int64))
+    candidates = np.arange(rows)
+    if rows > most_candidates:
+        others = np.setdiff1d(candidates, asked)
+        rng = np.random.default_rng([seed, _OTHERS])
+        some = rng.choice(others, max(0, most_candidates - len(asked)), replace=False)
+        candidates = np.sort(np.concatenate([asked, some]))
+    found = [
+        _without(text, gaps.sentences[int(row)]) if int(row) in gaps.sentences else text
+        for row, text in zip(candidates, texts(candidates), strict=True)
+    ]
+    everything = "\n".join(found)
+    place = {int(row): i for i, row in enumerate(candidates)}
+    asking = [(row, sentence) for row, sentence in gaps.sentences.items() if sentence not in everything]
+    return RetrievalSet(
+        queries=tuple(sentence for _, sentence in asking),
+        candidates=tuple(found),
+        grades=tuple({place[row]: 1} for row, _ in asking),
+        metrics=RETRIEVAL_METRICS,
+    )
+
+
+def _draw_sentence(body: str, split: Callable[[str], list[str]], rng: np.random.Generator) -> str:
+    """Draw one of the sentences that are long enough and leave enough behind; empty if there is none."""
+    fits: Sequence[str] = [s for s in split(body) if len(s) >= _SHORTEST and len(body) - len(s) >= _SHORTEST]
+    return fits[int(rng.integers(len(fits)))] if fits else ""
+
+
+def _without(text: str, sentence: str) -> str:
+    before, _, after = text.rpartition(sentence)  # the last: a title may begin with the same words
+    return f"{before.rstrip()} {after.lstrip()}".strip()

@@ -1,0 +1,173 @@
+"""What a run exports: the trained weights, mixed with the base's and whitened as the settings or dev say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hncse_ray.config import Settings, Side
+from hncse_ray.corpus import Corpus
+from hncse_ray.encoder import SentenceEncoder
+from hncse_ray.evaluation import Encode
+from hncse_ray.training.checkpoint import TrainState, Weights
+from hncse_ray.training.distributed import ShardedEncode, from_first
+from hncse_ray.training.evaluator import Measured
+from hncse_ray.training.merging import merged
+from hncse_ray.training.whitening import Spread, add_whitening, whitening_stage
+
+_ROWS_PER_DIMENSION, _MOST_ROWS = 10, 20_000  # of the corpus, that its spread is measured on
+_DRAW = (0, 3)  # a stream of random numbers beside those of the run
+_NOTHING = Measured({}, {})
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What may be exported: the share of the trained weights, the power of the whitening (0: none), and its scores."""
+
+    merge: float
+    whiten: float
+    measured: Measured
+
+
+class ExportChoice:
+    """Chooses what is exported and makes the encoder that. All ranks call it alike.
+
+    Where dev chooses, merges are tried first and then whitenings of the best of them. The scores of the base and of the
+    trained weights are known already.
+
+    Args:
+        settings: of the run.
+        encoder: changed in place.
+        corpus: whose spread whitening levels.
+        state: of the run at its end.
+        base: weights before training; None where no merge needs them.
+        trained: the best weights.
+        measure: scores an encoder on dev, on all ranks, with one outcome.
+        progress: takes a stage and how far it is.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        encoder: SentenceEncoder,
+        corpus: Corpus,
+        *,
+        state: TrainState,
+        base: Weights | None,
+        trained: Weights,
+        measure: Callable[[Encode], Measured],
+        progress: Callable[[str, int, int], None],
+    ) -> None:
+        self._settings, self._encoder, self._corpus = settings, encoder, corpus
+        self._base, self._trained = base, trained
+        self._measure, self._progress = measure, progress
+        self._encode = ShardedEncode(encoder, settings.evaluation.batch_size)
+        self._metric = settings.evaluation.metric
+        self._untouched = Candidate(0.0, 0.0, Measured(state.before["dev"], state.before_earned))
+        self._best = Candidate(1.0, 0.0, Measured(state.best_scores, state.best_earned))
+        self._judged = self._metric in self._untouched.measured.scores
+        # Where no step was better than the base, the best weights are the base's, and so is any merge of them.
+        self._merges = settings.export.merges if state.best_step else (0.0,)
+        self.to_score = 0
+        if self._judged:
+            self.to_score = sum(0 < m < 1 for m in self._merges) + sum(p > 0 for p in settings.export.whitenings)
+        self._scored = 0
+
+    @staticmethod
+    def needs_base(settings: Settings) -> bool:
+        """Whether the weights before training must be kept."""
+        return settings.export.merges != (1.0,)
+
+    def make(self) -> Candidate:
+        """Choose, and have the encoder give the vectors of the choice."""
+        chosen = self._best_of([self._merge(share) for share in self._merges])
+        spread = None
+        if any(self._settings.export.whitenings):
+            self._take(chosen.merge)
+            spread = self._spread()
+            chosen = self._best_of(self._whiten(chosen, spread))
+        if self._settings.export.chooses and not self._score(chosen) > self._score(self._untouched):
+            chosen = self._untouched
+        self._take(chosen.merge)
+        if chosen.whiten and spread is not None:
+            add_whitening(self._encoder.model, spread, chosen.whiten)
+        return chosen
+
+    def _score(self, candidate: Candidate) -> float:
+        return candidate.measured.scores[self._metric]
+
+    def _best_of(self, candidates: list[Candidate]) -> Candidate:
+        return candidates[0] if len(candidates) == 1 else max(candidates, key=self._score)  # of equal ones the first
+
+    def _merge(self, share: float) -> Candidate:
+        if share in (0.0, 1.0):
+            return self._best if share else self._untouched
+        if self._judged:
+            self._take(share)
+        return Candidate(share, 0.0, self._scored_on_dev(self._encode))
+
+    def _whiten(self, chosen: Candidate, spread: Spread) -> list[Candidate]:
+        """What whitening makes of the present weights, which the encoder has."""
+        known, found = _Known(self._encode), []
+        for power in self._settings.export.whitenings:
+            encode = _Whitened(known, spread, power)
+            found.append(Candidate(chosen.merge, power, self._scored_on_dev(encode)) if power else chosen)
+        return found
+
+    def _scored_on_dev(self, encode: Encode) -> Measured:
+        if not self._judged:
+            return _NOTHING
+        stage = f"scoring {self.to_score} candidates for export on dev"
+        self._progress(stage, self._scored, self.to_score)
+        measured = self._measure(encode)
+        self._scored += 1
+        self._progress(stage, self._scored, self.to_score)
+        return measured
+
+    def _take(self, share: float) -> None:
+        self._encoder.load_weights(self._trained if self._base is None else merged(self._base, self._trained, share))
+
+    def _spread(self) -> Spread:
+        """Measure what the corpus's rows are searched by, a sample of a large one."""
+        count = min(len(self._corpus), _ROWS_PER_DIMENSION * self._encoder.dimension, _MOST_ROWS)
+        rng = np.random.default_rng([self._settings.run.seed, *_DRAW])
+        rows = np.sort(rng.choice(len(self._corpus), count, replace=False))
+        side: Side | None = "document" if self._corpus.has_pairs or self._corpus.has_passages else None
+        encode = self._encode if side is None else self._encode.on_side(side)
+        vectors_ND = encode(self._corpus.target_texts(rows))
+        return from_first(lambda: Spread.of(vectors_ND))  # the last bits differ from processor to processor
+
+
+class _Known:
+    """An encoder's vectors, each text embedded once."""
+
+    def __init__(self, encode: ShardedEncode) -> None:
+        self._encode = encode
+        self._vectors: dict[str, NDArray[np.float32]] = {}
+        self.on_side = cache(lambda side: _Known(encode.on_side(side)))
+
+    def __call__(self, texts: list[str]) -> NDArray[np.float32]:
+        if new := [text for text in dict.fromkeys(texts) if text not in self._vectors]:
+            self._vectors.update(zip(new, self._encode(new), strict=True))
+        return np.stack([self._vectors[text] for text in texts])
+
+
+class _Whitened:
+    """The same behind the stage that whitens them."""
+
+    def __init__(self, known: _Known, spread: Spread, power: float) -> None:
+        self._known, self._spread, self._power = known, spread, power
+
+    def __call__(self, texts: list[str]) -> NDArray[np.float32]:
+        vectors_ND = torch.from_numpy(self._known(texts))
+        stage = whitening_stage(self._spread, self._power, width=vectors_ND.shape[1])
+        whitened_ND: NDArray[np.float32] = stage({"sentence_embedding": vectors_ND})["sentence_embedding"].numpy()
+        return whitened_ND
+
+    def on_side(self, side: Side) -> _Whitened:
+        return _Whitened(self._known.on_side(side), self._spread, self._power)
