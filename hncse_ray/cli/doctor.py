@@ -26,6 +26,7 @@ from hncse_ray.errors import HncseError
 _LEAST_DISK, _LEAST_MEMORY, _LEAST_SHM = 5 * 10**9, 4 * 2**30, 2 * 2**30
 _STYLES = {"ok": "green", "warning": "yellow", "missing": "red"}
 _INSTALL = "pip install 'hncse-ray[{}]'"
+_NOT_ALWAYS = ("Ray", "faiss")  # one process trains without: cluster.engine=local, negatives.source=none
 _FAISS, _OWN_EXTRAS = ("cpu", "gpu"), ("dev",)  # the first have a line of their own, the second are for contributors
 
 
@@ -76,7 +77,7 @@ def examine() -> Iterator[Check]:
         ("Python", _python, ""),
         ("torch", _torch, "pip install torch"),
         ("faiss", _faiss, _INSTALL.format("cpu")),
-        ("Ray", _ray, "pip install 'ray[default,train,tune]'"),
+        ("Ray", _ray, "pip install 'ray[default,train,tune]', or train with cluster.engine=local"),
         ("machine", _machine, ""),
         ("folders", _folders, "pip install hncse-ray"),
         ("hub", _hub, "pip install hncse-ray"),
@@ -86,7 +87,7 @@ def examine() -> Iterator[Check]:
         try:
             yield from part()
         except (ImportError, OSError) as error:  # OSError: a library that a package brings does not load
-            yield Check(name, "missing", str(error) or type(error).__name__, mend, essential=True)
+            yield Check(name, "missing", str(error) or type(error).__name__, mend, essential=name not in _NOT_ALWAYS)
 
 
 def _python() -> Iterator[Check]:
@@ -117,7 +118,7 @@ def _faiss() -> Iterator[Check]:
     faiss: Any = importlib.import_module("faiss")
     kind = "with GPUs" if hasattr(faiss, "StandardGpuResources") else "for CPUs"
     built = faiss.get_compile_options().strip()
-    yield Check("faiss", "ok", f"{faiss.__version__}, {kind}, built with {built}", essential=True)
+    yield Check("faiss", "ok", f"{faiss.__version__}, {kind}, built with {built}")
 
 
 def _ray() -> Iterator[Check]:
@@ -125,7 +126,7 @@ def _ray() -> Iterator[Check]:
 
     from hncse_ray.cluster.session import named_cluster
 
-    yield Check("Ray", "ok", ray.__version__, essential=True)
+    yield Check("Ray", "ok", ray.__version__)
     address, mode = os.environ.get("RAY_ADDRESS"), os.environ.get("RAY_AUTH_MODE", "")
     if not address or address == "local":
         yield Check("Ray cluster", "ok", "none named: a command starts one of its own, with a token, and ends it")

@@ -7,7 +7,7 @@ import re
 from ray.util.metrics import Gauge
 
 from hncse_ray.reporting import Event
-from hncse_ray.reporting.events import Evaluated, StepsLogged
+from hncse_ray.reporting.events import StepsLogged, scalars
 
 
 class RayMetrics:
@@ -23,14 +23,11 @@ class RayMetrics:
 
     def on(self, event: Event) -> None:
         """Take over the event's numbers."""
+        numbers = scalars(event)
         if isinstance(event, StepsLogged):
-            numbers = {**event.metrics, "step": event.step, "sentences_per_s": event.sentences_per_s}
-        elif isinstance(event, Evaluated):
-            numbers = {f"{event.split}/{name}": value for name, value in event.scores.items()}
-        else:
-            return
+            numbers["step"] = event.step
         for name, value in numbers.items():
-            self._gauge(name).set(value)
+            self._gauge(name.removeprefix("train/")).set(value)
 
     def close(self) -> None:
         """Nothing to close: gauges end with the process."""

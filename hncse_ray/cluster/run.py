@@ -10,9 +10,10 @@ from pathlib import Path
 from hncse_ray.config import LOCAL_IS_ONE, Settings, load_settings
 from hncse_ray.errors import SettingsError, StorageError
 from hncse_ray.reporting import LineReporter, Reporter, Reporters, RunFinished, Verdict
+from hncse_ray.reporting.trackers import chosen_trackers, tracking
 from hncse_ray.storage import is_job
 from hncse_ray.training.remote_run import RemoteRunFolder, claim_run
-from hncse_ray.training.run_folder import RunFolder
+from hncse_ray.training.run_folder import RunFolder, leaves
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +61,13 @@ def train(settings: Settings, *, sentences: Sequence[str] | None = None, reporte
         HncseError: bad settings, data, model, cluster or storage; or training failed for a known cause.
     """
     settings, engine = _located(_with_sentences(settings, sentences)), _engine(settings)
+    trackers = chosen_trackers(settings.run.trackers)
     with claim_run(settings) as folder:
         result = folder.finished()
         if result is None:
-            events = Reporters([LineReporter(), *([reporter] if reporter else [])])
-            result = engine(settings, folder, events, sentences)
+            with tracking(trackers, folder.path, dict(leaves(settings))) as tracked:
+                events = Reporters([LineReporter(), *([reporter] if reporter else []), *tracked])
+                result = engine(settings, folder, events, sentences)
             folder.write_result(asdict(result))
             if settings.evaluation.test and not isinstance(folder, RemoteRunFolder):  # not for the trials of a sweep
                 _write_page(folder.path)

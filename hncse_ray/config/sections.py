@@ -31,6 +31,7 @@ Pooling = Literal[
     "last_two_mean",
 ]
 Precision = Literal["auto", "fp32", "bf16"]
+Tracker = Literal["mlflow", "wandb"]
 Side = Literal["query", "document"]
 Suite = Literal["stsb", "pairs", "python-docs", "python-code", "retrieval", "cloze"]
 
@@ -57,6 +58,9 @@ class RunSettings(Section):
     )
     storage_path: str = Field("runs", min_length=1, description="the run's folder is <storage_path>/<name>")
     seed: int = Field(0, ge=0, lt=2**31, description="of the order of rows, of dropout and of random choices")
+    trackers: Annotated[tuple[Tracker, ...] | None, BeforeValidator(as_tuple)] = Field(
+        None, description="where its numbers go too, as set up by the tracker's own variables; null = $HNCSE_TRACKERS"
+    )
 
 
 class LoraSettings(Section):

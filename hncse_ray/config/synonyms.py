@@ -6,6 +6,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "run.name": ("run_name", "experiment", "experiment_name", "id"),
     "run.storage_path": ("output", "output_dir", "out", "out_dir", "save_dir", "save_path", "logdir", "log_dir"),
     "run.seed": ("random_seed", "random_state", "rng"),
+    "run.trackers": ("tracker", "report_to", "logger", "loggers", "wandb", "mlflow", "use_wandb"),
     "corpus.path": ("data", "dataset", "data_path", "file", "files", "train_file", "train_data", "input"),
     "corpus.column": ("text_column", "field", "anchor", "query_column", "sentence"),
     "corpus.positive_column": ("positive", "positives", "answer", "label"),

@@ -135,3 +135,15 @@ class RunFinished:
 
 
 Event = StageProgress | RunStarted | StepsLogged | Evaluated | CheckpointSaved | Notice | Verdict | RunFinished
+
+
+def scalars(event: Event) -> dict[str, float]:
+    """Return the numbers of an event by name, ``train/loss`` or ``dev/stsb/spearman``; none of most events."""
+    match event:
+        case StepsLogged():
+            numbers = event.metrics | {"learning_rate": event.learning_rate, "sentences_per_s": event.sentences_per_s}
+            return {f"train/{name}": value for name, value in numbers.items()}
+        case Evaluated():
+            return {f"{event.split}/{name}": value for name, value in event.scores.items()}
+        case _:
+            return {}

@@ -20,6 +20,7 @@ from hncse_ray.reporting.events import (
     StageProgress,
     StepsLogged,
     Verdict,
+    scalars,
 )
 from hncse_ray.reporting.verdict import describe_verdict
 
@@ -150,14 +151,8 @@ class TensorBoard:
             self._writer = SummaryWriter(str(self._folder), purge_step=event.step + 1 if event.resumed else 0)
         if self._writer is None:
             return
-        if isinstance(event, StepsLogged):
-            for name, value in event.metrics.items():
-                self._writer.add_scalar(f"train/{name}", value, event.step)
-            self._writer.add_scalar("train/learning_rate", event.learning_rate, event.step)
-            self._writer.add_scalar("train/sentences_per_s", event.sentences_per_s, event.step)
-        elif isinstance(event, Evaluated):
-            for name, value in event.scores.items():
-                self._writer.add_scalar(f"{event.split}/{name}", value, event.step)
+        for name, value in scalars(event).items():
+            self._writer.add_scalar(name, value, event.step)  # type: ignore[union-attr]  # what has numbers has a step
 
     def close(self) -> None:
         """Flush what is written."""

@@ -23,6 +23,7 @@ from hncse_ray.storage import locked, write_atomically
 # Settings that may change between the start of a run and its resumption: they do not change what is computed.
 _FREE = (
     "run.storage_path",
+    "run.trackers",
     "cluster.",
     "corpus.cache_dir",
     "corpus.num_processes",
@@ -141,10 +142,15 @@ def refuse_other_settings(stored: str, settings: Settings, where: str) -> None:
     if not isinstance(tree, dict):
         raise StorageError("holds no settings", f"{where}/settings.yaml", OTHER)
     old = dict(_leaves(tree))
-    new = dict(_leaves(settings.model_dump(mode="json")))
+    new = dict(leaves(settings))
     keys = [key for key in sorted(old.keys() | new.keys()) if not key.startswith(_FREE)]
     if changed := [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]:
         raise StorageError(f"holds a run with other settings: {'; '.join(changed)}", where, OTHER)
+
+
+def leaves(settings: Settings) -> Iterator[tuple[str, Any]]:
+    """Return the settings by path, without their sections."""
+    yield from _leaves(settings.model_dump(mode="json"))
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
