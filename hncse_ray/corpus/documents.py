@@ -191,7 +191,7 @@ def _documents(settings: CorpusSettings, counts: Counter[str]) -> Iterator[tuple
             faults[error.reason] += 1
             if faults[error.reason] <= _NAMED_FAULTS:
                 log.warning("left out: %s", error)
-    if faults:
+    if any(count > _NAMED_FAULTS for count in faults.values()):
         log.warning("left out files: %s", ", ".join(f"{count} {reason}" for reason, count in sorted(faults.items())))
 
 
