@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,7 +113,6 @@ class ViewMaker:
         self._unit_has_title = settings.corpus.unit == "title_and_passage"
         weights = settings.views.mix.asked_for
         self._kinds, self._log_weights = tuple(weights), np.log(list(weights.values()))
-        self._rarity: Counter[str] | None = None
         self._nothing: dict[Side, TokenRow] = {}
 
     def __call__(self, number: int, ids_B: Int64) -> Views:
@@ -152,6 +152,11 @@ class ViewMaker:
             impossible=impossible,
             dropped=Counter(),
         )
+
+    def begin(self) -> None:
+        """Do beforehand what takes seconds on a large corpus: no look-up should have to wait for it."""
+        if "keywords" in self._kinds:
+            self._rows_with.total()
 
     def share_possible(self, kind: ViewKind) -> tuple[int, int]:
         """Return how many rows of a sample a kind does for, and of how many."""
@@ -205,8 +210,6 @@ class ViewMaker:
         return sentences[at], titled(passage.title, rest) if self._unit_has_title else rest
 
     def _keywords(self, passage: _Passage, rng: np.random.Generator) -> Pair | None:
-        if self._rarity is None:
-            self._rarity = self._count_words()
         places: dict[str, int] = {}
         words = _WORD.findall(passage.text)
         for place, word in enumerate(words):
@@ -214,10 +217,11 @@ class ViewMaker:
         if len(places) < self._settings.keywords_least:
             return None
         count = int(rng.integers(self._settings.keywords_least, self._settings.keywords_most + 1))
-        rarest = sorted(places, key=lambda word: (self._rarity[word], places[word]))[:count]  # type: ignore[index]
+        rarest = sorted(places, key=lambda word: (self._rows_with[word], places[word]))[:count]
         return " ".join(words[place] for place in sorted(places[word] for word in rarest)), passage.text
 
-    def _count_words(self) -> Counter[str]:
+    @cached_property
+    def _rows_with(self) -> Counter[str]:
         """Count the rows that hold a word, in a sample of the corpus that does not hang on chance."""
         counts: Counter[str] = Counter()
         ids = np.unique(np.linspace(0, len(self._corpus) - 1, _COUNTED_ROWS).astype(np.int64))
@@ -247,6 +251,7 @@ class ViewMaker:
 def batch_views(settings: Settings, corpus: Corpus, plan: BatchPlan, encoder: SentenceEncoder) -> BatchViews:
     """Return the views of a run's batches."""
     maker = ViewMaker(settings, corpus, lambda texts, length, side: encoder.token_rows(texts, length, side=side))
+    maker.begin()
     return BatchViews(maker, plan, kinds=settings.views.mix.asked_for, ahead=settings.negatives.prefetch_batches)
 
 

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from waits import seconds
 
 from hncse_ray.config import Settings, ViewKind, load_settings
-from hncse_ray.corpus import row_hash, split_sentences
+from hncse_ray.corpus import row_hash, sentences_or_runs
 from hncse_ray.errors import SettingsError
 from hncse_ray.negatives import Hits
 from hncse_ray.reading import titled
@@ -79,10 +79,10 @@ def test_a_sentence_and_its_passage_without_it(tree: Tree, keep: float, unit: st
     run = prepared(settings := negatives_settings(tree, *changes))
     pairs = pairs_of(run, settings, "cloze")
     bodies, titles = run.corpus.bodies(range(len(run.corpus))), run.corpus.titles(range(len(run.corpus)))
-    assert pairs.keys() == {i for i, body in enumerate(bodies) if len(split_sentences(body)) > 1}
+    assert pairs.keys() == {i for i, body in enumerate(bodies) if len(sentences_or_runs(body)) > 1}
     stays = 0
     for i, (sentence, rest) in pairs.items():
-        sentences = split_sentences(bodies[i])
+        sentences = sentences_or_runs(bodies[i])
         assert sentence in sentences
         title = titles[i] if unit == "title_and_passage" else None
         stays += rest == titled(title, bodies[i])
