@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from hncse_ray.config import Settings
-from hncse_ray.corpus import Corpus
-from hncse_ray.corpus.sentences import split_sentences
+from hncse_ray.corpus import Corpus, sentences_or_runs
 from hncse_ray.errors import DataError
 from hncse_ray.evaluation import Gaps, RetrievalSet, cloze_set, draw_gaps
 
@@ -27,7 +26,7 @@ def hold_out(settings: Settings, corpus: Corpus) -> Gaps | None:
             "Set corpus.source=documents, or other evaluation.suites",
         )
     queries, seed = settings.evaluation.cloze_queries, settings.run.seed
-    return draw_gaps(corpus.documents, corpus.bodies, split_sentences, count=queries, seed=seed, where=where)
+    return draw_gaps(corpus.documents, corpus.bodies, sentences_or_runs, count=queries, seed=seed, where=where)
 
 
 def cloze_dev(settings: Settings, corpus: Corpus, gaps: Gaps) -> RetrievalSet:
