@@ -108,7 +108,8 @@ class LookUp:
         self._settings, self._corpus, self._plan = settings, corpus, plan
         self._dimension, self._source, self._views = dimension, source, views
         self._stored = s.use == "stored"
-        smoothing = settings.objective.name == "instance_smoothing"
+        # A smoothing group is near the positive, not near the anchor.
+        self._smoothing = smoothing = settings.objective.name == "instance_smoothing"
         self._rules = SelectionRules.of(
             s,
             per_anchor=settings.neighbours_per_anchor,
@@ -169,7 +170,7 @@ class LookUp:
 
     def _search(self, ids_B: Int64) -> _Found:
         """Search by the rows of sentences, and by the anchors of pairs, not by their targets."""
-        by_anchors = self._corpus.has_pairs
+        by_anchors = self._corpus.has_pairs and not self._smoothing
         hits = self._source.search(ids_B, k=self._k, anchors=self._corpus.token_rows(ids_B) if by_anchors else None)
         ranks_B = own_ranks(hits.ids_Bk, self._corpus.target_hashes, ids_B)
         if not by_anchors:
@@ -188,15 +189,17 @@ class LookUp:
                 ids_Bk[part_B], scores_Bk[part_B] = hits.ids_Bk, hits.scores_Bk
                 answers.append(hits)
 
-        asked_B = views.paired_B
+        r = self._agreement(number)
+        asked_B = views.paired_B & (r is not None or not self._smoothing)
         ask(asked_B, [anchor for anchor, asked in zip(views.anchors, asked_B, strict=True) if asked])
         ranks_B = np.where(asked_B, own_ranks(ids_Bk, self._corpus.target_hashes, views.target_ids_B), -1)
         dropped_B = None
-        if (r := self._agreement(number)) is not None:
+        if r is not None:
             dropped_B = asked_B & ((ranks_B < 0) | (ranks_B >= r))
             if not all(hits.complete for hits in answers):  # what a lost shard holds cannot be found
                 dropped_B &= ranks_B >= 0
-        ask(~asked_B if dropped_B is None else ~asked_B | dropped_B)
+        by_row_B = ~asked_B if dropped_B is None else ~asked_B | dropped_B
+        ask(by_row_B | self._smoothing)
         if len({hits.version for hits in answers}) > 1:
             raise SourceUnavailable("the version has given way to the next")
         hits = Hits(ids_Bk, scores_Bk, answers[0].version, all(hits.complete for hits in answers))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from passages import documents_section, make_documents
 from pool_faults import (
     POOL,
     TIMINGS,
@@ -495,7 +496,7 @@ def run_settings(small_run: dict[str, Any], **sections: dict[str, Any]) -> Setti
     }
     tree["train"] |= {"log_every_steps": 5, "evaluate_every_steps": 5000, "checkpoint_every_steps": 5000}
     for name, section in sections.items():
-        tree[name] |= section
+        tree[name] = tree.get(name, {}) | section
     return Settings.model_validate(tree)
 
 
@@ -577,8 +578,12 @@ def test_a_trainer_that_is_killed_comes_back_to_the_same_pool(small_run: dict[st
 
 
 @pytest.mark.slow
-def test_sync_runs_are_the_same_with_shards_and_without(small_run: dict[str, Any]) -> None:
-    courses = {}
+@pytest.mark.parametrize("by", ["rows", "anchors"])
+def test_sync_runs_are_the_same_with_shards_and_without(small_run: dict[str, Any], tmp_path: Path, by: str) -> None:
+    courses, sections = {}, {}
+    if by == "anchors":
+        small_run["corpus"] = documents_section(tmp_path, make_documents(200), str(tmp_path / "cache"))
+        sections = {"views": {"mix": {"title": 1, "cloze": 1, "dropout": 1}, "agreement": 12}}
     for name, pool in {
         "two": {"num_shards": 2},
         "two again": {"num_shards": 2},
@@ -589,6 +594,7 @@ def test_sync_runs_are_the_same_with_shards_and_without(small_run: dict[str, Any
             run={"name": name.replace(" ", "-")},
             train={"max_steps": 30},
             negatives={"refresh": "sync", "refresh_every_steps": 6} | pool,
+            **sections,
         )
         training = Training(settings)
         assert training.finish(within_s=200).steps == 30
@@ -601,4 +607,7 @@ def test_sync_runs_are_the_same_with_shards_and_without(small_run: dict[str, Any
     for with_shards, without in zip(two, alone, strict=True):
         assert with_shards.pop("negatives/shards_alive") == 2 and without.pop("negatives/shards_alive") == 1
         assert with_shards == pytest.approx(without, rel=1e-3, abs=1e-5)
+    if by == "anchors":
+        assert all(line["views/cloze_kept"] > 0 for line in two)
+        assert any(line["views/title_dropped"] > 0 for line in two)
     assert nothing_is_left()

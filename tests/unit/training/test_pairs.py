@@ -386,6 +386,23 @@ def test_the_pool_holds_targets_and_negatives_are_targets_of_the_hits(
         assert len(step_batch.negatives.fresh_bm[0]) == step_batch.negatives.mask_Bm.shape[1] - 3
 
 
+def test_a_smoothing_group_is_near_the_positive_and_not_near_the_anchor(
+    tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ["objective.name=instance_smoothing", "objective.group_size=3", "corpus.negative_columns=[]"]
+    changes += ["train.max_steps=1", "negatives.candidates=60", "encoder.dropout=0", "corpus.document_column=null"]
+    with taken(monkeypatch) as batches:
+        run = carry_out(negatives_settings(tree, *changes), tmp_path)
+    batch, ids_B = batches[0][0], run.plan.batch(0)
+    assert batch.version is not None and batch.mask_Bm.all()
+    vectors = run.source.inner.vectors(np.arange(len(ROWS)), version=batch.version).astype(np.float64)
+    allowed = np.array([[repels(i, hit, within_document=True) for hit in range(len(ROWS))] for i in ids_B])
+    cosines = np.where(allowed, vectors[ids_B] @ vectors.T, -2)
+    nearest = np.sort(cosines, axis=1)[:, ::-1][:, :3]
+    np.testing.assert_allclose(np.take_along_axis(cosines, batch.ids_Bm, 1), nearest, atol=1e-5)
+    assert "negatives/own_found" not in run.logs[0].metrics
+
+
 def assert_own_ranks(ranks_B: np.ndarray, cosines_BN: np.ndarray, ids_B: np.ndarray, *, k: int) -> None:
     """As many rows are nearer than the own target, but for those that cannot be told apart."""
     for rank, cosines_N, own in zip(ranks_B, cosines_BN, ids_B, strict=True):

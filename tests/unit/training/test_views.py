@@ -426,6 +426,22 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tree: Tree, tmp_path: Path, chan
     assert ends[0].read_bytes() == ends[1].read_bytes()
 
 
+@pytest.mark.parametrize("agreement", [None, 4])
+def test_smoothing_groups_of_views_are_near_the_passages(
+    tree: Tree, tmp_path: Path, agreement: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = [ALL, f"views.agreement={'null' if agreement is None else agreement}", "train.max_steps=1"]
+    changes += ["objective.name=instance_smoothing", "objective.group_size=3", "train.learning_rate=1e-9"]
+    with taken(monkeypatch) as batches:
+        run = carry_out(negatives_settings(tree, *changes), tmp_path)
+    batch, ids_B, documents = batches[0][0], run.plan.batch(0), run.corpus.documents
+    assert documents is not None and (batch.dropped_B is not None) == (agreement is not None)
+    vectors = run.source.inner.vectors(np.arange(len(run.corpus)), version=batch.version).astype(np.float64)
+    cosines = np.where(documents[ids_B][:, None] != documents, vectors[ids_B] @ vectors.T, -2)
+    nearest = np.sort(cosines, axis=1)[:, ::-1][:, :3]
+    np.testing.assert_allclose(np.take_along_axis(cosines, batch.ids_Bm, 1), nearest, atol=1e-5)
+
+
 def test_training_on_titles_finds_passages_by_their_titles(tree: Tree, tmp_path: Path) -> None:
     changes = ["views.mix={title: 1}", "negatives.source=none", "train.max_steps=40", "train.log_every_steps=10"]
     run = carry_out(negatives_settings(tree, *changes, "train.batch_size=16"), tmp_path)
