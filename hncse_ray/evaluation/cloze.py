@@ -91,7 +91,7 @@ def cloze_set(texts: TextsOf, gaps: Gaps, *, rows: int, most_candidates: int, se
     """Return the set in which every sentence searches the corpus for the row that it was taken out of.
 
     The candidates are all rows; of a larger corpus the rows that are asked for and others at random. A sentence that
-    stands in another candidate too asks nothing, and is left out.
+    stands in another candidate too, or is not in the text that is searched, asks nothing.
 
     Args:
         texts: of rows, as they are searched.
@@ -107,13 +107,15 @@ def cloze_set(texts: TextsOf, gaps: Gaps, *, rows: int, most_candidates: int, se
         rng = np.random.default_rng([seed, _OTHERS])
         some = rng.choice(others, max(0, most_candidates - len(asked)), replace=False)
         candidates = np.sort(np.concatenate([asked, some]))
-    found = [
-        _without(text, gaps.sentences[int(row)]) if int(row) in gaps.sentences else text
-        for row, text in zip(candidates, texts(candidates), strict=True)
-    ]
+    found, place = texts(candidates), {int(row): i for i, row in enumerate(candidates)}
+    asking: list[tuple[int, str]] = []
+    for row, sentence in gaps.sentences.items():
+        before, taken, after = found[place[row]].rpartition(sentence)  # the last: a title may begin with the same words
+        if taken:
+            found[place[row]] = f"{before.rstrip()} {after.lstrip()}".strip()
+            asking.append((row, sentence))
     everything = "\n".join(found)
-    place = {int(row): i for i, row in enumerate(candidates)}
-    asking = [(row, sentence) for row, sentence in gaps.sentences.items() if sentence not in everything]
+    asking = [(row, sentence) for row, sentence in asking if sentence not in everything]
     return RetrievalSet(
         queries=tuple(sentence for _, sentence in asking),
         candidates=tuple(found),
@@ -126,8 +128,3 @@ def _draw_sentence(body: str, split: Callable[[str], list[str]], rng: np.random.
     """Draw one of the sentences that are long enough and leave enough behind; empty if there is none."""
     fits: Sequence[str] = [s for s in split(body) if len(s) >= _SHORTEST and len(body) - len(s) >= _SHORTEST]
     return fits[int(rng.integers(len(fits)))] if fits else ""
-
-
-def _without(text: str, sentence: str) -> str:
-    before, _, after = text.rpartition(sentence)  # the last: a title may begin with the same words
-    return f"{before.rstrip()} {after.lstrip()}".strip()

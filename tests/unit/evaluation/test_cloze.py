@@ -104,6 +104,17 @@ def test_what_other_documents_say_too_asks_nothing() -> None:
     assert len(asked) == sum(sentence != licence for sentence in gaps.sentences.values())
 
 
+def test_what_is_searched_otherwise_written_asks_nothing() -> None:
+    corpus = Texts(documents(100))
+    gaps = corpus.gaps()
+    odd = sorted(gaps.sentences)[:3]
+    plain = corpus.texts
+    corpus.texts = lambda ids: [  # type: ignore[method-assign]
+        text.upper() if i in odd else text for i, text in zip(ids, plain(ids), strict=True)
+    ]
+    assert set(corpus.set(gaps).queries) == {s for row, s in gaps.sentences.items() if row not in odd}
+
+
 def test_a_title_of_the_same_words_stays() -> None:
     corpus = Texts(documents(60))
     row, sentence = next(iter(corpus.gaps().sentences.items()))
