@@ -90,13 +90,17 @@ class WatchedSource:
     def wait(self, timeout_s: float) -> None:
         self._count("wait")
 
-    def search(self, row_ids: np.ndarray, *, k: int, anchors: Any = None) -> Hits:
+    def search(self, row_ids: np.ndarray, *, k: int, anchors: Any = None, words: Any = None) -> Hits:
         number = self._numbers.get(tuple(row_ids.tolist()))
         if number is None:  # a part of a batch
             number = next(n for rows, n in self._numbers.items() if set(row_ids.tolist()) <= set(rows))
         self._looking_up.number = number
         self.before("search", self._looking_up.number)
-        return self.inner.search(row_ids, k=k, anchors=anchors)
+        return self.inner.search(row_ids, k=k, anchors=anchors, words=words)
+
+    def scores(self, hits: Hits, ids: np.ndarray, *, words: Any = None) -> np.ndarray:
+        self.before("scores", self._looking_up.number)
+        return self.inner.scores(hits, ids, words=words)
 
     def vectors(self, ids: np.ndarray, *, version: IndexVersion) -> np.ndarray:
         self.before("vectors", self._looking_up.number)

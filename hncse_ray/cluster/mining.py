@@ -23,7 +23,15 @@ from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import SentenceEncoder, load_encoder
 from hncse_ray.errors import ClusterError, ModelError, StorageError
-from hncse_ray.negatives import Hits, NegativeSource, SelectionRules, SourceUnavailable, select, weights_digest
+from hncse_ray.negatives import (
+    Hits,
+    NegativeSource,
+    SelectionRules,
+    SourceUnavailable,
+    WordQuery,
+    select,
+    weights_digest,
+)
 from hncse_ray.reporting import LineReporter, Reporter, StageProgress
 from hncse_ray.storage import check_outlasts_job, write_atomically
 from hncse_ray.training.checks import prepare
@@ -220,10 +228,11 @@ def _mine_block(source: NegativeSource, parts: _Parts, settings: Settings, first
 def _search(source: NegativeSource, ids_B: np.ndarray, corpus: Corpus, settings: Settings) -> Hits:
     """Ask until every row is answered: a shard that was lost comes back."""
     anchors = corpus.token_rows(ids_B) if corpus.has_pairs else None
+    words = WordQuery.of(settings.negatives, lambda: corpus.texts(ids_B))
     deadline = time.monotonic() + settings.negatives.build_timeout_s
     while True:
         try:
-            hits = source.search(ids_B, k=settings.negatives.candidates + 1, anchors=anchors)
+            hits = source.search(ids_B, k=settings.negatives.candidates + 1, anchors=anchors, words=words)
             if hits.complete:
                 return hits
             reason = "a shard is being brought back"
@@ -246,7 +255,7 @@ def _fingerprint(settings: Settings, encoder: SentenceEncoder, corpus: Corpus) -
     rules = settings.negatives.model_dump(
         include={
             "per_anchor", "candidates", "max_score", "relative_margin", "skip_hardest", "sampling",
-            "sampling_temperature", "index", "nprobe",
+            "sampling_temperature", "bands", "score", "lexical_weight", "index", "nprobe",
         }
     )  # fmt: skip
     text = json.dumps([weights, corpus.digest, rules, settings.run.seed], sort_keys=True)

@@ -33,7 +33,9 @@ from hncse_ray.negatives import (
     SourceUnavailable,
     TokenRow,
     Weights,
+    WordQuery,
     merge_hits,
+    merge_offers,
     share_anchors,
 )
 from hncse_ray.negatives.index_plan import size_text
@@ -189,7 +191,9 @@ class PoolClient:
                 break
         self._poll()
 
-    def search(self, row_ids: np.ndarray, *, k: int, anchors: Sequence[TokenRow] | None = None) -> Hits:
+    def search(
+        self, row_ids: np.ndarray, *, k: int, anchors: Sequence[TokenRow] | None = None, words: WordQuery | None = None
+    ) -> Hits:
         """Find the k nearest rows of each of B rows, or of their anchors."""
         state = self._state
         version = state.status.version
@@ -203,11 +207,35 @@ class PoolClient:
         ids_Bk = np.full((len(row_ids), k), -1, dtype=np.int64)
         scores_Bk = np.full((len(row_ids), k), -np.inf, dtype=np.float32)
         queries = ray.put(queries_BD[known_B]) if len(state.serving) > 1 else queries_BD[known_B]
-        answers = self._ask({s: self._search(s).remote(version, queries, k) for s in state.serving if s not in failed})
-        scores_SQk, ids_SQk = (np.stack(parts) for parts in zip(*answers.values(), strict=True))
-        scores_Bk[known_B], ids_Bk[known_B] = merge_hits(scores_SQk, ids_SQk, k=k)
+        asked, most_B = [s for s in state.serving if s not in failed], None
+        if words is None:
+            answers = self._ask({s: self._searching(s, "search").remote(version, queries, k) for s in asked})
+            scores_SQk, ids_SQk = (np.stack(parts) for parts in zip(*answers.values(), strict=True))
+            scores_Bk[known_B], ids_Bk[known_B] = merge_hits(scores_SQk, ids_SQk, k=k)
+        else:
+            texts = [text for text, known in zip(words.texts, known_B, strict=True) if known]
+            arguments = (version, queries, k, row_ids[known_B], ray.put(texts) if len(asked) > 1 else texts)
+            answers = self._ask({s: self._searching(s, "offers").remote(*arguments) for s in asked})
+            most_B = np.zeros(len(row_ids), dtype=np.float32)
+            hits, most_B[known_B] = merge_offers(list(answers.values()), words=words)
+            scores_Bk[known_B], ids_Bk[known_B] = hits
         complete = len(answers) == len(self._shards) and bool(known_B.all())
-        return Hits(ids_Bk, scores_Bk, version, complete)
+        return Hits(ids_Bk, scores_Bk, version, complete, queries_BD, most_B)
+
+    def scores(self, hits: Hits, ids: np.ndarray, *, words: WordQuery | None = None) -> np.ndarray:
+        """Return the scores of a search's queries with rows, from the shards that own these."""
+        serving = self._state.serving
+        owned = {s: np.flatnonzero(ids % len(self._shards) == s) for s in serving}
+        given = [ray.put(x) if len(serving) > 1 else x for x in (hits, words)]
+        calls = {
+            s: self._searching(s, "scores").remote(given[0], ids[at], given[1]) for s, at in owned.items() if len(at)
+        }
+        scores_Bn = np.full((len(hits.ids_Bk), len(ids)), -np.inf, dtype=np.float32)
+        for s, part_Bn in self._ask(calls).items():
+            scores_Bn[:, owned[s]] = part_Bn
+        assert hits.queries_BD is not None
+        scores_Bn[~hits.queries_BD.any(axis=1)] = -np.inf
+        return scores_Bn
 
     def vectors(self, ids: np.ndarray, *, version: IndexVersion) -> np.ndarray:
         """Return the vectors of rows; all of them or none."""
@@ -233,9 +261,7 @@ class PoolClient:
         owners = ids % len(self._shards)
         owned = {s: np.flatnonzero(owners == s) for s in serving}
         calls = {
-            s: self._shards[s].vectors.options(concurrency_group="search").remote(version, ids[index])
-            for s, index in owned.items()
-            if len(index)
+            s: self._searching(s, "vectors").remote(version, ids[index]) for s, index in owned.items() if len(index)
         }
         return self._gather(calls, owned, len(ids))
 
@@ -246,7 +272,7 @@ class PoolClient:
             if blocks:
                 places[s] = np.arange(blocks[0].start, blocks[-1].stop)
                 rows = [[anchors[i] for i in block] for block in blocks]
-                calls[s] = self._shards[s].embed.options(concurrency_group="search").remote(rows)
+                calls[s] = self._searching(s, "embed").remote(rows)
         return self._gather(calls, places, len(anchors))
 
     def _gather(
@@ -259,8 +285,8 @@ class PoolClient:
             vectors_nD[places[s]], known_n[places[s]] = part_nD, True
         return vectors_nD, known_n, set(calls) - set(answers)
 
-    def _search(self, number: int) -> Any:
-        return self._shards[number].search.options(concurrency_group="search")
+    def _searching(self, number: int, method: str) -> Any:
+        return getattr(self._shards[number], method).options(concurrency_group="search")
 
     def _ask(self, calls: dict[int, Any]) -> dict[int, Any]:
         """Return the answers of those shards that answer in time.

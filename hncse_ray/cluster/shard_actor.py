@@ -12,7 +12,7 @@ import torch
 from hncse_ray.cluster.node_corpus import NodeCorpus
 from hncse_ray.config import EncoderSettings, NegativesSettings
 from hncse_ray.errors import HncseError
-from hncse_ray.negatives import BuildReport, IndexPlan, IndexVersion, TokenRow, Weights
+from hncse_ray.negatives import BuildReport, Hits, IndexPlan, IndexVersion, Offers, TokenRow, Weights, WordQuery
 from hncse_ray.negatives.shard import IndexShard
 from hncse_ray.training.shard import build_shard
 
@@ -35,7 +35,7 @@ class ShardActor:
     """An IndexShard in a process of its own.
 
     It begins with the corpus, which may have to be prepared on its node; encoder and index follow when they are asked
-    for. Concurrency groups: ``search`` (vectors, embed, search), ``build``, ``control`` (the others).
+    for. Concurrency groups: ``search`` (vectors, embed, search, offers, scores), ``build``, ``control`` (the others).
     """
 
     def __init__(self, spec: ShardSpec) -> None:
@@ -102,6 +102,16 @@ class ShardActor:
     def embed(self, blocks: Sequence[Sequence[TokenRow]]) -> np.ndarray:
         """Embed anchors; see IndexShard."""
         return self._shard().embed(blocks)
+
+    def offers(
+        self, version: IndexVersion, queries_QD: np.ndarray, k: int, row_ids: np.ndarray, texts: Sequence[str]
+    ) -> Offers:
+        """Search this shard's rows by cosine and by words."""
+        return self._shard().offers(version, queries_QD, k=k, row_ids=row_ids, texts=texts)
+
+    def scores(self, hits: Hits, ids: np.ndarray, words: WordQuery | None) -> np.ndarray:
+        """Score rows that this shard owns."""
+        return self._shard().scores(hits, ids, words)
 
     def search(self, version: IndexVersion, queries_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Search this shard's rows."""

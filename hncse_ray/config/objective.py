@@ -97,6 +97,22 @@ class InstanceSmoothing(_Objective):
         return self
 
 
+class Distillation(_Objective):
+    """Anchors learn to rank a list of documents as a teacher does: the index, by `negatives.score`."""
+
+    name: Literal["distillation"] = "distillation"
+    temperature: float = Field(0.05, gt=0, le=10, description="similarities are divided by it")
+    teacher_temperature: float = Field(0.05, gt=0, le=10, description="the teacher's scores are divided by it")
+    list_loss: Literal["kl", "margin_mse"] = Field(
+        "kl",
+        description="kl = divergence of the lists' softmax; margin_mse = of differences in a list, arXiv 2010.02666",
+    )
+    contrast_weight: float = Field(0.0, ge=0, le=100, description="weight of an info_nce with the own document")
+    contrast_max_score: float | None = Field(
+        0.6, gt=-1, le=100, description="documents that the teacher scores higher are not repelled; null = all are"
+    )
+
+
 class OwnObjective(_Objective):
     """A function of the user's, named as ``module:function``; docs/objectives.md says what it is given."""
 
@@ -112,7 +128,7 @@ class OwnObjective(_Objective):
         return name
 
 
-_BuiltIn = InfoNCE | PositiveMixing | HardNegativeMixing | Hybrid | ThreeView | InstanceSmoothing
+_BuiltIn = InfoNCE | PositiveMixing | HardNegativeMixing | Hybrid | ThreeView | InstanceSmoothing | Distillation
 OBJECTIVES: dict[str, type[Section]] = {cls.model_fields["name"].default: cls for cls in get_args(_BuiltIn)}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -132,10 +133,18 @@ class NegativesSettings(Section):
         None, ge=1, le=2000, description="nor are two rows of it that are each among so many nearest of the other"
     )
     skip_hardest: int = Field(0, ge=0, le=2000, description="of those left, pass over so many of the nearest")
-    sampling: Literal["top", "uniform", "softmax"] = Field(
-        "top", description="how m are drawn from those left: the nearest, any, or by a softmax of their scores"
+    sampling: Literal["top", "uniform", "softmax", "bands"] = Field(
+        "top",
+        description="how m are drawn from those left: nearest first, any, by a softmax of cosines, in turn from bands",
     )
     sampling_temperature: float = Field(0.05, gt=0, le=1000, description="of softmax sampling")
+    bands: Annotated[tuple[Annotated[int, Field(ge=1, le=2000)], ...], BeforeValidator(as_tuple)] = Field(
+        (5, 30), description="last rank of each band but the last, which ends with the candidates"
+    )
+    score: Literal["cosine", "lexical", "hybrid"] = Field(
+        "cosine", description="what makes a row near, and teaches a distillation: its cosine, BM25, or both"
+    )
+    lexical_weight: float = Field(0.3, gt=0, le=100, description="of BM25, whose best is 1, beside the cosine")
     refresh: Literal["async", "sync"] = Field("async", description="sync = training waits for a new index")
     refresh_every_steps: int | None = Field(100, ge=1, le=MOST, description="null = one index, made at the start")
     max_staleness_steps: int | None = Field(
@@ -172,6 +181,8 @@ class NegativesSettings(Section):
             raise ValueError("mask_batch has no limit to go by; set max_score or relative_margin")
         if self.mask_reciprocal is not None and self.mask_reciprocal > self.candidates:
             raise ValueError(f"mask_reciprocal {self.mask_reciprocal} is more than the {self.candidates} candidates")
+        if self.sampling == "bands" and not all(a < b for a, b in pairwise((0, *self.bands, self.candidates))):
+            raise ValueError(f"bands {list(self.bands)} must rise, to less than candidates = {self.candidates}")
         if self.source == "in_process" and (self.num_shards, self.cpus_per_shard, self.gpus_per_shard) != (1, 0, 0):
             raise ValueError("source 'in_process' is one shard in the first trainer; for more set source: pool")
         if self.gpus_per_shard > 1 and self.gpus_per_shard % 1:
@@ -350,11 +361,11 @@ class Settings(Section):
     def _check_neighbours(self) -> None:
         negatives, name = self.negatives, self.objective.name
         given = bool(self.corpus.negative_columns)
-        if given and name == "instance_smoothing":
-            raise ValueError("objective 'instance_smoothing' has no use for corpus.negative_columns")
+        if given and name in ("instance_smoothing", "distillation"):
+            raise ValueError(f"objective {name!r} has no use for corpus.negative_columns")
         if negatives.source == "none" and not given:
             return
-        if negatives.columns == "none" and name in ("info_nce", "three_view"):
+        if negatives.columns == "none" and name in ("info_nce", "three_view", "distillation"):
             what = "global negatives" if negatives.source != "none" else "corpus.negative_columns"
             raise ValueError(f"negatives.columns = none leaves objective {name!r} without use for {what}")
         if name == "instance_smoothing":

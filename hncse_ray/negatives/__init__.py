@@ -4,7 +4,7 @@ What needs torch, `shard.IndexShard` and `in_process.InProcessSource`, is import
 a module which needs neither can be imported without torch.
 """
 
-from hncse_ray.negatives.hits import merge_hits
+from hncse_ray.negatives.hits import Offers, WordQuery, merge_hits, merge_offers
 from hncse_ray.negatives.in_batch import rows_too_close, score_limit
 from hncse_ray.negatives.index_plan import IndexPlan, plan_index
 from hncse_ray.negatives.refresh import RefreshDecision, RefreshFacts, RefreshRules, decide
@@ -28,6 +28,7 @@ __all__ = [
     "IndexPlan",
     "IndexVersion",
     "NegativeSource",
+    "Offers",
     "RefreshDecision",
     "RefreshFacts",
     "RefreshRules",
@@ -37,9 +38,11 @@ __all__ = [
     "SourceUnavailable",
     "TokenRow",
     "Weights",
+    "WordQuery",
     "share_anchors",
     "decide",
     "merge_hits",
+    "merge_offers",
     "plan_index",
     "rows_too_close",
     "score_limit",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from hncse_ray.negatives.hits import WordQuery, merge_offers
 from hncse_ray.negatives.shard import IndexShard
 from hncse_ray.negatives.source import (
     Float32,
@@ -47,7 +48,9 @@ class InProcessSource:
     def wait(self, timeout_s: float) -> None:
         """Nothing is ever under way."""
 
-    def search(self, row_ids: Int64, *, k: int, anchors: Sequence[TokenRow] | None = None) -> Hits:
+    def search(
+        self, row_ids: Int64, *, k: int, anchors: Sequence[TokenRow] | None = None, words: WordQuery | None = None
+    ) -> Hits:
         """Find the k nearest rows of each of B rows, or of their anchors."""
         version = self._status.version
         if version is None:
@@ -57,8 +60,16 @@ class InProcessSource:
         else:
             (blocks,) = share_anchors(len(anchors), 1)
             queries_BD = self._shard.embed([[anchors[i] for i in block] for block in blocks])
-        scores_Bk, ids_Bk = self._shard.search(version, queries_BD, k=k)
-        return Hits(ids_Bk, scores_Bk, version)
+        if words is None:
+            scores_Bk, ids_Bk = self._shard.search(version, queries_BD, k=k)
+            return Hits(ids_Bk, scores_Bk, version, queries_BD=queries_BD)
+        offers = self._shard.offers(version, queries_BD, k=k, row_ids=row_ids, texts=words.texts)
+        (cosines_Bk, ids_Bk), most_B = merge_offers([offers], words=words)
+        return Hits(ids_Bk, cosines_Bk, version, queries_BD=queries_BD, most_words_B=most_B)
+
+    def scores(self, hits: Hits, ids: Int64, *, words: WordQuery | None = None) -> Float32:
+        """Return the scores of a search's queries with rows."""
+        return self._shard.scores(hits, ids, words)
 
     def vectors(self, ids: Int64, *, version: IndexVersion) -> Float32:
         """Return the vectors of rows."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -58,6 +59,9 @@ class VectorIndex(Protocol):
         `threads` bounds faiss. It does not bound torch on the CPU (`exact_torch`; also, in every kind, a scan for
         rows that fp32 cannot tell apart), whose number of threads can only be set for the whole process.
         """
+
+    def scores(self, queries_QD: NDArray[np.floating[Any]], rows_QK: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the scores of queries with rows of their own, float32 [Q, K]; in the exact kinds those of a search."""
 
     def vectors(self, rows_n: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
         """Return the stored vectors, float32 [n, D]; the IVF kinds and a GPU store float16."""
@@ -175,9 +179,7 @@ class _ExactIndex:
         return found
 
     def search(self, queries_QD: NDArray[np.floating[Any]], k: int, *, threads: int) -> Hits:
-        queries_QD = self._filling.queries(queries_QD, k, threads)
-        if self._dtype == torch.float16:
-            queries_QD = queries_QD.astype(np.float16).astype(np.float32)
+        queries_QD = self._rounded(self._filling.queries(queries_QD, k, threads))
         scores_Qk, rows_Qk = no_hits(len(queries_QD), k)
         keep, fetch = min(k, self.rows), min(k + _OVERFETCH, self.rows)
         step = min(_MOST_QUERIES, max(1, int(_RESCORE_BYTES / (8 * fetch * self.dimension))))
@@ -186,6 +188,14 @@ class _ExactIndex:
                 hits = self._search_part(queries_QD[part], keep, fetch, threads)
                 scores_Qk[part, :keep], rows_Qk[part, :keep] = hits
         return scores_Qk, rows_Qk
+
+    def scores(self, queries_QD: NDArray[np.floating[Any]], rows_QK: NDArray[np.int64]) -> NDArray[np.float32]:
+        queries_QD = self._rounded(self._filling.queries(queries_QD, 1, 1))
+        with self._own_stream():
+            return _in_parts(self._exact_scores, queries_QD, rows_QK)
+
+    def _rounded(self, queries_QD: NDArray[np.float32]) -> NDArray[np.float32]:
+        return queries_QD.astype(np.float16).astype(np.float32) if self._dtype == torch.float16 else queries_QD
 
     def _own_stream(self) -> AbstractContextManager[Any]:
         if not self._matrix_ND.is_cuda:
@@ -221,8 +231,7 @@ class _ExactIndex:
             queries = torch.from_numpy(queries_QD).to(wide_QKD)
             found: NDArray[np.float32] = (wide_QKD * queries[:, None]).sum(-1).float().cpu().numpy()
         else:
-            wide_Q1D = queries_QD.astype(np.float64)[:, None]
-            found = np.vecdot(self.vectors(rows_QK).astype(np.float64), wide_Q1D).astype(np.float32)
+            found = _float64_scores(self.vectors(rows_QK), queries_QD)
         return found
 
     def _all_above(self, queries_UD: NDArray[np.float32], floor_U: NDArray[np.float32], found_Uk: Hits) -> Hits:
@@ -268,6 +277,26 @@ class _ExactIndex:
 
     def _at(self, rows_n: NDArray[np.integer[Any]]) -> Tensor:
         return torch.from_numpy(np.array(rows_n, dtype=np.int64)).to(self._matrix_ND.device)
+
+
+def _float64_scores(vectors_QKD: NDArray[np.float32], queries_QD: NDArray[np.float32]) -> NDArray[np.float32]:
+    wide_Q1D = queries_QD.astype(np.float64)[:, None]
+    found: NDArray[np.float32] = np.vecdot(vectors_QKD.astype(np.float64), wide_Q1D).astype(np.float32)
+    return found
+
+
+def _in_parts(
+    score: Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[np.float32]],
+    queries_QD: NDArray[np.float32],
+    rows_QK: NDArray[np.int64],
+) -> NDArray[np.float32]:
+    """Score queries with their rows, so many at a time as working memory has room for."""
+    found_QK = np.zeros(rows_QK.shape, dtype=np.float32)
+    step = max(1, int(_RESCORE_BYTES / (8 * max(1, rows_QK.shape[1]) * queries_QD.shape[1])))
+    for start in range(0, len(queries_QD), step):
+        part = slice(start, start + step)
+        found_QK[part] = score(queries_QD[part], rows_QK[part])
+    return found_QK
 
 
 class _FaissIndex(_ExactIndex):
@@ -388,6 +417,12 @@ class _IvfIndex:
         probes = _faiss().SearchParametersIVF(nprobe=self._plan.nprobe)
         scores_Qk, rows_Qk = self._index.search(queries_QD, k, params=probes)
         return scores_Qk, rows_Qk
+
+    def scores(self, queries_QD: NDArray[np.floating[Any]], rows_QK: NDArray[np.int64]) -> NDArray[np.float32]:
+        def score(queries_QD: NDArray[np.float32], rows_QK: NDArray[np.int64]) -> NDArray[np.float32]:
+            return _float64_scores(self.vectors(rows_QK), queries_QD)
+
+        return _in_parts(score, self._filling.queries(queries_QD, 1, 1), rows_QK)
 
     def vectors(self, rows_n: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
         return np.asarray(self._stored_ND[rows_n], dtype=np.float32)

@@ -42,7 +42,8 @@ def words(text: str) -> Iterator[str]:
 class LexicalIndex:
     """BM25 (Robertson & Zaragoza 2009, The Probabilistic Relevance Framework) of texts with the rows of a shard.
 
-    A row's score is the sum, over the words w of the query, of ``idf(w) * f * (k1 + 1) / (f + k1 * (1 - b + b * l / L))``
+    A row's score is the sum, over the words w of the query, of
+    ``idf(w) * f * (k1 + 1) / (f + k1 * (1 - b + b * l / L))``
     with f how often the row holds w, l the row's words, L their mean, k1 = 1.2, b = 0.75, and Lucene's
     ``idf(w) = log(1 + (N - n_w + 0.5) / (n_w + 0.5))``. N, n_w (rows that hold w) and L are those of the whole corpus,
     so a row's score does not depend on the number of shards. That is why no library does this: bm25s, rank-bm25 and

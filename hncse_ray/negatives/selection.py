@@ -21,7 +21,7 @@ Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
 
-SAMPLINGS = ("top", "uniform", "softmax")
+SAMPLINGS = ("top", "uniform", "softmax", "bands")
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,10 @@ class SelectionRules:
         relative_margin: hits scoring above `positive_score * (1 - relative_margin)` are dropped; None: no limit.
         skip_hardest: of what is left, pass over so many of the hardest.
         sampling: `top` takes the hardest, `uniform` any with equal chance, `softmax` each with a probability
-            in proportion to exp(score / temperature); always without replacement.
+            in proportion to exp(score / temperature); always without replacement. `bands` takes any of the first
+            band of ranks, then any of the second, and so on, from the first again behind the last.
         temperature: of softmax sampling; above 0.
+        bands: last rank of each band but the last, counted from 1 among the hits that are left; rising.
         exclude_batch: drop hits that hold what a row of the batch holds.
         unique: choose each row for one anchor of the batch only, the first that would take it.
 
@@ -47,8 +49,9 @@ class SelectionRules:
     max_score: float | None
     relative_margin: float | None
     skip_hardest: int
-    sampling: Literal["top", "uniform", "softmax"]
+    sampling: Literal["top", "uniform", "softmax", "bands"]
     temperature: float
+    bands: tuple[int, ...] = ()
     exclude_batch: bool = True
     unique: bool = False
 
@@ -62,6 +65,7 @@ class SelectionRules:
             skip_hardest=settings.skip_hardest,
             sampling=settings.sampling,
             temperature=settings.sampling_temperature,
+            bands=settings.bands,
             exclude_batch=exclude_batch,
             unique=unique,
         )
@@ -82,8 +86,8 @@ class Selection:
     """The negatives of a batch.
 
     Args:
-        ids_Bm: row ids int64 [B, m], by falling score within an anchor; -1 where not usable.
-        scores_Bm: the index's scores fp32 [B, m]; 0 where not usable.
+        ids_Bm: row ids int64 [B, m], in the order of the hits within an anchor; -1 where not usable.
+        scores_Bm: their cosines fp32 [B, m]; 0 where not usable.
         mask_Bm: bool [B, m], True where usable; the usable ones of an anchor stand first.
         columns_mask: with `rules.unique`, where every anchor sees everyone's negatives, bool [B, B*m]: column
             j*m + n is negative n of anchor j. False in row i where that negative is not usable, is row i
@@ -125,7 +129,7 @@ def select(
     Args:
         ids_Bk: row ids of the hits [B, k], best first, each at most once an anchor; -1: no hit (its score is
             -inf), counted nowhere.
-        scores_Bk: their scores [B, k].
+        scores_Bk: their cosines [B, k], which the limits are of.
         row_ids_B: row ids of the anchors [B].
         contents: of row ids [...], the hashes of what the rows hold [..., n]: their tokens, those of their targets.
             Rows that share one are never contrasted.
@@ -251,6 +255,8 @@ def _order(scores_Bk: Float32, alive_Bk: Bool, *, rules: SelectionRules, seed: S
     Adding Gumbel noise to log-weights and sorting draws without replacement in proportion to the weights
     (Kool et al. 2019, arXiv 1903.06059); equal weights make it a uniform draw.
     """
+    if rules.sampling == "bands":
+        return _order_by_bands(alive_Bk, rules.bands, seed=seed)
     keys_Bk = np.zeros(alive_Bk.shape)  # equal keys keep the order of the hits: `top`
     if rules.sampling != "top":
         keys_Bk += np.random.default_rng(list(seed)).gumbel(size=alive_Bk.shape)
@@ -258,6 +264,19 @@ def _order(scores_Bk: Float32, alive_Bk: Bool, *, rules: SelectionRules, seed: S
         keys_Bk += np.where(alive_Bk, scores_Bk, 0).astype(np.float64) / rules.temperature
     # lexsort: by its last key first, stable
     return np.lexsort((-keys_Bk, ~alive_Bk), axis=1)
+
+
+def _order_by_bands(alive_Bk: Bool, bands: Sequence[int], *, seed: Sequence[int]) -> Int64:
+    """Shuffle each band of the survivors' ranks, then deal the bands out in turn."""
+    ranks_Bk = np.cumsum(alive_Bk, axis=1) - 1
+    band_Bk = np.where(alive_Bk, np.searchsorted(bands, ranks_Bk, side="right"), len(bands) + 1)
+    chance_Bk = np.random.default_rng(list(seed)).random(alive_Bk.shape)
+    by_band_Bk = np.lexsort((chance_Bk, band_Bk), axis=1)
+    starts = np.array([0, *bands, 0])[np.take_along_axis(band_Bk, by_band_Bk, 1)]
+    turn_Bk = np.empty_like(by_band_Bk)  # how many of its band come before a hit
+    np.put_along_axis(turn_Bk, by_band_Bk, np.arange(alive_Bk.shape[1]) - starts, axis=1)
+    order_Bk: Int64 = np.lexsort((band_Bk, turn_Bk, ~alive_Bk), axis=1)
+    return order_Bk
 
 
 def _choose(order_Bk: Int64, alive_Bk: Bool, *, per_anchor: int) -> Bool:

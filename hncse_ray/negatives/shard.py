@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hncse_ray.negatives.hits import Offers, WordQuery
 from hncse_ray.negatives.index import IndexPlan, VectorIndex, new_index
-from hncse_ray.negatives.source import BuildReport, Float32, Int64, SourceUnavailable, TokenRow, Weights
+from hncse_ray.negatives.lexical import LexicalIndex
+from hncse_ray.negatives.source import BuildReport, Float32, Hits, Int64, SourceUnavailable, TokenRow, Weights
 from hncse_ray.negatives.source import IndexVersion as Version
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ class IndexShard:
         encode: embeds rows given by their ids, ``[n] -> [n, D]``, unit norm.
         load_weights: hands published weights to the encoder behind ``encode``.
         encode_anchors: embeds token rows by the same encoder; default: nothing is searched by anchors.
+        read_words: makes the index of this shard's words, when it is first asked for; default: there is none.
+        keys: what rows hold and belong to, ``[n] -> [n, c]``; see LexicalIndex.
         plan: which index; the number of rows is the shard's own.
         device: where the index lives.
         batch_size: rows encoded in one call.
@@ -56,12 +60,17 @@ class IndexShard:
         threads: int,
         encode_ahead: int = 1,
         encode_anchors: Callable[[Sequence[TokenRow]], Float32] | None = None,
+        read_words: Callable[[], LexicalIndex] | None = None,
+        keys: Callable[[Int64], Int64] | None = None,
         folder: Path | None = None,
     ) -> None:
         self.number, self.count = number, count
         self._ids = np.arange(number, len(lengths), count, dtype=np.int64)
         self._order = np.argsort(-np.asarray(lengths)[self._ids], kind="stable")
         self._encode, self._load_weights, self._encode_anchors = encode, load_weights, encode_anchors
+        self._read_words, self._keys = read_words, keys
+        self._words: LexicalIndex | None = None
+        self._reading = threading.Lock()
         self._newest: tuple[Version, Weights] | None = (
             None  # of the newest complete build, which anchors are embedded by
         )
@@ -160,6 +169,62 @@ class IndexShard:
         """
         scores_Qk, rows_Qk = self._index(version).search(queries_QD, k, threads=self._threads)
         return scores_Qk, np.where(rows_Qk < 0, -1, rows_Qk * self.count + self.number)
+
+    def offers(self, version: Version, queries_QD: Float32, *, k: int, row_ids: Int64, texts: Sequence[str]) -> Offers:
+        """Find the k nearest of this shard's rows by cosine, and the k nearest by words.
+
+        Args:
+            version: of the index.
+            queries_QD: vectors of the anchors.
+            k: how many.
+            row_ids: of the anchors; their own rows are not offered by words.
+            texts: of the anchors.
+
+        Raises:
+            SourceUnavailable: the version is not held.
+        """
+        index, lexical = self._index(version), self.words()
+        assert self._keys is not None
+        _, near_Qk = index.search(queries_QD, k, threads=self._threads)
+        rows_Q2k = np.concatenate([near_Qk, np.full_like(near_Qk, -1)], axis=1)
+        words_Q2k = np.zeros(rows_Q2k.shape, dtype=np.float32)
+        for rows_2k, words_2k, keys_c, text in zip(rows_Q2k, words_Q2k, self._keys(row_ids), texts, strict=True):
+            scores_n = lexical.scores(text)
+            best = lexical.best(scores_n, k, keys_c=keys_c)
+            rows_2k[k : k + len(best)] = best
+            words_2k[:] = np.where(rows_2k < 0, 0, scores_n[rows_2k])
+        cosines_Q2k = index.scores(queries_QD, np.maximum(rows_Q2k, 0))
+        nobody_Q2k = rows_Q2k < 0
+        return Offers(
+            np.where(nobody_Q2k, -1, rows_Q2k * self.count + self.number),
+            np.where(nobody_Q2k, np.float32(-np.inf), cosines_Q2k),
+            words_Q2k,
+        )
+
+    def scores(self, hits: Hits, ids: Int64, words: WordQuery | None) -> Float32:
+        """Return the scores of a search's queries with rows that this shard owns ``[Q, n]``; see NegativeSource.
+
+        Raises:
+            SourceUnavailable: the version is not held.
+        """
+        index, rows = self._index(hits.version), (ids - self.number) // self.count
+        assert hits.queries_BD is not None
+        cosines_Qn = index.scores(hits.queries_BD, np.broadcast_to(rows, (len(hits.queries_BD), len(rows))))
+        if words is None:
+            return cosines_Qn
+        assert hits.most_words_B is not None
+        lexical = self.words()
+        return words.scores(
+            cosines_Qn, np.stack([lexical.scores(text)[rows] for text in words.texts]), hits.most_words_B
+        )
+
+    def words(self) -> LexicalIndex:
+        """Return the index of this shard's words, which is made now if it has not been."""
+        with self._reading:
+            if self._words is None:
+                assert self._read_words is not None
+                self._words = self._read_words()
+            return self._words
 
     def _index(self, version: Version) -> VectorIndex:
         index = self._indexes.get(version)

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hncse_ray.negatives.hits import WordQuery
+
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
 Weights = Mapping[str, NDArray[Any]]
@@ -54,15 +56,19 @@ class Hits:
 
     Attributes:
         ids_Bk: row ids, int64; -1 where there are fewer than k.
-        scores_Bk: cosines, float32; -inf where the id is -1.
+        scores_Bk: cosines, float32; -inf where the id is -1. Searched by words too, they do not fall from hit to hit.
         version: what they were found in.
         complete: whether every shard has answered.
+        queries_BD: what was searched with, float32; zeros where that is not known, as its shard is away.
+        most_words_B: searched by words too: the best BM25 of a row that is not the anchor's own, float32.
     """
 
     ids_Bk: Int64
     scores_Bk: Float32
     version: IndexVersion
     complete: bool = True
+    queries_BD: Float32 | None = None
+    most_words_B: Float32 | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,9 @@ class NegativeSource(Protocol):
         """
         ...
 
-    def search(self, row_ids: Int64, *, k: int, anchors: Sequence[TokenRow] | None = None) -> Hits:
+    def search(
+        self, row_ids: Int64, *, k: int, anchors: Sequence[TokenRow] | None = None, words: WordQuery | None = None
+    ) -> Hits:
         """Find the k nearest rows of each of B rows.
 
         Args:
@@ -125,9 +133,23 @@ class NegativeSource(Protocol):
                 are embedded by the weights that the source has loaded last, which may be a little newer than the
                 version that is searched, as in ANCE (Xiong et al. 2020, arXiv 2007.00808). None: each row is searched
                 by its vector in that version, and is its own nearest.
+            words: what makes a row near beside its cosine; None: nothing.
 
         Raises:
             SourceUnavailable: no version is served, or nothing answers.
+        """
+        ...
+
+    def scores(self, hits: Hits, ids: Int64, *, words: WordQuery | None = None) -> Float32:
+        """Return the score of each query of a search with given rows ``[B, n]``; -inf where a shard is away.
+
+        Args:
+            hits: of that search.
+            ids: the n rows.
+            words: as they were searched by; then a score is that of :class:`WordQuery`, else the cosine.
+
+        Raises:
+            SourceUnavailable: the version is not served any more, or nothing answers.
         """
         ...
 

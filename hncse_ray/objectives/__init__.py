@@ -6,6 +6,7 @@ the same device, so that nothing waits for the accelerator.
 """
 
 from hncse_ray.objectives.contrastive import info_nce, three_view
+from hncse_ray.objectives.distillation import distillation
 from hncse_ray.objectives.matryoshka import matryoshka
 from hncse_ray.objectives.mixing import hard_negative_mixing, hybrid, positive_mixing
 from hncse_ray.objectives.similarity import Columns, Metrics
@@ -15,6 +16,7 @@ __all__ = [
     "Columns",
     "Metrics",
     "cosine_ramp",
+    "distillation",
     "hard_negative_mixing",
     "hybrid",
     "info_nce",

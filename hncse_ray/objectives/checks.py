@@ -139,3 +139,12 @@ def check_floating(name: str, tensor: Tensor) -> None:
     """Raise ValueError unless the tensor is of a floating point dtype."""
     if not tensor.is_floating_point():
         raise ValueError(f"{name} has dtype {tensor.dtype}; it must be a floating point dtype")
+
+
+def check_teacher(teacher_BL: Tensor, scores_BL: Tensor) -> None:
+    """Raise ValueError unless a teacher has a floating point score for each column, batch and negatives."""
+    if teacher_BL.shape != scores_BL.shape:
+        raise ValueError(
+            f"teacher has shape {tuple(teacher_BL.shape)}; it must be [B, columns] = {tuple(scores_BL.shape)}"
+        )
+    check_floating("teacher", teacher_BL)

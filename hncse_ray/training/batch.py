@@ -78,7 +78,7 @@ def _found(found: BatchNegatives, corpus: Corpus) -> StepNegatives:
         ids_bm = rank_slice(found.ids_Bm, rank(), world_size())
         rows = iter(corpus.targets(ids_bm[ids_bm >= 0]))
         fresh_bm = [[next(rows) if i >= 0 else None for i in ids_m] for ids_m in ids_bm]
-    return StepNegatives(found.mask_Bm, found.columns_mask, found.vectors_BmD, fresh_bm)
+    return StepNegatives(found.mask_Bm, found.columns_mask, found.vectors_BmD, fresh_bm, found.teacher_BL)
 
 
 def _given(corpus: Corpus, ids_B: Int64, mask_BB: Bool | None, *, all_columns: bool) -> StepNegatives:

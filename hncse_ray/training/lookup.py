@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import compress
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +21,12 @@ from hncse_ray.negatives import (
     SelectionRules,
     SourceUnavailable,
     TokenRow,
+    WordQuery,
     rows_too_close,
     score_limit,
     select,
 )
+from hncse_ray.training.teacher import teacher_scores
 from hncse_ray.training.views import BatchViews, Views
 
 Int64 = NDArray[np.int64]
@@ -43,6 +47,7 @@ class BatchNegatives:
             the anchor is the target.
         dropped_B: whose pair the index does not agree with; None where it is not asked.
         apart_n2: places in the batch that must not repel each other, two a row.
+        teacher_BL: what the index scores the columns of each anchor, see `distillation`; None if it is not asked.
     """
 
     ids_Bm: Int64
@@ -53,6 +58,7 @@ class BatchNegatives:
     ranks_B: Int64
     dropped_B: Bool | None
     apart_n2: Int64
+    teacher_BL: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,8 @@ class LookedUp:
 @dataclass(frozen=True)
 class _Found:
     hits: Hits
+    words: WordQuery | None
+    target_ids_B: Int64
     asked_B: Bool
     ranks_B: Int64
     dropped_B: Bool | None
@@ -92,6 +100,7 @@ class LookUp:
         dimension: width D of the embeddings.
         source: where neighbours come from.
         views: the anchors of the batches, where they are made of passages.
+        taught: whether the objective asks what the index scores the columns.
     """
 
     def __init__(
@@ -103,11 +112,12 @@ class LookUp:
         dimension: int,
         source: NegativeSource,
         views: BatchViews | None,
+        taught: bool = False,
     ) -> None:
         s = settings.negatives
         self._settings, self._corpus, self._plan = settings, corpus, plan
         self._dimension, self._source, self._views = dimension, source, views
-        self._stored = s.use == "stored"
+        self._stored, self._taught = s.use == "stored", taught
         # A smoothing group is near the positive, not near the anchor.
         self._smoothing = smoothing = settings.objective.name == "instance_smoothing"
         self._rules = SelectionRules.of(
@@ -146,7 +156,8 @@ class LookUp:
             version=hits.version,
             ranks_B=found.ranks_B,
             dropped_B=found.dropped_B,
-            apart_n2=self._apart(hits, ids_B if views is None else views.target_ids_B, positive_similarity),
+            apart_n2=self._apart(hits, found.target_ids_B, positive_similarity),
+            teacher_BL=self._teacher(found, selection) if self._taught else None,
         )
         return LookedUp(negatives, selection, found.asked_B, hits.complete, seconds)
 
@@ -171,39 +182,50 @@ class LookUp:
     def _search(self, ids_B: Int64) -> _Found:
         """Search by the rows of sentences, and by the anchors of pairs, not by their targets."""
         by_anchors = self._corpus.has_pairs and not self._smoothing
-        hits = self._source.search(ids_B, k=self._k, anchors=self._corpus.token_rows(ids_B) if by_anchors else None)
-        ranks_B = own_ranks(hits.ids_Bk, self._corpus.target_hashes, ids_B)
+        words = self._words(lambda: self._corpus.texts(ids_B) if by_anchors else self._corpus.target_texts(ids_B))
+        anchors = self._corpus.token_rows(ids_B) if by_anchors else None
+        hits = self._source.search(ids_B, k=self._k, anchors=anchors, words=words)
+        ranks_B = self._own_ranks(hits, ids_B)
         if not by_anchors:
             ranks_B = np.full_like(ranks_B, -1)
-        return _Found(hits, np.full(len(ids_B), by_anchors), ranks_B, None)
+        return _Found(hits, words, ids_B, np.full(len(ids_B), by_anchors), ranks_B, None)
 
     def _search_views(self, number: int, ids_B: Int64, views: Views) -> _Found:
         """Search with the anchors of pairs, and by the rows themselves where there is none, or none that is kept."""
-        B, answers = len(ids_B), list[Hits]()
-        ids_Bk = np.full((B, self._k), -1, dtype=np.int64)
-        scores_Bk = np.full((B, self._k), -np.inf, dtype=np.float32)
+        answers: list[tuple[Bool, Hits]] = []
 
-        def ask(part_B: Bool, anchors: Sequence[TokenRow] | None = None) -> None:
+        def ask(part_B: Bool, anchors: Sequence[TokenRow] | None, texts: Sequence[str]) -> None:
             if part_B.any():
-                hits = self._source.search(ids_B[part_B], k=self._k, anchors=anchors)
-                ids_Bk[part_B], scores_Bk[part_B] = hits.ids_Bk, hits.scores_Bk
-                answers.append(hits)
+                words = self._words(lambda: list(compress(texts, part_B)))
+                rows = None if anchors is None else list(compress(anchors, part_B))
+                hits = self._source.search(ids_B[part_B], k=self._k, anchors=rows, words=words)
+                answers.append((part_B, hits))
 
-        r = self._agreement(number)
+        r, ranks_B = self._agreement(number), np.full(len(ids_B), -1)
         asked_B = views.paired_B & (r is not None or not self._smoothing)
-        ask(asked_B, [anchor for anchor, asked in zip(views.anchors, asked_B, strict=True) if asked])
-        ranks_B = np.where(asked_B, own_ranks(ids_Bk, self._corpus.target_hashes, views.target_ids_B), -1)
+        ask(asked_B, views.anchors, views.texts)
+        for part_B, hits in answers:
+            ranks_B[part_B] = self._own_ranks(hits, views.target_ids_B[part_B])
         dropped_B = None
         if r is not None:
             dropped_B = asked_B & ((ranks_B < 0) | (ranks_B >= r))
-            if not all(hits.complete for hits in answers):  # what a lost shard holds cannot be found
+            if not all(hits.complete for _, hits in answers):  # what a lost shard holds cannot be found
                 dropped_B &= ranks_B >= 0
         by_row_B = ~asked_B if dropped_B is None else ~asked_B | dropped_B
-        ask(by_row_B | self._smoothing)
-        if len({hits.version for hits in answers}) > 1:
+        own_texts = self._corpus.texts(ids_B)
+        ask(by_row_B | self._smoothing, None, own_texts)
+        if len({hits.version for _, hits in answers}) > 1:
             raise SourceUnavailable("the version has given way to the next")
-        hits = Hits(ids_Bk, scores_Bk, answers[0].version, all(hits.complete for hits in answers))
-        return _Found(hits, asked_B, ranks_B, dropped_B)
+        texts = [own_texts[i] if by_row else views.texts[i] for i, by_row in enumerate(by_row_B)]
+        paired_B = views.paired_B if dropped_B is None else views.paired_B & ~dropped_B
+        target_ids_B = np.where(paired_B, views.target_ids_B, ids_B)
+        return _Found(_joined(answers), self._words(lambda: texts), target_ids_B, asked_B, ranks_B, dropped_B)
+
+    def _words(self, texts: Callable[[], Sequence[str]]) -> WordQuery | None:
+        return WordQuery.of(self._settings.negatives, texts)
+
+    def _own_ranks(self, hits: Hits, target_ids_B: Int64) -> Int64:
+        return own_ranks(hits.ids_Bk, hits.scores_Bk, self._corpus.target_hashes, target_ids_B)
 
     def _agreement(self, number: int) -> int | None:
         """How near the index must find a batch's passages; None: it is not asked."""
@@ -217,6 +239,11 @@ class LookUp:
             vectors_BmD[selection.mask_Bm] = self._source.vectors(ids, version=version)
         return vectors_BmD
 
+    def _teacher(self, found: _Found, selection: Selection) -> NDArray[np.float32]:
+        return teacher_scores(
+            self._source, found.hits, words=found.words, target_ids_B=found.target_ids_B, selection=selection
+        )
+
     def _apart(self, hits: Hits, target_ids_B: Int64, positive_similarity: float) -> Int64:
         """The rows of the batch that may be right for each other's anchors."""
         s, hashes_N = self._settings.negatives, self._corpus.target_hashes
@@ -229,7 +256,29 @@ class LookUp:
         )
 
 
-def own_ranks(ids_Bk: Int64, target_hashes_N: Int64, row_ids_B: Int64) -> Int64:
-    """Return where each row's target, or one of equal tokens, stands among its hits ``[B]``; -1 if it does not."""
+def _joined(answers: Sequence[tuple[Bool, Hits]]) -> Hits:
+    """Put the hits of parts of a batch together; of a row that was asked twice, the later ones count."""
+    first = answers[0][1]
+
+    def joined(name: str) -> Any:
+        if getattr(first, name) is None:
+            return None
+        found: NDArray[Any] = np.zeros(
+            (len(answers[0][0]), *getattr(first, name).shape[1:]), getattr(first, name).dtype
+        )
+        for part_B, hits in answers:
+            found[part_B] = getattr(hits, name)
+        return found
+
+    arrays = {name: joined(name) for name in ("ids_Bk", "scores_Bk", "queries_BD", "most_words_B")}
+    return replace(first, complete=all(hits.complete for _, hits in answers), **arrays)
+
+
+def own_ranks(ids_Bk: Int64, scores_Bk: NDArray[np.float32], target_hashes_N: Int64, row_ids_B: Int64) -> Int64:
+    """Return how many hits are nearer than each row's target, or one of equal tokens, ``[B]``; -1 if it is none.
+
+    By their cosines: words say too much, as the target may hold the anchor.
+    """
     own_Bk = (ids_Bk >= 0) & (target_hashes_N[ids_Bk] == target_hashes_N[row_ids_B][:, None])
-    return np.where(own_Bk.any(axis=1), own_Bk.argmax(axis=1), -1)
+    own_B1 = np.where(own_Bk, scores_Bk, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
+    return np.where(own_Bk.any(axis=1), (scores_Bk > own_B1).sum(axis=1), -1)

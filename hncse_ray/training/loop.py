@@ -287,6 +287,7 @@ class _Trainer:
                 source=job.source,
                 notify=lambda text: self.emit(Notice(text)),
                 views=self.views,
+                taught=self.objective.taught(self.settings),
             )
             stack.callback(self.negatives.close)
             self.negatives.resume(self.state, resumed.index)

@@ -110,6 +110,7 @@ class GlobalNegatives:
         source: where neighbours come from.
         notify: takes one line for the user.
         views: the anchors of the batches, where they are made of passages.
+        taught: whether the objective asks what the index scores the columns.
     """
 
     def __init__(
@@ -122,13 +123,16 @@ class GlobalNegatives:
         source: NegativeSource,
         notify: Callable[[str], None],
         views: BatchViews | None = None,
+        taught: bool = False,
     ) -> None:
         s = settings.negatives
         self._settings, self._source, self._notify = settings, source, notify
         self._refresh_rules = RefreshRules(s.refresh_every_steps, s.refresh, s.max_staleness_steps)
         self._sync = s.refresh == "sync"
         check_candidates(settings, corpus)
-        self._ask = LookUp(settings, corpus=corpus, plan=plan, dimension=dimension, source=source, views=views)
+        self._ask = LookUp(
+            settings, corpus=corpus, plan=plan, dimension=dimension, source=source, views=views, taught=taught
+        )
         self._prefetch: Prefetch[LookedUp] = Prefetch(s.timeout_s)
         self._published_step: int | None = None
         self._published: Weights | None = None

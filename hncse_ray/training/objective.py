@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from hncse_ray import objectives
-from hncse_ray.config import InstanceSmoothing, ObjectiveSettings, OwnObjective
+from hncse_ray.config import InstanceSmoothing, ObjectiveSettings, OwnObjective, Settings
 from hncse_ray.errors import SettingsError
 from hncse_ray.training.own_objective import OwnFunction
 
 Metrics = dict[str, Tensor]
 
-GIVEN = ("negatives", "negatives_mask", "columns", "columns_mask", "batch_mask", "generator", "step", "total_steps")
+_OF_NEIGHBOURS = ("negatives", "negatives_mask", "columns", "columns_mask", "teacher")
+GIVEN = (*_OF_NEIGHBOURS, "batch_mask", "generator", "step", "total_steps")
 """What a run gives to an objective whose signature names it, beside its settings."""
 
 
@@ -30,11 +31,13 @@ class Neighbours:
         vectors_BmD: unit norm; zero where not usable.
         mask_Bm: which are usable.
         columns_mask: ``[B, B * m]``, where every anchor is repelled from everyone's: from which of them.
+        teacher_BL: what a teacher scores the columns of each anchor, first the batch's; None if there is none.
     """
 
     vectors_BmD: Tensor
     mask_Bm: Tensor
     columns_mask: Tensor | None
+    teacher_BL: Tensor | None = None
 
 
 class Objective:
@@ -81,6 +84,10 @@ class Objective:
         if isinstance(settings, InstanceSmoothing):
             self._buffer_KD = torch.zeros(settings.buffer_size, dimension, device=device)
 
+    def taught(self, settings: Settings) -> bool:
+        """Whether it asks for a teacher that this run has: an index, which does not know negatives that were given."""
+        return "teacher" in self.takes and settings.negatives.source != "none" and not settings.corpus.negative_columns
+
     def __call__(
         self,
         views: Sequence[Tensor],
@@ -125,13 +132,10 @@ class Objective:
     def _given(self, neighbours: Neighbours | None) -> dict[str, Any]:
         """What an objective may ask for of global negatives."""
         if neighbours is None:
-            return {"negatives": None, "negatives_mask": None, "columns": "own", "columns_mask": None}
-        return {
-            "negatives": neighbours.vectors_BmD,
-            "negatives_mask": neighbours.mask_Bm,
-            "columns": self.columns,
-            "columns_mask": neighbours.columns_mask,
-        }
+            return dict.fromkeys(_OF_NEIGHBOURS) | {"columns": "own"}
+        n = neighbours
+        found = (n.vectors_BmD, n.mask_Bm, self.columns, n.columns_mask, n.teacher_BL)
+        return dict(zip(_OF_NEIGHBOURS, found, strict=True))
 
     def _smoothing(
         self, s: InstanceSmoothing, neighbours: Neighbours | None, *, step: int, total_steps: int

@@ -30,6 +30,9 @@ def check_objective(settings: Settings, *, dimension: int, batch_size: int) -> N
     """
     negatives, cpu = settings.negatives, torch.device("cpu")
     objective = Objective(settings.objective, dimension=dimension, device=cpu, columns=negatives.columns)
+    if settings.objective.name == "distillation" and negatives.source == "none":
+        raise SettingsError("objective 'distillation' learns from the index, and there is none", "negatives.source",
+                            "Set negatives.source=pool")  # fmt: skip
     if not isinstance(settings.objective, OwnObjective):
         return
     where = f"objective.name = {settings.objective.name}"
@@ -80,7 +83,9 @@ def _loss(
 ) -> Tensor:
     """Loss of random views and negatives, of which so many are usable; its gradient is computed too."""
     assert isinstance(function := objective.function, OwnFunction)
-    views, neighbours = _batch(settings, rows, dimension, m=m, usable=usable)
+    views, neighbours = _batch(
+        settings, rows, dimension, m=m, usable=usable, taught=usable > 0 and objective.taught(settings)
+    )
     batch_mask = ~torch.eye(rows, dtype=torch.bool)
     batch_mask[0, 1] = batch_mask[1, 0] = False
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay what they would have been
@@ -111,7 +116,7 @@ def _loss(
 
 
 def _batch(
-    settings: Settings, rows: int, dimension: int, *, m: int, usable: float
+    settings: Settings, rows: int, dimension: int, *, m: int, usable: float, taught: bool
 ) -> tuple[list[Tensor], Neighbours | None]:
     draw = torch.Generator().manual_seed(0)
     z1_BD = torch.randn(rows, dimension, generator=draw)
@@ -122,4 +127,8 @@ def _batch(
     vectors_BmD = normalize(torch.randn(rows, m, dimension, generator=draw), dim=2)
     mask_Bm = torch.rand(rows, m, generator=draw) < usable
     columns_mask = mask_Bm.flatten().repeat(rows, 1) if settings.negatives.columns == "all" else None
-    return views, Neighbours(vectors_BmD.requires_grad_(settings.negatives.use == "fresh"), mask_Bm, columns_mask)
+    teacher_BL = None
+    if taught:
+        teacher_BL = torch.rand(rows, rows + (m if columns_mask is None else rows * m), generator=draw)
+    vectors_BmD.requires_grad_(settings.negatives.use == "fresh")
+    return views, Neighbours(vectors_BmD, mask_Bm, columns_mask, teacher_BL)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hncse_ray.config import EncoderSettings, NegativesSettings, Settings, Side
 from hncse_ray.corpus import Corpus
@@ -14,10 +15,12 @@ from hncse_ray.encoder import load_encoder
 from hncse_ray.errors import StorageError
 from hncse_ray.negatives import IndexPlan, Weights, plan_index
 from hncse_ray.negatives.in_process import InProcessSource
+from hncse_ray.negatives.lexical import LexicalIndex
 from hncse_ray.negatives.shard import IndexShard
 
 _ENCODE_BATCH = (128, 1024)  # rows encoded at a time on CPUs, and on a GPU
 _PART_BESIDE_TRAINER = 0.5  # of its GPU, for an index in the trainer's process
+_READ_ROWS = 1024  # whose texts are in memory at a time
 _GPU_WORKING_BYTES = 1e9  # what encoding and searching take of a GPU beside model and index, at the least
 
 
@@ -68,6 +71,15 @@ def build_shard(
     def load_weights(weights: Weights) -> None:
         model.load_weights({name: torch.tensor(np.asarray(array)) for name, array in weights.items()})
 
+    def keys(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        documents = [] if corpus.documents is None else [corpus.documents[ids][:, None]]
+        return np.concatenate([corpus.contents(ids), *documents], axis=1)
+
+    def read_words() -> LexicalIndex:
+        parts = (np.arange(at, min(at + _READ_ROWS, len(corpus))) for at in range(0, len(corpus), _READ_ROWS))
+        texts = (text for ids in parts for text in corpus.target_texts(ids))
+        return LexicalIndex(texts, keys_Nc=keys(np.arange(len(corpus))), number=number, count=count)
+
     return IndexShard(
         number=number,
         count=count,
@@ -75,6 +87,8 @@ def build_shard(
         encode=lambda ids: model.encode_rows(corpus.targets(ids), side=side, unit_norm=True),
         load_weights=load_weights,
         encode_anchors=lambda rows: model.encode_rows(rows, side="query", unit_norm=True),
+        read_words=read_words,
+        keys=keys,
         plan=plan,
         device=device if plan.on_gpu else torch.device("cpu"),
         batch_size=negatives.encode_batch_size or _ENCODE_BATCH[device.type == "cuda"],

@@ -49,12 +49,14 @@ class StepNegatives:
         columns_mask: ``[B, B * m]``, see the objectives, or None.
         stored_BmD: vectors of those that come as the index has them, or None.
         fresh_bm: token ids of this rank's that are encoded with the batch, None where not usable, or None.
+        teacher_BL: what the index scores the columns of each anchor, see `distillation`; None if it is not asked.
     """
 
     mask_Bm: NDArray[np.bool_]
     columns_mask: NDArray[np.bool_] | None
     stored_BmD: NDArray[np.float32] | None
     fresh_bm: Sequence[Sequence[NDArray[np.integer] | None]] | None
+    teacher_BL: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ def _loss(embedded: list[Tensor], batch: LocalBatch, context: StepContext) -> tu
         stored = [] if negatives.stored_BmD is None else [_tensor(negatives.stored_BmD, device)]
         vectors_BmD = torch.cat([*stored, *fresh], dim=1)
         columns_mask = None if negatives.columns_mask is None else _tensor(negatives.columns_mask, device)
-        neighbours = Neighbours(vectors_BmD, _tensor(negatives.mask_Bm, device), columns_mask)
+        teacher_BL = None if negatives.teacher_BL is None else _tensor(negatives.teacher_BL, device)
+        neighbours = Neighbours(vectors_BmD, _tensor(negatives.mask_Bm, device), columns_mask, teacher_BL)
     return context.objective(
         views,
         neighbours,

@@ -44,6 +44,7 @@ class Views:
     Attributes:
         kinds: of each row [B].
         anchors: token rows of the first views [B].
+        texts: of the anchors [B].
         targets: token rows of the second views [B].
         target_ids_B: the row whose passage the target is of: the row itself, but for kind ``neighbour``.
         hashes_B2: of the token rows of both views.
@@ -55,6 +56,7 @@ class Views:
 
     kinds: tuple[ViewKind, ...]
     anchors: Sequence[TokenRow]
+    texts: Sequence[str]
     targets: Sequence[TokenRow]
     target_ids_B: Int64
     hashes_B2: Int64
@@ -121,7 +123,8 @@ class ViewMaker:
         kinds: list[ViewKind] = ["dropout"] * len(ids_B)
         pairs: dict[int, Pair] = {}
         target_ids_B = np.array(ids_B, dtype=np.int64)
-        for i, passage in enumerate(self._passages(ids_B)):
+        passages = self._passages(ids_B)
+        for i, passage in enumerate(passages):
             rng = np.random.default_rng((self._seed, number, passage.id, _STREAM))
             for k in np.argsort(-(self._log_weights + rng.gumbel(size=len(self._kinds))), kind="stable"):
                 kind = self._kinds[k]
@@ -132,18 +135,20 @@ class ViewMaker:
                     break
                 impossible[kind] += 1
         anchors, targets = list(rows), list(rows)
+        texts = [passage.text for passage in passages]
         for i, anchor, target in zip(pairs, *self._tokenised(list(pairs.values())), strict=True):
             if anchor is None or target is None or np.array_equal(anchor, target):  # the model sees no pair
                 impossible[kinds[i]] += 1
                 kinds[i] = "dropout"
                 continue
-            anchors[i], targets[i] = anchor, target
+            anchors[i], targets[i], texts[i] = anchor, target, pairs[i][0]
             if kinds[i] == "neighbour":
                 target_ids_B[i] = self._adjacent(int(ids_B[i]))
         hashes_B2 = np.array([[row_hash(a), row_hash(t)] for a, t in zip(anchors, targets, strict=True)], np.int64)
         return Views(
             kinds=tuple(kinds),
             anchors=anchors,
+            texts=texts,
             targets=targets,
             target_ids_B=target_ids_B,
             hashes_B2=hashes_B2,

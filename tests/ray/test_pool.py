@@ -37,7 +37,7 @@ from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import load_encoder
 from hncse_ray.errors import ClusterError, ModelError
-from hncse_ray.negatives import Hits, IndexVersion, SourceUnavailable, Weights, plan_index
+from hncse_ray.negatives import Hits, IndexVersion, SourceUnavailable, Weights, WordQuery, plan_index
 from hncse_ray.negatives.in_process import InProcessSource
 from hncse_ray.reporting import Reporters
 from hncse_ray.storage import locked
@@ -228,6 +228,37 @@ class TestPool:
         assert hits.version == expected.version == served[0] and hits.complete
         assert_exact(hits, served[1], rows=asked, shards={0, 1, 2})
         np.testing.assert_allclose(hits.scores_Bk, expected.scores_Bk, atol=1e-5)
+
+    def test_words_count_as_in_one_process_and_columns_of_a_lost_shard_are_not_known(
+        self, world: World, pool: PoolHandles, client: PoolClient, served: tuple[IndexVersion, np.ndarray]
+    ) -> None:
+        alone, asked, given = world.in_process(world.weights, step=0), np.arange(100, 140), np.arange(60, 300, 7)
+        anchors, words = world.corpus.token_rows(asked), WordQuery(world.corpus.texts(asked), 0.3)
+        expected, hits = (source.search(asked - 50, k=K, anchors=anchors, words=words) for source in (alone, client))
+        assert hits.version == expected.version == served[0] and hits.complete
+        np.testing.assert_array_equal(hits.most_words_B, expected.most_words_B)
+        scores, exact = client.scores(hits, given, words=words), alone.scores(expected, given, words=words)
+        np.testing.assert_allclose(scores, exact, atol=1e-5)
+        found, best = (
+            np.take_along_axis(source.scores(of, np.arange(ROWS), words=words), of.ids_Bk, 1)
+            for source, of in ((client, hits), (alone, expected))
+        )
+        np.testing.assert_allclose(found, best, atol=1e-5)  # neighbours that are equally near may be swapped
+        here = given % SHARDS != 1
+
+        def known() -> list[bool] | None:
+            """Whether columns of the shard that is lost are known, and those of the others."""
+            try:
+                scores = client.scores(hits, given, words=words)
+            except SourceUnavailable:  # it is back, and holds nothing yet
+                return None
+            found = np.isfinite(scores)
+            np.testing.assert_allclose(scores[found], exact[found], atol=1e-5)
+            return [bool(found[:, part].all()) for part in (~here, here)]
+
+        kill(pool.shards[1])
+        soon(lambda: known() == [False, True], within_s=30, what="scores without those of the lost shard")
+        soon(lambda: known() == [True, True], within_s=BACK_S, what="all scores again")
 
     def test_anchors_of_a_shard_that_is_lost_are_embedded_by_the_others(
         self, world: World, pool: PoolHandles, client: PoolClient, served: tuple[IndexVersion, np.ndarray]

@@ -110,7 +110,7 @@ def test_a_smoothing_group_must_fit_its_buffer() -> None:
         (("per_anchor=0",), "negatives.per_anchor = 0"),
         (("relative_margin=1",), "negatives.relative_margin = 1"),
         (("max_staleness_steps=0",), "negatives.max_staleness_steps = 0"),
-        (("sampling=best",), "'top', 'uniform' or 'softmax'"),
+        (("sampling=best",), "'top', 'uniform', 'softmax' or 'bands'"),
     ],
 )
 def test_global_negatives_that_do_not_fit_together_are_refused(overrides: tuple[str, ...], said: str) -> None:

@@ -46,13 +46,13 @@ class Source:
         self.fails: dict[int, int] = {}
         self.incomplete: dict[int, int] = {}
 
-    def search(self, row_ids: np.ndarray, *, k: int, anchors: Any = None) -> Hits:
+    def search(self, row_ids: np.ndarray, *, k: int, **how: Any) -> Hits:
         first = int(row_ids[0])
         self.searched.append(first)
         if self.fails.get(first, 0) > 0:
             self.fails[first] -= 1
             raise SourceUnavailable("every shard is gone")
-        hits = self.inner.search(row_ids, k=k, anchors=anchors)
+        hits = self.inner.search(row_ids, k=k, **how)
         if self.incomplete.get(first, 0) > 0:
             self.incomplete[first] -= 1
             return Hits(hits.ids_Bk[:, ::-1], hits.scores_Bk[:, ::-1], hits.version, complete=False)

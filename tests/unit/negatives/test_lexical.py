@@ -13,7 +13,12 @@ from hncse_ray.negatives.lexical import LexicalIndex, words
 
 WORDS = [f"w{i}" for i in range(200)]
 RNG = np.random.default_rng(3)
-TEXTS = [" ".join(RNG.choice(WORDS, size=RNG.integers(9, 60), p=np.arange(200, 0, -1) ** 2.0 / np.sum(np.arange(201) ** 2.0))) for _ in range(97)]
+TEXTS = [
+    " ".join(
+        RNG.choice(WORDS, size=RNG.integers(9, 60), p=np.arange(200, 0, -1) ** 2.0 / np.sum(np.arange(201) ** 2.0))
+    )
+    for _ in range(97)
+]
 TEXTS[5] = TEXTS[50] = TEXTS[90]
 QUERIES = [*TEXTS[:9], "w1 w90 w90 w150", "nothing of it", "W93, w94; w95!"]
 KEYS = np.arange(97)[:, None]

@@ -96,7 +96,8 @@ def cases(draw):
         max_score=draw(st.sampled_from([None, 0.7, 0.9])),
         relative_margin=draw(st.sampled_from([None, 0.1, 0.5])),
         skip_hardest=draw(st.integers(0, 3)),
-        sampling=draw(st.sampled_from(["top", "uniform", "softmax"])),
+        sampling=draw(st.sampled_from(["top", "uniform", "softmax", "bands"])),
+        bands=draw(st.sampled_from([(), (1,), (1, 3)])),
         temperature=draw(st.sampled_from([0.01, 0.1, 10.0])),
         exclude_batch=draw(st.booleans()),
         unique=draw(st.booleans()),
@@ -255,7 +256,7 @@ def test_relative_margin_is_relative_to_the_positive_score():
 
 
 @pytest.mark.parametrize("unique", [False, True])
-@pytest.mark.parametrize("sampling", ["top", "uniform", "softmax"])
+@pytest.mark.parametrize("sampling", ["top", "uniform", "softmax", "bands"])
 @pytest.mark.parametrize(("B", "k"), [(0, 3), (2, 0), (0, 0), (2, 3)])
 def test_no_hits_at_all(B, k, sampling, unique):
     selection = run(
@@ -416,3 +417,33 @@ def test_a_large_batch_takes_little_time():
     assert time.perf_counter() - begin < 5  # 0.2 s where it was written
     usable = selection.ids_Bm[selection.mask_Bm]
     assert len(np.unique(usable)) == len(usable)
+
+
+@pytest.mark.parametrize("unique", [False, True])
+def test_bands_are_drawn_from_in_turn(unique):
+    """Ranks are those of what is left: rows 0 (itself) and 100 (its copy) have none."""
+    ids = [[0, 100, *range(200, 240)]]
+    scores = [np.linspace(0.9, 0.1, 42)]
+    seen = set()
+    for seed in range(200):
+        how = {"sampling": "bands", "bands": (5, 30), "unique": unique, "seed": (seed, 3)}
+        chosen = run(ids, scores, [0], per_anchor=3, **how).ids_Bm[0] - 200
+        assert [np.searchsorted((5, 30), rank, side="right") for rank in chosen] == [0, 1, 2]
+        seen |= set(chosen.tolist())
+        more = run(ids, scores, [0], per_anchor=20, **how).ids_Bm[0] - 200
+        # The first band is used up after five turns, the last after ten.
+        assert np.bincount(np.searchsorted((5, 30), more, side="right")).tolist() == [5, 8, 7]
+        assert set(chosen) <= set(more)
+    assert seen == set(range(40))
+
+
+def test_a_band_with_nobody_left_is_passed_over():
+    chosen = run([[0, 200, 201, 202]], [[1, 0.9, 0.8, 0.7]], [0], per_anchor=3, sampling="bands", bands=(2, 30))
+    assert sorted(chosen.ids_Bm[0].tolist()) == [200, 201, 202]
+
+
+def test_anchors_that_may_not_share_a_row_spread_over_the_bands_too():
+    ids = [[200, 201, 202, 203], [200, 201, 202, 203]]
+    chosen = run(ids, [[0.9, 0.8, 0.7, 0.6]] * 2, [0, 6], per_anchor=2, sampling="bands", bands=(2,), unique=True)
+    assert sorted(chosen.ids_Bm.ravel().tolist()) == [200, 201, 202, 203]
+    assert all((row < 202).sum() == 1 for row in chosen.ids_Bm)

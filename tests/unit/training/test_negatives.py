@@ -20,7 +20,7 @@ from hncse_ray.training import loop
 from hncse_ray.training.objective import Neighbours, Objective
 
 Tree = dict[str, Any]
-NO_MIXING = ("info_nce", "three_view")
+NO_MIXING = ("info_nce", "three_view", "distillation")
 KINDS = [
     (objective, use, columns)
     for objective in OBJECTIVES
@@ -284,8 +284,8 @@ def test_rules_that_leave_something_now_and_then_are_no_mistake(
 
     really = probe.source.search
 
-    def search(row_ids: np.ndarray, *, k: int, anchors: Any = None) -> Any:
-        hits = really(row_ids, k=k, anchors=anchors)
+    def search(row_ids: np.ndarray, *, k: int, **how: Any) -> Any:
+        hits = really(row_ids, k=k, **how)
         if probe.source._looking_up.number % 4 != 3:
             hits.ids_Bk[:], hits.scores_Bk[:] = -1, -np.inf
         return hits

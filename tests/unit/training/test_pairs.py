@@ -237,9 +237,11 @@ def test_rows_without_a_positive_are_two_dropout_views(tree: Tree) -> None:
 
 # ------------------------------------------------------------------------------------------------ ranks
 
+NO_GIVEN = ("instance_smoothing", "distillation")  # which take no negatives that were given
+
 # name of the case -> objective, neighbours, columns, chunk size, accumulated batches
 CASES: dict[str, tuple[str, str, str, int | None, int]] = {
-    **{f"{name}": (name, "none", "own", None, 1) for name in OBJECTIVES if name != "instance_smoothing"},
+    **{f"{name}": (name, "none", "own", None, 1) for name in OBJECTIVES if name not in NO_GIVEN},
     **{f"{name}, cached": (name, "fresh", "all", 2, 1) for name in ("info_nce", "hybrid", "three_view")},
     "info_nce, stored": ("info_nce", "stored", "own", None, 1),
     "hybrid, fresh, accumulated": ("hybrid", "fresh", "own", None, 2),
@@ -300,7 +302,7 @@ KINDS = [
     for source, use in (("none", "stored"), ("in_process", "stored"), ("in_process", "fresh"))
     for columns in ("own", "all", "none")
     if not (objective == "instance_smoothing" and (use == "fresh" or columns != "own"))
-    and not (objective in ("info_nce", "three_view") and columns == "none")
+    and not (objective in ("info_nce", "three_view", "distillation") and columns == "none")
 ]
 
 
@@ -310,8 +312,10 @@ def test_every_kind_of_run_trains_on_pairs(
 ) -> None:
     changes = [f"objective.name={objective}", f"negatives.source={source}", f"negatives.use={use}"]
     changes += [f"negatives.columns={columns}", "train.max_steps=2", "negatives.candidates=20"]
+    if objective in NO_GIVEN:
+        changes.append("corpus.negative_columns=[]")
     if objective == "instance_smoothing":
-        changes += ["objective.group_size=4", "corpus.negative_columns=[]"]
+        changes.append("objective.group_size=4")
     elif objective in ("hybrid", "hard_negative_mixing"):
         changes.append("objective.k=5")
     run = carry_out(negatives_settings(tree, *changes), tmp_path)

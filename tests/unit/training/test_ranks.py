@@ -1,5 +1,6 @@
 """One, two and four ranks on the same global batch: the same loss and the same gradient, for every objective."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,9 @@ GLOBAL: dict[str, tuple[str, str, str, int | None, int, str]] = {
     "hard_negative_mixing, fresh, cached": ("hard_negative_mixing", "fresh", "own", 3, 1, "most"),
     "hybrid, stored, all, cached": ("hybrid", "stored", "all", 2, 1, "most"),
     "hybrid, fresh, all, accumulated": ("hybrid", "fresh", "all", None, 2, "most"),
+    "distillation, fresh, all": ("distillation", "fresh", "all", None, 1, "most"),
+    "distillation, fresh, all, cached": ("distillation", "fresh", "all", 2, 1, "most"),
+    "distillation, stored, accumulated": ("distillation", "stored", "own", 3, 2, "few"),
     "instance_smoothing, stored": ("instance_smoothing", "stored", "own", None, 1, "most"),
     **{f"{name}, twins": (name, "fresh", "own", None, 1, "most") for name in OBJECTIVES},
     **{f"{name}, twins, cached": (name, "fresh", "own", 2, 1, "most") for name in OBJECTIVES},
@@ -71,12 +75,13 @@ def step_negatives(
         mask_Bm[3:] = False  # the later ranks have none, and so have later chunks of the first
     mask_Bm[0] = slots == "most"
     columns_mask = (rng.random((BATCH, BATCH * M)) < 0.9) & mask_Bm.ravel() if columns == "all" else None
+    teacher_BL = rng.random((BATCH, BATCH + M * (BATCH if columns == "all" else 1))).astype(np.float32)
     if use == "stored":
         vectors_BmD = vectors_ND[ids_Bm]
-        return StepNegatives(mask_Bm, columns_mask, vectors_BmD * mask_Bm[..., None], None)
+        return StepNegatives(mask_Bm, columns_mask, vectors_BmD * mask_Bm[..., None], None, teacher_BL)
     mine = zip(rank_slice(ids_Bm, rank, world), rank_slice(mask_Bm, rank, world), strict=True)
     chosen = [[i if usable else -1 for i, usable in zip(*row, strict=True)] for row in mine]
-    return StepNegatives(mask_Bm, columns_mask, None, chosen)  # type: ignore[arg-type]
+    return StepNegatives(mask_Bm, columns_mask, None, chosen, teacher_BL)  # type: ignore[arg-type]
 
 
 def global_gradients(model: str, rank: int, world: int) -> Found:
@@ -106,7 +111,7 @@ def global_gradients(model: str, rank: int, world: int) -> Found:
             n = step_negatives(number, rank, world, vectors_ND, use=use, columns=columns, slots=slots)
             if n.fresh_bm is not None:
                 tokens = [[rows[i] if i >= 0 else None for i in own] for own in n.fresh_bm]
-                n = StepNegatives(n.mask_Bm, n.columns_mask, None, tokens)
+                n = replace(n, fresh_bm=tokens)
             mask = batch_mask(ids)
             batches.append(LocalBatch(number, [rows[i] for i in rank_slice(ids, rank, world)], sizes, n, mask))
         context = StepContext(objective=objective, seed=1, step=0, total_steps=10, chunk_size=chunk)
@@ -191,7 +196,13 @@ def test_with_global_negatives_too(case: str, ranks: list[dict], global_referenc
         assert error["loss"] <= 1e-5 and error["gradient"] <= 1e-5
 
 
-CACHED = ["info_nce, fresh, all", "info_nce, fresh, few", "info_nce, fresh, none", *(f"{o}, twins" for o in OBJECTIVES)]
+CACHED = [
+    "distillation, fresh, all",
+    "info_nce, fresh, all",
+    "info_nce, fresh, few",
+    "info_nce, fresh, none",
+    *(f"{o}, twins" for o in OBJECTIVES),
+]
 
 
 @pytest.mark.parametrize("case", CACHED)

@@ -375,8 +375,8 @@ def test_an_answer_without_some_shard_drops_no_pair_that_it_could_not_find(tree:
     run = prepared(settings)
     really = run.source.search
 
-    def search(row_ids: np.ndarray, *, k: int, anchors: Any = None) -> Hits:
-        hits = really(row_ids, k=k, anchors=anchors)
+    def search(row_ids: np.ndarray, *, k: int, **how: Any) -> Hits:
+        hits = really(row_ids, k=k, **how)
         gone = hits.ids_Bk % 2 == 1  # the rows of one of two shards
         hits.ids_Bk[gone], hits.scores_Bk[gone] = -1, -np.inf
         order = np.argsort(hits.ids_Bk < 0, axis=1, kind="stable")
