@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from negative_runs import Stopped, carry_out, fresh_encoder, negatives_settings, prepared, taken
+from passages import documents_section, make_documents
 
 from hncse_ray.config import load_settings
 from hncse_ray.errors import SettingsError
@@ -16,6 +17,7 @@ from hncse_ray.negatives.lexical import LexicalIndex
 from hncse_ray.reporting import Event
 from hncse_ray.reporting.events import CheckpointSaved
 from hncse_ray.training.objective_check import check_objective
+from hncse_ray.training.views import ViewMaker
 
 Tree = dict[str, Any]
 TAUGHT = (
@@ -72,6 +74,33 @@ def test_the_teacher_scores_every_column_exactly(
     ranks = (expected[:, None, :] > np.take_along_axis(expected, batch.ids_Bm, 1)[:, :, None] + 1e-7).sum(-1)
     if columns == "own":
         assert (ranks[:, 0] < 2).all() or score == "lexical"
+
+
+def test_anchors_made_of_passages_are_scored_by_what_they_say(
+    tree: Tree, tmp_path: Path, cache_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree["corpus"] = documents_section(tmp_path, make_documents(80), cache_dir)
+    settings = settings_of(tree, "views.mix={title: 1, cloze: 2, dropout: 1}", "train.max_steps=1")
+    with taken(monkeypatch) as batches:
+        run = carry_out(settings, tmp_path / "run")
+    batch, ids_B, encoder = batches[0][0], run.plan.batch(0), fresh_encoder(settings)
+    maker = ViewMaker(settings, run.corpus, lambda texts, n, side: encoder.token_rows(texts, n, side=side))
+    views = maker(0, ids_B)
+    everyone = np.arange(len(run.corpus))
+    texts, documents = run.corpus.texts(everyone), run.corpus.documents
+    assert {"title", "cloze"} <= set(views.kinds) and documents is not None
+    index = LexicalIndex(texts, keys_Nc=everyone[:, None])
+    by_words = np.stack([index.scores(text) for text in views.texts]).astype(np.float64)
+    most = np.where(documents[ids_B][:, None] == documents, 0, by_words).max(axis=1, keepdims=True)
+    share = np.where(most > 0, np.minimum(1, by_words / np.maximum(most, 1e-9)), 0)
+    sides = [encoder.encode_rows(rows, side=side, unit_norm=True).astype(np.float64)
+             for rows, side in ((views.anchors, "query"), (run.corpus.token_rows(everyone), "document"))]  # fmt: skip
+    expected = sides[0] @ sides[1].T + 0.3 * share
+    columns = np.concatenate([ids_B, batch.ids_Bm.ravel()])
+    assert batch.teacher_BL is not None
+    usable = columns >= 0
+    np.testing.assert_allclose(batch.teacher_BL[:, usable], expected[:, columns[usable]], atol=2e-6)
+    assert (batch.teacher_BL[:, ~usable] == -np.inf).all()
 
 
 def test_the_teachers_order_is_learnt(tree: Tree, tmp_path: Path) -> None:
