@@ -42,14 +42,14 @@ class _Reader(HTMLParser):
 def table(page: str, marker: str) -> list[list[str]]:
     """Return the cells of the tables with an attribute, as a reader sees them."""
     reader = _Reader(marker)
-    reader.feed(_without_plotly(page))
+    reader.feed(page)
     return [[cell.strip() for cell in row] for row in reader.rows]
 
 
 def loads(page: str) -> list[str]:
     """Return what a browser would load for a page."""
     reader = _Reader()
-    reader.feed(_without_plotly(page))
+    reader.feed(page)
     style = "".join(re.findall(r"<style>(.*?)</style>", page, re.S))
     return reader.loads + re.findall(r"@import\s+\S+|url\([^)]*\)", style)
 
@@ -57,18 +57,10 @@ def loads(page: str) -> list[str]:
 def figures(page: str) -> dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]:
     """Return the traces and layout of a page's figures, by name."""
     found = {}
-    decoder = json.JSONDecoder()
-    for match in re.finditer(r'Plotly\.newPlot\(\s*"figure-([^"]+)",\s*', _without_plotly(page)):
-        text = match.string
-        data, end = decoder.raw_decode(text, match.end())
-        start = re.compile(r"\s*,\s*").match(text, end)
-        assert start is not None
-        layout, _ = decoder.raw_decode(text, start.end())
-        found[match[1]] = (data, layout)
+    for name, text in re.findall(
+        r'<script type="application/json" class="figure" data-name="([^"]+)">(.*?)</script>', page
+    ):
+        data = json.loads(text)
+        assert f'id="figure-{name}"' in page, f"figure {name} is not drawn"
+        found[name] = (data["traces"], data["layout"])
     return found
-
-
-def _without_plotly(page: str) -> str:
-    """Cut out plotly.js: it is the first script of a page."""
-    start = page.index("<script>")
-    return page[:start] + page[page.index("</script>", start) + len("</script>") :]

@@ -72,6 +72,8 @@ def shown_value(value: object) -> str:
             return str(value).lower()
         case float():
             return f"{value:g}"
+        case BaseModel():
+            return shown_value(value.model_dump())
         case list() | tuple():
             return f"[{', '.join(map(shown_value, value))}]"
         case Mapping():

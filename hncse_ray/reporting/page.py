@@ -1,11 +1,12 @@
 """What the pages of runs and sweeps share: one look, figures that need no network, numbers as text.
 
-A page is one file. It carries plotly.js and its style sheet, loads nothing, and follows the reader's light or dark
+A page is one file. It carries its pictures and its style sheet, loads nothing, and follows the reader's light or dark
 mode. Templates are in ``templates/``; what they are given is plain values and figures drawn by :func:`draw`.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -15,60 +16,26 @@ from typing import Any
 import jinja2
 import plotly.graph_objects as go
 from markupsafe import Markup, escape
-from plotly.offline import get_plotlyjs
 
+from hncse_ray.reporting.chart import COLOURS, draw_svg
 from hncse_ray.storage import write_atomically
 
 # All of these can be told from a white and from a nearly black ground.
-BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, GREY = (
-    "#2f6fd6",
-    "#d97b29",
-    "#2e9e6b",
-    "#8a63c9",
-    "#cf4d4d",
-    "#1f9aa8",
-    "#8a94a3",
-)
+BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, GREY = COLOURS
 SCALE = ("#aeb7c3", BLUE)  # from low to high
-_GRID = "rgba(128, 136, 150, 0.22)"
-_AXIS = {
-    "gridcolor": _GRID,
-    "linecolor": _GRID,
-    "zeroline": False,
-    "automargin": True,
-    "title": {"standoff": 8},
-    "exponentformat": "e",
-}
-_TEMPLATE = go.layout.Template(
-    layout={
-        "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12},
-        "colorway": [BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, GREY],
-        "paper_bgcolor": "rgba(0, 0, 0, 0)",
-        "plot_bgcolor": "rgba(0, 0, 0, 0)",
-        "margin": {"l": 8, "r": 12, "t": 10, "b": 8},
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        "hoverlabel": {"bgcolor": "#1d2430", "bordercolor": "#1d2430", "font": {"color": "#f2f4f7"}},
-        "xaxis": _AXIS,
-        "yaxis": _AXIS,
-    }
-)
-_CONFIG = {"displayModeBar": False, "responsive": True}
-# A mouse drags to zoom; a finger that passes over a figure scrolls the page.
-_TOUCH = "if (matchMedia('(pointer: coarse)').matches) Plotly.relayout('{plot_id}', {dragmode: false});"
 
 
-def draw(figure: go.Figure, name: str, *, height: int = 300) -> Markup:
-    """Return a figure as HTML in the look of the pages.
+def draw(figure: go.Figure, name: str, *, height: int = 260, width: int = 460) -> Markup:
+    """Return a figure as HTML in the look of the pages; see :func:`~hncse_ray.reporting.chart.draw_svg`.
 
     Args:
         figure: what to draw; it loses its title, which belongs above it in the page.
         name: unique in the page.
-        height: pixels; the width is that of the place where it stands.
+        height: in the picture's units, of which a letter is six wide.
+        width: the same; on the page it takes the room that there is.
     """
-    figure.update_layout(template=_TEMPLATE, title=None, height=height, width=None, autosize=True)
-    div = f"figure-{name}"
-    html = figure.to_html(full_html=False, include_plotlyjs=False, div_id=div, config=_CONFIG, post_script=_TOUCH)
-    return Markup(html)
+    figure.update_layout(template="none", title=None)
+    return draw_svg(json.loads(figure.to_json()), name, width=width, height=height)
 
 
 def line_figure(
@@ -85,7 +52,14 @@ def line_figure(
     for name, (x, y) in series.items():
         points = [value if math.isfinite(value) else None for value in y]
         mode = "lines" if len(points) > 40 else "lines+markers"
-        figure.add_scatter(x=list(x), y=points, name=name, mode=mode, line={"width": 2}, marker={"size": 5})
+        figure.add_scatter(
+            x=list(x),
+            y=points,
+            name=name,
+            mode=mode,
+            line={"width": 2 if len(points) <= 200 else 1.2},
+            marker={"size": 5},
+        )
     figure.update_layout(xaxis_title=x_title, yaxis_title=y_title, showlegend=len(series) > 1, hovermode="x unified")
     return figure
 
@@ -165,5 +139,5 @@ def write_page(path: Path, template: str, **facts: Any) -> Path:
         "setting": setting_text,
         "duration": duration_text,
     }
-    write_atomically(path, environment.get_template(template).render(plotlyjs=Markup(get_plotlyjs()), **facts))
+    write_atomically(path, environment.get_template(template).render(**facts))
     return path

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 
-from hncse_ray.errors import StorageError
+from hncse_ray.config import read_setting
+from hncse_ray.config.reference import reference, shown_value
+from hncse_ray.errors import SettingsError, StorageError
 from hncse_ray.recipe import read_yaml
 from hncse_ray.reporting.events import RunFinished
 from hncse_ray.reporting.page import BLUE, draw, line_figure, write_page
 from hncse_ray.reporting.verdict import describe_verdict
+from hncse_ray.storage import is_locked
 
 Row = Mapping[str, Any]
 
@@ -52,6 +58,81 @@ _NEGATIVES = (
 _RULES = "negatives/removed_"
 
 
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run's folder says of it.
+
+    Attributes:
+        name: of the run.
+        settings: its ``settings.yaml``, values as text.
+        rows: of its ``metrics.jsonl``.
+        result: None if it is not finished.
+        state: ``finished``, ``stopped early``, ``still going`` or ``not finished``.
+        metric: that chooses the checkpoint.
+        best_step: the best on dev so far; None before the first score.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    rows: Sequence[Row]
+    result: RunFinished | None
+    state: str
+    metric: str
+    best_step: int | None
+
+    @property
+    def logged(self) -> list[Row]:
+        """The rows of training steps."""
+        return [row for row in self.rows if "split" not in row and "verdict" not in row]
+
+    @property
+    def dev(self) -> list[Row]:
+        """The rows of scores on dev."""
+        return [row for row in self.rows if row.get("split") == "dev"]
+
+    @property
+    def last_step(self) -> int:
+        """The last step on record."""
+        return max((int(row["step"]) for row in self.rows), default=0)
+
+    @property
+    def scores(self) -> list[dict[str, Any]]:
+        """A row for each score and split, before and after."""
+        return _scores(self.rows, self.result, self.best_step)
+
+    @property
+    def answer(self) -> dict[str, Any] | None:
+        """The row of :attr:`scores` that tells whether the run helped: on test where there is one, else on dev."""
+        of_metric = {row["split"]: row for row in self.scores if row["metric"] == self.metric}
+        return next((row for split in ("test", "dev") if (row := of_metric.get(split))), None)
+
+
+def read_run(run_folder: Path) -> RunFacts:
+    """Read the folder of a run that is finished, still going, or was killed.
+
+    Raises:
+        StorageError: it holds no run, or cannot be read.
+        SettingsError: its ``settings.yaml`` cannot be read.
+    """
+    settings = read_yaml(run_folder / "settings.yaml")
+    rows, result = read_metrics(run_folder / "metrics.jsonl"), _read_result(run_folder / "result.json")
+    best = max((row["step"] for row in rows if row.get("split") == "dev" and row.get("is_best")), default=None)
+    state = "not finished"
+    if result is not None:
+        state = "stopped early" if result.stopped_early else "finished"
+    elif is_locked(run_folder / ".lock"):
+        state = "still going"
+    return RunFacts(
+        name=str(_setting(settings, "run", "name")),
+        settings=settings,
+        rows=rows,
+        result=result,
+        state=state,
+        metric=str(_setting(settings, "evaluation", "metric")),
+        best_step=result.best_step if result else best,
+    )
+
+
 def write_run_page(run_folder: Path) -> Path:
     """Write ``report.html`` into the folder of a run that is finished, still going, or was killed.
 
@@ -62,36 +143,71 @@ def write_run_page(run_folder: Path) -> Path:
         StorageError: the folder cannot be read or written.
         SettingsError: its ``settings.yaml`` cannot be read.
     """
-    stored = run_folder / "settings.yaml"
-    settings = read_yaml(stored)
-    rows = read_metrics(run_folder / "metrics.jsonl")
-    result = _read_result(run_folder / "result.json")
-    logged = [row for row in rows if "split" not in row]
-    dev = [row for row in rows if row.get("split") == "dev"]
-    best_step = result.best_step if result else max((row["step"] for row in dev if row.get("is_best")), default=None)
-    metric = str(_setting(settings, "evaluation", "metric"))
+    run = read_run(run_folder)
+    result, logged = run.result, run.logged
     uses_pool = any(name.startswith("negatives/") for row in logged for name in row)
     scores = {}
-    if any(metric in row for row in dev):
-        scores["scores"] = _score_figure(dev, metric, best_step, "best" if result else "best so far")
+    if any(run.metric in row for row in run.dev):
+        scores["scores"] = _score_figure(run.dev, run.metric, run.best_step, "best" if result else "best so far")
     return write_page(
         run_folder / "report.html",
         "run.html",
-        title=f"Run {_setting(settings, 'run', 'name')}",
-        objective=_setting(settings, "objective", "name"),
-        model=_setting(settings, "encoder", "model"),
-        source=_setting(settings, "corpus", "source"),
-        metric=metric,
+        title=f"Run {run.name}",
+        objective=_setting(run.settings, "objective", "name"),
+        model=_setting(run.settings, "encoder", "model"),
+        source=_setting(run.settings, "corpus", "source"),
+        run=run,
+        metric=run.metric,
         result=result,
         verdict=describe_verdict(result.verdict) if result and result.verdict else "",
-        last_step=max((row["step"] for row in rows), default=0),
-        best_step=best_step,
-        scores=_scores(rows, result, best_step),
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        last_step=run.last_step,
+        best_step=run.best_step,
+        scores=run.scores,
         figures=scores | _figures(logged, _TRAINING),
         negatives=_figures(logged, (*_NEGATIVES, _rules(logged))) if uses_pool else {},
         pool=_last(logged, ("index_step", "shards_alive", "failed_builds", "build_seconds", "build_rows_per_s")),
-        settings_yaml=stored.read_text(encoding="utf-8"),
+        changed=changed_settings(run.settings),
+        repeat=f"hncse train {shlex.quote(str(run_folder / 'settings.yaml'))} run.name={shlex.quote(run.name)}-again",
+        settings_yaml=(run_folder / "settings.yaml").read_text(encoding="utf-8"),
     )
+
+
+def changed_settings(settings: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return the settings that are not as by default, each with its default; of one that is not known, that.
+
+    Args:
+        settings: the tree of ``settings.yaml``, also of another version of hncse_ray.
+    """
+    objective = settings.get("objective") or {}
+    name = objective.get("name") if isinstance(objective, Mapping) else None
+    defaults = {
+        setting.key: setting.default
+        for section in reference()
+        for setting in section.settings
+        if not setting.objectives or str(name) in setting.objectives or ":" in str(name)
+    }
+    changed = {}
+    for path, value in _leaves(settings, defaults):
+        try:
+            shown = shown_value(read_setting(path, value))
+        except SettingsError:
+            shown = str(value)
+        if (default := defaults.get(path, "not known to this version")) != shown:
+            changed[path] = (shown, default)
+    return changed
+
+
+def _leaves(tree: Mapping[str, Any], known: Mapping[str, str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        is_section = not prefix or any(other.startswith(f"{path}.") for other in known)
+        if (
+            isinstance(value, Mapping) and is_section and known.get(path) != "null"
+        ):  # one that may be missing is a value
+            yield from _leaves(value, known, f"{path}.")
+        else:
+            yield path, value
 
 
 def read_metrics(path: Path) -> list[Row]:
@@ -148,7 +264,7 @@ def _numbers(row: Row) -> dict[str, float]:
     return {name: value for name, value in row.items() if name not in ("step", "split", "is_best")}
 
 
-def _series(rows: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
+def series(rows: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
     """Return the steps and values at which a metric was logged."""
     points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
     return [step for step, _ in points], [value for _, value in points]
@@ -160,8 +276,7 @@ def _figures(
     """Draw the figures that there is something to draw for, by name."""
     found: dict[str, dict[str, Any]] = {}
     for caption, axis, metrics in specifications:
-        series = {label: _series(rows, name) for name, label in metrics.items()}
-        drawn = {label: points for label, points in series.items() if points[0]}
+        drawn = {label: points for name, label in metrics.items() if (points := series(rows, name))[0]}
         if drawn:
             name = caption.lower().replace(" ", "-")
             figure = line_figure(drawn, x_title="optimiser step", y_title=axis)
@@ -177,7 +292,7 @@ def _rules(rows: Sequence[Row]) -> tuple[str, str, dict[str, str]]:
 
 def _score_figure(dev: Sequence[Row], metric: str, best_step: int | None, mark: str) -> dict[str, Any]:
     """Draw the dev metric over the steps, with the best step marked."""
-    steps, scores = _series(dev, metric)
+    steps, scores = series(dev, metric)
     figure: go.Figure = line_figure({metric: (steps, scores)}, x_title="optimiser step", y_title=metric)
     if best_step in steps:
         figure.add_scatter(
@@ -196,7 +311,7 @@ def _last(rows: Sequence[Row], names: Sequence[str]) -> dict[str, float]:
     """Return the last value of the pool's metrics that the run has."""
     found = {}
     for name in names:
-        _, values = _series(rows, f"negatives/{name}")
+        _, values = series(rows, f"negatives/{name}")
         if values and math.isfinite(values[-1]):
             found[name] = values[-1]
     return found

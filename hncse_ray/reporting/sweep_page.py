@@ -186,7 +186,7 @@ def _figures(study: optuna.Study, curves: Sequence[Curve], best: int | None, *, 
     found: dict[str, Any] = dict.fromkeys(names)
     if any(curve.points for curve in curves):
         figure = sweep_figures.learning_curves(curves, best, metric=metric)
-        found["learning_curves"] = draw(figure, "learning-curves", height=380)
+        found["learning_curves"] = draw(figure, "learning-curves", width=960, height=340)
     if best is None:
         return found
     found["history"] = draw(sweep_figures.history(study, metric=metric), "history", height=340)
@@ -195,9 +195,9 @@ def _figures(study: optuna.Study, curves: Sequence[Curve], best: int | None, *, 
         figure = sweep_figures.importances(study)
         found["importances"] = draw(figure, "importances", height=max(340, 90 + 38 * len(settings)))
     if settings:
-        figure = sweep_figures.parallel_coordinate(study, metric=metric)
-        found["parallel_coordinate"] = draw(figure, "parallel-coordinate", height=380)
-        found["parallel_width"] = 104 * (len(settings) + 1)
+        figure, width = sweep_figures.parallel_coordinate(study, metric=metric), 104 * (len(settings) + 1)
+        found["parallel_coordinate"] = draw(figure, "parallel-coordinate", width=max(960, width), height=380)
+        found["parallel_width"] = width
         drawn = sweep_figures.slices(study, metric=metric)
         found["slices"] = {name: draw(drawn[name], f"slice-{i}", height=240) for i, name in enumerate(settings)}
     return found

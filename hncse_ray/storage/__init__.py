@@ -1,7 +1,7 @@
 """Where runs are kept: folders written without halves, and copies of them at URLs."""
 
 from hncse_ray.storage.lease import Lease, LeaseLost, check_lease
-from hncse_ray.storage.local import check_outlasts_job, is_job, locked, write_atomically, write_folder
+from hncse_ray.storage.local import check_outlasts_job, is_job, is_locked, locked, write_atomically, write_folder
 from hncse_ray.storage.mirror import (
     Damaged,
     Uploader,
@@ -24,6 +24,7 @@ __all__ = [
     "delete_folder",
     "fetch_folder",
     "is_job",
+    "is_locked",
     "is_url",
     "keep_trying",
     "locked",

@@ -113,3 +113,15 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
         except OSError as error:
             raise StorageError("is in use by another process", folder, "Choose another run.name") from error
         yield
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds a lock file by :func:`locked`; on another machine that cannot be told."""
+    try:
+        with path.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

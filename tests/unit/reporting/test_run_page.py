@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import json
+import re
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from hncse_ray.errors import SettingsError, StorageError
 from hncse_ray.reporting import MetricsFile, RunFinished, RunStarted
 from hncse_ray.reporting.events import Evaluated, StepsLogged, Verdict
 from hncse_ray.reporting.run_page import write_run_page
+from hncse_ray.storage import locked
 
 METRIC = "python-docs/recall@10"
 POOL = {
@@ -116,6 +119,85 @@ class TestFinishedRun:
         text = page[page.index('<pre id="settings">') + len('<pre id="settings">') :]
         shown = yaml.safe_load(html.unescape(text[: text.index("</pre>")]))
         assert shown == yaml.safe_load((tmp_path / "settings.yaml").read_text())
+
+
+def text_of(page: str, name: str) -> str:
+    found = re.search(rf'id="{name}"[^>]*>(.*?)</(?:div|p|pre)>', page, re.S)
+    assert found, name
+    return html.unescape(re.sub(r"<[^>]+>", "", found[1]))
+
+
+class TestAnswer:
+    def test_it_is_the_gain_on_test(self, tmp_path: Path) -> None:
+        leave_run(tmp_path)
+        page = written(tmp_path)
+        assert text_of(page, "answer") == "-0.1250"
+        assert f"{METRIC} on test: 0.6250 → 0.5000" in re.sub("<wbr>", "", page)
+        assert page.index('id="answer"') < page.index('id="scores"') < page.index('id="figure-loss"')
+
+    def test_without_a_test_set_it_says_that_dev_flatters(self, tmp_path: Path) -> None:
+        leave_run(tmp_path, finished=False)
+        page = written(tmp_path)
+        assert text_of(page, "answer") == "+0.2500" and "Dev has chosen the checkpoint" in page
+
+    def test_without_scores_there_is_none(self, tmp_path: Path) -> None:
+        leave_run(tmp_path, finished=False, steps=0)
+        assert "Nothing has been scored" in text_of(written(tmp_path), "answer")
+
+
+def test_a_run_at_work_is_told_from_one_that_died(tmp_path: Path) -> None:
+    leave_run(tmp_path, finished=False)
+    with locked(tmp_path / ".lock"):
+        assert text_of(written(tmp_path), "state").startswith("Still going")
+    assert "it was stopped, or it died" in text_of(written(tmp_path), "state")
+    leave_run(tmp_path)
+    assert 'id="state"' not in written(tmp_path)
+
+
+def test_changed_settings_stand_beside_their_defaults(tmp_path: Path) -> None:
+    leave_run(tmp_path)
+    stored = tmp_path / "settings.yaml"
+    base = yaml.safe_load(stored.read_text())
+    changes = ["train.learning_rate=1e-4", "encoder.lora={r: 8}", "objective.temperature=0.1"]
+    stored.write_text(load_settings(base, changes).to_yaml())
+    head, *rows = table(written(tmp_path), 'id="changed"')
+    assert head == ["setting", "here", "default"]
+    shown = {row[0]: row[1:] for row in rows}
+    assert shown["train.learning_rate"] == ["0.0001", "3e-05"] and shown["objective.temperature"] == ["0.1", "0.05"]
+    assert shown["encoder.lora"][0].startswith("{r: 8") and shown["encoder.lora"][1] == "null"
+    assert set(shown) == {"run.name", "corpus.source", "encoder.lora", "objective.temperature", "train.learning_rate",
+                          "evaluation.suites", "evaluation.metric"}  # fmt: skip
+    stored.write_text(stored.read_text() + "gone:\n  away: 3\n")
+    assert dict((row[0], row[2]) for row in table(written(tmp_path), 'id="changed"')[1:])["gone.away"].startswith(
+        "not known"
+    )
+
+
+def test_the_command_that_repeats_a_run_loads(tmp_path: Path) -> None:
+    leave_run(tmp_path)
+    program, command, recipe, *overrides = shlex.split(text_of(written(tmp_path), "repeat"))
+    assert (program, command) == ("hncse", "train")
+    again = load_settings(recipe, overrides)
+    assert again.run.name == "small-again"
+    assert again.train == load_settings(tmp_path / "settings.yaml").train
+
+
+def test_a_long_run_has_a_small_page_with_its_peaks(tmp_path: Path) -> None:
+    leave_run(tmp_path, finished=False, steps=0)
+    rows = [
+        {"step": i, **POOL, "loss": 9.0 if i == 7777 else 1 / i, "uniformity": -2 - i % 7} for i in range(1, 10_001)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = written(tmp_path)
+    assert len(page) < 1_000_000
+    x, y = points(page, "loss")["loss"]
+    assert len(x) <= 700 and (x[0], x[-1]) == (1, 10_000) and y[x.index(7777)] == 9.0
+
+
+def test_a_figure_says_what_it_shows(tmp_path: Path) -> None:
+    leave_run(tmp_path)
+    (label,) = re.findall(r'<svg id="figure-loss"[^>]* aria-label="([^"]*)"', written(tmp_path))
+    assert label == "by optimiser step. loss: 1 at 10, 0.5 at 20, least 0.5, most 1"
 
 
 def test_global_negatives(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def page(folder: Path) -> str:
 class TestFullSweep:
     def test_it_needs_no_network(self, page: str) -> None:
         assert loads(page) == []
-        assert page.count("plotly.js v") == 1
+        assert len(page) < 1_000_000
 
     def test_the_headline_is_the_best_trial(self, page: str, study: optuna.Study) -> None:
         best = study.best_trial
