@@ -5,6 +5,10 @@ The command ``hncse`` and these functions do the same things::
     settings = hncse_ray.load_settings("quickstart", ["train.max_steps=50"])
     result = hncse_ray.train(settings)
     vectors = hncse_ray.load_encoder(result.model).encode(["A sentence."])
+    board = hncse_ray.evaluate([settings.encoder.model, result.model])
+
+    settings = hncse_ray.load_settings("quickstart", ["cluster.engine=local"])  # without Ray, as in a notebook
+    result = hncse_ray.train(settings, sentences=["A sentence.", "Another one.", ...])
 
     sweep = hncse_ray.load_sweep("quickstart", "hncse_full", trials=8)
     found = hncse_ray.tune(sweep, "runs/quickstart-hncse_full")
@@ -21,16 +25,19 @@ from hncse_ray.errors import HncseError
 if TYPE_CHECKING:
     from hncse_ray.cluster import RunResult, SweepResult, train, tune
     from hncse_ray.encoder import SentenceEncoder, load_encoder
+    from hncse_ray.training.scoring import Scoreboard, evaluate
     from hncse_ray.tuning import Sweep, load_sweep
 
 __version__ = "0.1.0"
 __all__ = [
     "HncseError",
     "RunResult",
+    "Scoreboard",
     "SentenceEncoder",
     "Settings",
     "Sweep",
     "SweepResult",
+    "evaluate",
     "load_encoder",
     "load_settings",
     "load_sweep",
@@ -46,6 +53,8 @@ _LAZY = {
     "tune": "hncse_ray.cluster",
     "SentenceEncoder": "hncse_ray.encoder",
     "load_encoder": "hncse_ray.encoder",
+    "Scoreboard": "hncse_ray.training.scoring",
+    "evaluate": "hncse_ray.training.scoring",
     "Sweep": "hncse_ray.tuning",
     "load_sweep": "hncse_ray.tuning",
 }

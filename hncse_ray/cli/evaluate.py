@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +23,6 @@ from hncse_ray.cli.app import (
     console_reporter,
     encoder_tree,
 )
-from hncse_ray.config import SUITE_METRICS, load_settings
 from hncse_ray.errors import SettingsError, StorageError
 from hncse_ray.storage import check_outlasts_job
 
@@ -70,41 +68,31 @@ def evaluate(
     """Score models on dev and test sets; two models are also compared by a paired bootstrap."""
 
     def run(console: Console) -> dict[str, Any]:
-        from hncse_ray.encoder import choose_device, load_encoder
         from hncse_ray.reporting import StageProgress
-        from hncse_ray.training.scoring import TEST_SUITES, OpenEncoder, score_models
+        from hncse_ray.training.scoring import OpenEncoder, chosen_suites
+        from hncse_ray.training.scoring import evaluate as score
 
-        suites = _suites(suite or [], pairs, data)
-        chosen = [s for s in suites if s not in TEST_SUITES]
-        evaluation: dict[str, Any] = {
-            "suites": chosen, "senteval_path": senteval, "pairs_dev": pairs, "collection": data or [],
-        }  # fmt: skip
-        if chosen:
-            evaluation["metric"] = f"{chosen[0]}/{SUITE_METRICS[chosen[0]][0]}"
-        tree = {
-            "corpus": {"source": "python-docs"},
-            "encoder": encoder_tree(pooling, precision, revision, trust_remote_code),
-            "evaluation": evaluation,
-        }
-        settings = load_settings(tree)
+        suites = chosen_suites(suite or [], pairs=pairs, collection=data or [])
         if plots is not None:
             check_outlasts_job(plots, "--plots")
             _prepare_plots(plots, suites)
-        where = choose_device("cpu" if workers is not None and device == "auto" else device)
-        if workers is not None and where.type != "cpu":
+        if workers is not None and device not in ("auto", "cpu"):
             raise SettingsError("shares the work out over CPUs", "--workers", "Leave it out to encode on a GPU")
-        open_encoder: OpenEncoder = partial(load_encoder, device=where)
+        open_encoder: OpenEncoder | None = None
         with ExitStack() as stack:
             if workers is not None:
                 from hncse_ray.cluster.encoding import EncodingPool
 
                 open_encoder = stack.enter_context(EncodingPool(workers)).open
             reporter = stack.enter_context(console_reporter(console))
-            board = score_models(
+            board = score(
                 models,
                 suites,
-                settings,
-                settings.encoder,
+                pairs=pairs,
+                collection=data or [],
+                senteval=senteval,
+                encoder=encoder_tree(pooling, precision, revision, trust_remote_code),
+                device=device,
                 tell=lambda stage, done, total: reporter.on(StageProgress(stage, done, total)),
                 open_encoder=open_encoder,
             )
@@ -128,17 +116,6 @@ def _as_json(board: Scoreboard) -> dict[str, Any]:
         return asdict(board)
     found: dict[str, Any] = {"model": first.models[0], **first.runs[0]}
     return found | ({"similarities": asdict(first.similarities[0])} if first.similarities else {})
-
-
-def _suites(wanted: list[str], pairs: str | None, data: list[str] | None) -> list[str]:
-    """The suites that are meant; naming the data of one asks for it."""
-    from hncse_ray.training.scoring import resolve_suites
-
-    named = {"pairs": ("--pairs", pairs), "retrieval": ("--data", data)}
-    suites = resolve_suites([*wanted, *(s for s, (_, given) in named.items() if given)] or ["python-docs"])
-    for needed in (s for s in suites if s in named and not named[s][1]):
-        raise SettingsError(f"the suite {needed} needs data", named[needed][0], "Name them with this option")
-    return suites
 
 
 def _prepare_plots(folder: Path, suites: list[str]) -> None:

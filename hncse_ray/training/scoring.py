@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hncse_ray.config import EncoderSettings, Settings, Side
-from hncse_ray.encoder import Progress, load_encoder, resolve_model
+from hncse_ray.config import SUITE_METRICS, EncoderSettings, Settings, Side, load_settings
+from hncse_ray.encoder import Progress, choose_device, load_encoder, resolve_model
 from hncse_ray.errors import SettingsError
 from hncse_ray.evaluation import (
     STS_TASKS,
@@ -104,6 +104,67 @@ def resolve_suites(names: Sequence[str]) -> list[str]:
     if unknown := [name for name in names if name not in ("full", *SUITES)]:
         raise SettingsError(f"unknown suite {unknown[0]!r}; choose from full, {', '.join(SUITES)}", "--suite")
     return list(dict.fromkeys(itertools.chain(*(FULL if name == "full" else (name,) for name in names))))
+
+
+def chosen_suites(names: Sequence[str], *, pairs: str | None, collection: Sequence[str]) -> list[str]:
+    """Return the suites that are meant, where naming the data of one asks for it; ``python-docs`` if none is.
+
+    Raises:
+        SettingsError: there is no such suite, or one lacks its data.
+    """
+    named = {"pairs": ("--pairs", pairs), "retrieval": ("--data", collection)}
+    suites = resolve_suites([*names, *(s for s, (_, given) in named.items() if given)] or ["python-docs"])
+    for needed in (s for s in suites if s in named and not named[s][1]):
+        raise SettingsError(f"the suite {needed} needs data", named[needed][0], "Name them with this option")
+    return suites
+
+
+def evaluate(
+    models: str | Sequence[str],
+    suites: Sequence[str] = (),
+    *,
+    pairs: str | None = None,
+    collection: Sequence[str] = (),
+    senteval: str | None = None,
+    encoder: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    tell: Tell = lambda stage, done, total: None,
+    open_encoder: OpenEncoder | None = None,
+) -> Scoreboard:
+    """Score models on dev and test sets; two models are also compared by a paired bootstrap.
+
+    Example::
+
+        board = hncse_ray.evaluate(["base", "runs/mine/model"], collection=["collections/mine"])
+        board.groups[1].runs[0]["test"]["retrieval/ndcg@10"]
+
+    Args:
+        models: folders, hub names or ``package:NAME/FOLDER``; several joined by commas are seeds of one.
+        suites: of :data:`SUITES`, or ``full``.
+        pairs: a file of query and answer; adds the suite ``pairs``.
+        collection: folders with corpus, queries and qrels; add the suite ``retrieval``.
+        senteval: the SentEval folder; default: ``$HNCSE_DATA/senteval``.
+        encoder: settings of the section ``encoder``, such as ``{"pooling": "mean"}``; the rest is as the models say.
+        device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        tell: called with a stage and how far it is.
+        open_encoder: loads a model; default: in this process.
+
+    Raises:
+        HncseError: missing data, or a model that cannot be loaded or scored.
+    """
+    groups, suites = [models] if isinstance(models, str) else models, list(suites)
+    suites = chosen_suites(suites, pairs=pairs, collection=collection)
+    scored = [suite for suite in suites if suite not in TEST_SUITES]
+    evaluation: dict[str, Any] = {
+        "suites": scored, "senteval_path": senteval, "pairs_dev": pairs, "collection": list(collection),
+    }  # fmt: skip
+    if scored:
+        evaluation["metric"] = f"{scored[0]}/{SUITE_METRICS[scored[0]][0]}"
+    settings = load_settings(
+        {"corpus": {"source": "python-docs"}, "encoder": dict(encoder or {}), "evaluation": evaluation}
+    )
+    open_encoder = open_encoder or partial(load_encoder, device=choose_device(device))
+    return score_models(groups, suites, settings, settings.encoder, tell=tell, open_encoder=open_encoder)
 
 
 def split_seeds(group: str) -> tuple[str, ...]:

@@ -1,8 +1,10 @@
+import json
 from pathlib import Path
 
 import pytest
 from invoke import assert_refused, hncse
 
+import hncse_ray
 from hncse_ray import load_settings
 from hncse_ray.errors import ModelError, SettingsError
 from hncse_ray.training.scoring import score_models, split_seeds
@@ -48,3 +50,14 @@ def test_a_model_without_a_name_is_refused(group: str) -> None:
     with pytest.raises(SettingsError, match="a model without a name"):
         split_seeds(group)
     assert_refused(hncse("evaluate", "x", group), "a model without a name", "Name a folder")
+
+
+def test_evaluating_from_python_gives_what_the_command_gives(tiny_model: Path, pairs_file: Path) -> None:
+    board = hncse_ray.evaluate(str(tiny_model), pairs=str(pairs_file), encoder={"pooling": "mean"}, device="cpu")
+    ((runs,),) = [group.runs for group in board.groups]
+    told = hncse("evaluate", tiny_model, "--pairs", pairs_file, "--pooling", "mean", "--device", "cpu", "--json")
+    found = json.loads(told.stdout.splitlines()[-1])
+    assert {split: runs[split] for split in ("dev", "test")} == {split: found[split] for split in ("dev", "test")}
+    assert "pairs/mrr" in runs["dev"]
+    with pytest.raises(SettingsError, match="pairs needs data"):
+        hncse_ray.evaluate(str(tiny_model), ["pairs"])
