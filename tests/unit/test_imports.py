@@ -1,0 +1,80 @@
+"""What commands and processes of a run import: what only some of them need must not slow the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from waits import seconds
+
+# Slow to import, and each needed by some commands only. What sentence-transformers itself brings is not among them:
+# torch, transformers, scikit-learn, datasets.
+HEAVY = (
+    "faiss", "matplotlib", "mlflow", "mteb", "optuna", "plotly", "ray", "ray.train", "ray.tune",
+    "sentence_transformers", "tensorboardX", "torch", "wandb",
+)  # fmt: skip
+
+REPORT = f"import json, sys; print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
+COMMAND = """
+import sys
+from hncse_ray.cli import app
+try:
+    app(sys.argv[1:])
+except SystemExit as left:
+    assert not left.code, left.code
+"""
+
+
+def imported(code: str, *arguments: object) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{REPORT}", *map(str, arguments)],
+        capture_output=True, text=True, timeout=seconds(120), env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    assert imported(COMMAND, *arguments) == set()
+
+
+def test_encode_imports_the_encoder_alone(tiny_model: Path, corpus_file: Path, tmp_path: Path) -> None:
+    found = imported(COMMAND, "encode", tiny_model, corpus_file, "--out", tmp_path / "v.npy")
+    assert found == {"sentence_transformers", "torch"}
+
+
+def test_a_local_run_imports_no_ray_and_no_faiss(small_run: dict[str, object], tmp_path: Path) -> None:
+    small_run["cluster"] = {"engine": "local"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(small_run))
+    found = imported(COMMAND, "train", tmp_path / "recipe.yaml")
+    assert found <= {"sentence_transformers", "torch", "tensorboardX", "plotly"}  # the last for its page
+
+
+def test_a_run_is_claimed_and_refused_before_anything_heavy_is_imported(
+    small_run: dict[str, object], tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(small_run))
+    taken = tmp_path / "runs" / "small"
+    taken.mkdir(parents=True)
+    (taken / "something").touch()
+    code = COMMAND.replace("not left.code", "left.code == 2")
+    assert imported(code, "train", tmp_path / "recipe.yaml") == set()
+
+
+@pytest.mark.parametrize(
+    ("process", "allowed"),
+    [
+        ("hncse_ray.cluster.worker", {"ray", "ray.train", "sentence_transformers", "torch"}),
+        ("hncse_ray.cluster.shard_actor", {"sentence_transformers", "torch"}),
+        ("hncse_ray.cluster.coordinator", {"ray"}),
+        ("hncse_ray.cluster.channel", {"ray"}),
+    ],
+)
+def test_a_process_of_a_run_imports_what_it_uses(process: str, allowed: set[str]) -> None:
+    assert imported(f"import {process}") == allowed
