@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -27,7 +27,6 @@ from hncse_ray.cluster.node_corpus import NodeCorpus
 from hncse_ray.cluster.placement import place, survey, without_orphaned_groups
 from hncse_ray.cluster.pool import negative_pool
 from hncse_ray.cluster.resources import PoolPlan, WorkerPlan, pool_advice
-from hncse_ray.cluster.session import named_cluster, ray_session
 from hncse_ray.cluster.visible import check_visible
 from hncse_ray.cluster.worker import train_worker
 from hncse_ray.config import Settings
@@ -44,35 +43,39 @@ _CONTROLLER_RETRIES = 3
 
 
 def train_on_ray(
-    settings: Settings, folder: RunFolder, reporter: Reporter, sentences: Sequence[str] | None
+    settings: Settings,
+    folder: RunFolder,
+    reporter: Reporter,
+    sentences: Sequence[str] | None,
+    join_ray: Callable[[], None],
 ) -> RunFinished:
-    """Check a run, then start Ray, or join the cluster that ``RAY_ADDRESS`` names, and train it there.
+    """Check a run while Ray starts, and train it there.
 
     Args:
         settings: of the run.
         folder: claimed for it.
         reporter: receives the run's events.
         sentences: of a run whose ``corpus.source`` is ``memory``.
+        join_ray: returns when there is Ray.
 
     Raises:
         HncseError: the run is refused, or fails for a known cause.
     """
-    named_cluster()
     encoder, sets, corpus = check_run(settings, reporter, sentences=sentences)
     reporter.on(StageProgress("starting Ray and the workers", 0, None))
-    with ray_session():
-        mirror = mirror_plan(folder)
-        if mirror is None:
-            check_visible(folder.path, settings.cluster.trainer_labels)
-        plan, pool = place(settings, survey(), rows=len(corpus), dimension=encoder.dimension)
-        if pool is not None:
-            reporter.on(StageProgress(pool.describe(), 0, None))
-        if settings.negatives.source == "pool" and pool is not None and (advice := pool_advice(plan, pool)):
-            reporter.on(Notice(advice))
-        with run_log(folder.path):
-            finished = _run(settings, plan, pool, corpus, sets, folder.path.absolute(), mirror, reporter)
-            reporter.on(finished)
-            return finished
+    join_ray()
+    mirror = mirror_plan(folder)
+    if mirror is None:
+        check_visible(folder.path, settings.cluster.trainer_labels)
+    plan, pool = place(settings, survey(), rows=len(corpus), dimension=encoder.dimension)
+    if pool is not None:
+        reporter.on(StageProgress(pool.describe(), 0, None))
+    if settings.negatives.source == "pool" and pool is not None and (advice := pool_advice(plan, pool)):
+        reporter.on(Notice(advice))
+    with run_log(folder.path):
+        finished = _run(settings, plan, pool, corpus, sets, folder.path.absolute(), mirror, reporter)
+        reporter.on(finished)
+        return finished
 
 
 def _run(

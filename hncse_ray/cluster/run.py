@@ -98,9 +98,18 @@ def _engine(settings: Settings) -> Engine:
         from hncse_ray.cluster.local import train_here
 
         return train_here
-    from hncse_ray.cluster.launch import train_on_ray
+    return _train_on_ray
 
-    return train_on_ray
+
+def _train_on_ray(
+    settings: Settings, folder: RunFolder, reporter: Reporter, sentences: Sequence[str] | None
+) -> RunFinished:
+    from hncse_ray.cluster.session import ray_meanwhile
+
+    with ray_meanwhile() as join_ray:
+        from hncse_ray.cluster.launch import train_on_ray  # the encoder's libraries take seconds, as Ray does
+
+        return train_on_ray(settings, folder, reporter, sentences, join_ray)
 
 
 def _with_sentences(settings: Settings, sentences: Sequence[str] | None) -> Settings:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ray
@@ -13,6 +16,8 @@ from hncse_ray.cluster.address import find_head
 from hncse_ray.errors import ClusterError
 
 logger = logging.getLogger(__name__)
+
+_GRACE_S = 1.0  # a run that is refused by then needs no Ray
 
 
 def named_cluster() -> str | None:
@@ -76,3 +81,63 @@ def ray_session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def ray_meanwhile() -> Iterator[Callable[[], None]]:
+    """Start or join Ray in a thread, as :func:`ray_session` does, while a command gets ready for it.
+
+    Yields:
+        Waits until there is Ray; raises what :func:`ray_session` does.
+
+    Raises:
+        ClusterError: the named cluster cannot be reached.
+    """
+    if ray.is_initialized():
+        yield lambda: None
+        return
+    named_cluster()
+    wanted, there, over = (threading.Event() for _ in range(3))
+    failure: list[BaseException] = []
+
+    def hold() -> None:  # to the end: the system ends Ray's processes with the thread that started them
+        wanted.wait(_GRACE_S)
+        if over.is_set():
+            return
+        try:
+            with ray_session():
+                there.set()
+                over.wait()
+        except BaseException as error:
+            failure.append(error)
+        finally:
+            there.set()
+
+    def join() -> None:
+        wanted.set()
+        there.wait()
+        if failure:
+            raise failure[0]
+
+    thread = threading.Thread(target=hold, name="ray", daemon=True)
+    thread.start()
+    try:
+        with _leaving_on_sigterm():
+            yield join
+    finally:
+        over.set()
+        wanted.set()
+        thread.join()
+
+
+@contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """Have a command that is terminated leave its contexts; Ray sees to that only if the main thread starts it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
