@@ -59,6 +59,7 @@ def main() -> None:
     with ray_session(), tempfile.TemporaryDirectory() as folder:
         plan = plan_pool(settings.negatives, [ray.cluster_resources()], rows=len(corpus), dimension=encoder.dimension)
         with negative_pool(settings, plan, corpus, Path(folder)) as handles:
+            handles.wait_until_ready()
             client = PoolClient(handles, timeout_s=60)
             client.publish(weights, step=0)
             client.wait(3600)

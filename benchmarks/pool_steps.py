@@ -60,6 +60,7 @@ def main() -> None:
         negatives = settings["stored"].negatives
         plan = plan_pool(negatives, [ray.cluster_resources()], rows=len(corpus), dimension=encoder.dimension)
         with negative_pool(settings["stored"], plan, corpus, Path(folder)) as handles:
+            handles.wait_until_ready()
             times, tokens = measure(args, settings, encoder, corpus, PoolClient(handles, timeout_s=60))
     least = {mode: of_rounds.min(0) for mode, of_rounds in times.items()}
     pairs = (("stored", "none"), *(("fresh", other) for other in ("3B rows", "3B rows of a length", "none")))

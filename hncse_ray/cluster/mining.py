@@ -92,6 +92,7 @@ def mine(settings: Settings, out: Path, *, reporter: Reporter | None = None) -> 
         plan = place_pool(settings, survey(), rows=len(corpus), dimension=encoder.dimension)
         reporter.on(StageProgress(plan.describe(), 0, None))
         with negative_pool(settings, plan, corpus, parts.folder / "index") as handles:
+            handles.wait_until_ready()
             client = PoolClient(handles, timeout_s=max(_ANSWER_S, settings.negatives.timeout_s))
             try:
                 reporter.on(StageProgress(f"encoding {len(corpus):,} sentences", 0, None))

@@ -57,10 +57,39 @@ class PoolHandles:
     coordinator: Any
     shards: tuple[Any, ...]
 
+    def wait_until_ready(self, notify: Callable[[str], None] = logger.info) -> None:
+        """Wait until all shards have the corpus, which may have to be prepared, and then until they can be asked.
+
+        Args:
+            notify: told now and then what is waited for.
+
+        Raises:
+            ClusterError: the actors do not come up.
+            HncseError: why a shard cannot work.
+        """
+        shards = self.shards
+        try:
+            calls = [s.corpus_failure.options(concurrency_group="control").remote() for s in shards]
+            while left := ray.wait(calls, num_returns=len(calls), timeout=_ROOM_NEWS_S)[1]:
+                notify(f"waiting for {len(left)} of {len(calls)} shards of the negative pool, which start, or prepare"
+                       " the corpus where their node does not have it")  # fmt: skip
+            failures = ray.get(calls)
+            if not any(failures):
+                calls = [s.ready.options(concurrency_group="control").remote() for s in shards]
+                failures = ray.get(calls, timeout=_START_TIMEOUT_S)
+        except (RayError, GetTimeoutError) as error:
+            raise ClusterError(f"the shards of the negative pool did not come up ({_reason(error)})",
+                               "negatives") from error  # fmt: skip
+        for failure in failures:
+            if failure is not None:
+                raise failure
+
 
 @contextmanager
 def negative_pool(settings: Settings, plan: PoolPlan, corpus: Corpus, folder: Path) -> Iterator[PoolHandles]:
     """Reserve the pool's resources, start its actors and yield their handles; on leaving all of it is gone.
+
+    The actors come up meanwhile; see :meth:`PoolHandles.wait_until_ready`.
 
     Args:
         settings: of the run.
@@ -69,8 +98,7 @@ def negative_pool(settings: Settings, plan: PoolPlan, corpus: Corpus, folder: Pa
         folder: where published weights are kept.
 
     Raises:
-        ClusterError: the resources are not free, or the actors do not come up.
-        HncseError: why a shard cannot work.
+        ClusterError: the resources are not free.
     """
     group, shards, coordinator = None, [], None
     pool = f"hncse-{settings.run.name}-{uuid.uuid4().hex[:8]}"
@@ -110,7 +138,6 @@ def negative_pool(settings: Settings, plan: PoolPlan, corpus: Corpus, folder: Pa
             rows=len(corpus),
             build_timeout_s=settings.negatives.build_timeout_s,
         )  # fmt: skip
-        _wait_until_ready(shards)
         yield PoolHandles(coordinator, tuple(shards))
     finally:
         for actor in (coordinator, *shards):
@@ -136,25 +163,6 @@ def _request(plan: PoolPlan) -> str:
     each = [f"{plan.cpus:g} CPUs"] * bool(plan.cpus) + [f"{plan.gpus:g} GPUs"] * bool(plan.gpus)
     each += [f"{size_text(plan.memory)} of memory"] * bool(plan.memory)
     return f"{plan.num_shards} shards x {' + '.join(each)}"
-
-
-def _wait_until_ready(shards: Sequence[Any]) -> None:
-    """Wait until all shards have the corpus, which may have to be prepared, and then until they can be asked."""
-    try:
-        calls = [s.corpus_failure.options(concurrency_group="control").remote() for s in shards]
-        while left := ray.wait(calls, num_returns=len(calls), timeout=_ROOM_NEWS_S)[1]:
-            logger.info("waiting for %d of %d shards of the negative pool, which start, or prepare the corpus where"
-                        " their node does not have it", len(left), len(calls))  # fmt: skip
-        failures = ray.get(calls)
-        if not any(failures):
-            calls = [s.ready.options(concurrency_group="control").remote() for s in shards]
-            failures = ray.get(calls, timeout=_START_TIMEOUT_S)
-    except (RayError, GetTimeoutError) as error:
-        raise ClusterError(f"the shards of the negative pool did not come up ({_reason(error)})",
-                           "negatives") from error  # fmt: skip
-    for failure in failures:
-        if failure is not None:
-            raise failure
 
 
 class PoolClient:

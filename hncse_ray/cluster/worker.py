@@ -46,7 +46,7 @@ def train_worker(config: dict[str, Any]) -> RunFinished | HncseError | None:
         job, failure = None, None
         try:
             _reach_run(folder, mirror, notify)
-            job = _build_job(settings, config)
+            job = _build_job(settings, config, notify)
         except HncseError as error:
             failure = error
         raise_together(failure)
@@ -82,12 +82,14 @@ def _is_first_on_node() -> bool:
     return ray.train.get_context().get_local_rank() == 0
 
 
-def _build_job(settings: Settings, config: dict[str, Any]) -> TrainJob:
+def _build_job(settings: Settings, config: dict[str, Any], notify: Callable[[str], None]) -> TrainJob:
     device = ray.train.torch.get_device()
     encoder = load_encoder(settings.encoder.model, settings.encoder, device=device, seed=settings.run.seed)
     corpus = config["corpus"].open()
     source: NegativeSource | None = None
     if rank() == 0 and config["pool"] is not None:
+        if config["starts"].last() is None:  # the shards come up while the first workers do
+            config["pool"].wait_until_ready(notify)
         source = PoolClient(config["pool"], timeout_s=settings.negatives.timeout_s)
     elif rank() == 0 and config["index"] is not None:
         source = in_process_source(settings, corpus, plan=config["index"], threads=config["threads"], device=device)

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -133,11 +134,14 @@ def world(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(settings, corpus, folder, encoder.dimension, weights)
 
 
-def start_pool(world: World, name: str, **negatives: Any) -> Any:
-    """The context manager of a pool."""
+@contextmanager
+def start_pool(world: World, name: str, **negatives: Any) -> Iterator[PoolHandles]:
+    """A pool whose shards can be asked."""
     settings = world.settings.model_copy(update={"negatives": world.settings.negatives.model_copy(update=negatives)})
     plan = plan_pool(settings.negatives, [ray.cluster_resources()], rows=len(world.corpus), dimension=world.dimension)
-    return negative_pool(settings, plan, world.corpus, world.folder / name)
+    with negative_pool(settings, plan, world.corpus, world.folder / name) as handles:
+        handles.wait_until_ready()
+        yield handles
 
 
 def assert_exact(hits: Hits, vectors_ND: np.ndarray, *, rows: np.ndarray = QUERIES, shards: set[int]) -> None:
@@ -459,8 +463,9 @@ def test_a_pool_that_cannot_come_up_says_why_and_leaves_nothing(world: World) ->
         update={"encoder": world.settings.encoder.model_copy(update={"model": str(world.folder / "none")})}
     )
     plan = plan_pool(settings.negatives, [ray.cluster_resources()], rows=ROWS, dimension=world.dimension)
-    with pytest.raises(ModelError, match="none"), negative_pool(settings, plan, world.corpus, world.folder / "x"):
-        pytest.fail("it came up")
+    with negative_pool(settings, plan, world.corpus, world.folder / "x") as handles:
+        with pytest.raises(ModelError, match="none"):
+            handles.wait_until_ready()
     assert nothing_is_left()
 
 
