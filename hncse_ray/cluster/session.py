@@ -53,7 +53,7 @@ def ray_session() -> Iterator[None]:
         # by default, after seconds so. A local GCS never comes back.
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
         os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", "10")
-    # The controller of Ray Train is asked for news every so often; 2 s by default, which every checkpoint waits for.
+    # Ray Train's controller asks the workers for news every so often; 2 s by default, which the end of a run waits for.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Runs report through their own channel; Ray's usage pings and console banners add nothing.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
