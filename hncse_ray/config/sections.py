@@ -17,6 +17,7 @@ from hncse_ray.config.base import MOST, Section, StrTuple, as_tuple
 from hncse_ray.config.corpus import CorpusSettings
 from hncse_ray.config.export import ExportSettings
 from hncse_ray.config.objective import HardNegativeMixing, Hybrid, InfoNCE, InstanceSmoothing, ObjectiveSettings
+from hncse_ray.config.values import read_value
 from hncse_ray.config.views import ViewsSettings
 from hncse_ray.recipe import write_yaml
 
@@ -336,9 +337,12 @@ class Settings(Section):
     @model_validator(mode="before")
     @classmethod
     def _documents_judge_themselves(cls, tree: Any) -> Any:
-        if not isinstance(tree, Mapping) or not isinstance(given := tree.get("evaluation") or {}, Mapping):
+        if not isinstance(tree, Mapping):
             return tree
-        if "suites" in given or not _are_documents(tree.get("corpus")):
+        given = read_value(tree.get("evaluation") or {}, EvaluationSettings)
+        if not isinstance(given, Mapping) or "suites" in given:
+            return tree
+        if not _are_documents(read_value(tree.get("corpus"), CorpusSettings)):
             return tree
         return {**tree, "evaluation": {"suites": ("cloze",), "metric": "cloze/mrr", **given}}
 

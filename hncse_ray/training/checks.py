@@ -10,7 +10,7 @@ from hncse_ray.config import Settings, Side
 from hncse_ray.corpus import Corpus, prepare_corpus
 from hncse_ray.encoder import SentenceEncoder, has_dropout, load_encoder
 from hncse_ray.errors import DataError, ModelError
-from hncse_ray.reporting.events import StageProgress
+from hncse_ray.reporting.events import Notice, StageProgress
 from hncse_ray.reporting.reporters import Reporter
 from hncse_ray.training.cloze import hold_out
 from hncse_ray.training.evaluator import EvaluationSets, load_evaluation_sets
@@ -95,7 +95,7 @@ def check_run(
     plan = plan_batches(settings, corpus.view_lengths, left_out=left_out)
     count_steps(settings.train, plan)  # refuses a warm-up that does not end
     check_candidates(settings, corpus)
-    check_views(settings, corpus)
+    check_views(settings, corpus, lambda text: reporter.on(Notice(text)))
     if (last_batch := plan.rows % batch_size) >= settings.smallest_batch:
         check_objective(settings, dimension=encoder.dimension, batch_size=last_batch)
     return encoder, sets, corpus

@@ -331,11 +331,16 @@ class BatchViews:
             self._counts.update({f"{kind}_{fate}": count for kind, count in counts.items()})
 
 
-def check_views(settings: Settings, corpus: Corpus) -> None:
-    """See that the corpus can give the positives that are asked for.
+def check_views(settings: Settings, corpus: Corpus, notify: Callable[[str], None]) -> None:
+    """See that the corpus can give the positives that are asked for, of some kind at least.
+
+    Args:
+        settings: of the run.
+        corpus: of the run.
+        notify: is told of kinds that hardly a passage does for, beside others that do.
 
     Raises:
-        DataError: it has no passages, or hardly one does for some kind.
+        DataError: it has no passages, or hardly one does for any kind.
     """
     if not settings.views.active:
         return
@@ -344,11 +349,19 @@ def check_views(settings: Settings, corpus: Corpus) -> None:
         raise DataError("has no passages, which views.mix makes positives of", place,
                         "Give a folder of documents, or set corpus.source=documents")  # fmt: skip
     maker = ViewMaker(settings, corpus, lambda texts, max_length, side: [])
-    for kind in settings.views.mix.asked_for.keys() - {"dropout"}:
+    asked_for = settings.views.mix.asked_for.keys() - {"dropout"}
+    missing: dict[ViewKind, str] = {}
+    for kind in sorted(asked_for):
         possible, seen = maker.share_possible(kind)
         if possible < max(1, _LEAST_POSSIBLE * seen):
-            what = f"{possible} of {seen} passages looked at have {_NEEDED[kind]}, which views.mix.{kind} needs"
-            raise DataError(what, place, f"Leave {kind} out of views.mix")
+            missing[kind] = (
+                f"{possible} of {seen} passages looked at have {_NEEDED[kind]}, which views.mix.{kind} needs"
+            )
+    if len(missing) == len(asked_for):
+        kind, what = next(iter(missing.items()))
+        raise DataError(what, place, f"Leave {kind} out of views.mix")
+    for what in missing.values():
+        notify(f"{what}; the other kinds stand in for it")
 
 
 _NEEDED: dict[ViewKind, str] = {

@@ -235,3 +235,11 @@ def test_columns_that_cannot_be_are_refused(overrides: list[str], said: str) -> 
     with pytest.raises(SettingsError) as caught:
         load_settings(tree, overrides)
     assert said in str(caught.value)
+
+
+def test_a_corpus_of_documents_is_scored_by_itself_however_it_is_named() -> None:
+    for corpus in ("corpus={source: documents, path: x.jsonl}", "corpus.source=documents"):
+        settings = load_settings({"corpus": {"path": "x.jsonl"}}, [corpus])
+        assert (settings.evaluation.suites, settings.evaluation.metric) == (("cloze",), "cloze/mrr")
+    settings = load_settings({"corpus": {"path": "x.jsonl"}}, ["corpus.source=documents", "evaluation={suites: []}"])
+    assert settings.evaluation.suites == ()

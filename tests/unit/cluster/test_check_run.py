@@ -15,6 +15,7 @@ from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import load_encoder
 from hncse_ray.errors import DataError, HncseError, ModelError
 from hncse_ray.training.checks import check_run
+from hncse_ray.training.views import check_views
 
 Tree = dict[str, Any]
 
@@ -118,8 +119,11 @@ def test_positives_of_passages_are_asked_for_where_there_are_some(small_run: Tre
     assert len(checked(load_settings(of_documents(small_run, tmp_path), [every]))) > 40
     tree = of_documents(small_run, tmp_path, title="")
     with pytest.raises(DataError, match=r"0 of \d+ passages looked at have a title and a text.*Leave title out"):
-        checked(load_settings(tree, [every]))
-    assert len(checked(load_settings(tree, ["views.mix={cloze: 1}"]))) > 40
+        checked(load_settings(tree, ["views.mix={title: 1}"]))
+    told: list[str] = []
+    corpus = checked(settings := load_settings(tree, ["views.mix={title: 1, cloze: 1}"]))
+    check_views(settings, corpus, told.append)
+    assert len(told) == 1 and told[0].endswith("views.mix.title needs; the other kinds stand in for it")
     tree = of_documents(small_run, tmp_path, text="one river")
     for kind, needed in {"cloze": "two sentences", "crop": "6 words", "neighbour": "another passage"}.items():
         with pytest.raises(DataError, match=f"0 of .* looked at have {needed}.*views.mix.{kind}"):
