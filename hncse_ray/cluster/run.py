@@ -85,7 +85,7 @@ def train(settings: Settings, *, sentences: Sequence[str] | None = None, reporte
 
 
 def _engine(settings: Settings) -> Engine:
-    """Return what trains a run; each brings its own imports.
+    """Return what trains a run; each brings its own imports when it begins.
 
     Raises:
         SettingsError: it cannot be used here.
@@ -95,10 +95,16 @@ def _engine(settings: Settings) -> Engine:
             raise SettingsError(
                 f"{LOCAL_IS_ONE}, and a job is on a cluster", "cluster.engine", "Set cluster.engine=ray"
             )
-        from hncse_ray.cluster.local import train_here
-
-        return train_here
+        return _train_here
     return _train_on_ray
+
+
+def _train_here(
+    settings: Settings, folder: RunFolder, reporter: Reporter, sentences: Sequence[str] | None
+) -> RunFinished:
+    from hncse_ray.cluster.local import train_here
+
+    return train_here(settings, folder, reporter, sentences)
 
 
 def _train_on_ray(

@@ -56,9 +56,11 @@ def test_a_local_run_imports_no_ray_and_no_faiss(small_run: dict[str, object], t
     assert found == {"plotly", "sentence_transformers", "tensorboardX", "torch"}  # the first for its page
 
 
+@pytest.mark.parametrize("engine", ["ray", "local"])
 def test_a_run_is_claimed_and_refused_before_anything_heavy_is_imported(
-    small_run: dict[str, object], tmp_path: Path
+    small_run: dict[str, object], tmp_path: Path, engine: str
 ) -> None:
+    small_run["cluster"] = {"engine": engine}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(small_run))
     taken = tmp_path / "runs" / "small"
     taken.mkdir(parents=True)
