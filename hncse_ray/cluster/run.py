@@ -144,9 +144,9 @@ def _located(settings: Settings) -> Settings:
 
 def _write_page(folder: Path) -> None:
     """Write the page of a finished run; the run is not lost if that fails."""
-    from hncse_ray.reporting.run_page import write_run_page  # plotly takes a second to import
-
     try:
+        from hncse_ray.reporting.run_page import write_run_page  # plotly takes a second to import, and may be missing
+
         write_run_page(folder)
-    except StorageError as error:
+    except (StorageError, ImportError) as error:
         logger.warning("the page of the run could not be written: %s", error)

@@ -25,7 +25,7 @@ Tree = dict[str, Any]
 
 ALONE = """
 import sys
-sys.modules |= {"ray": None, "faiss": None, "optuna": None}  # as if they were not installed
+sys.modules |= {"ray": None, "faiss": None, "optuna": None, "plotly": None}  # as if they were not installed
 import hncse_ray
 settings = hncse_ray.load_settings(sys.argv[1])
 result = hncse_ray.train(settings)
@@ -64,13 +64,16 @@ def lines_of(run: Path) -> list[Tree]:
     return [{name: value for name, value in row.items() if not any(t in name for t in timed)} for row in rows]
 
 
-def test_a_run_needs_neither_ray_nor_faiss(local: Tree, tmp_path: Path) -> None:
+def test_a_run_needs_neither_ray_nor_faiss_and_without_plotly_only_its_page_is_missing(local: Tree, tmp_path: Path) -> None:
     recipe = write(local, tmp_path / "recipe.yaml")
     done = subprocess.run(
         [sys.executable, "-c", ALONE, str(recipe)], capture_output=True, text=True, timeout=seconds(120)
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["12", "32"]
+    run = tmp_path / "runs" / "small"
+    assert "the page of the run could not be written" in (run / "log.txt").read_text() + done.stderr
+    assert (run / "result.json").exists() and not (run / "report.html").exists()
 
 
 def test_a_run_leaves_the_folder_that_one_with_ray_leaves(local: Tree) -> None:
