@@ -64,7 +64,9 @@ def lines_of(run: Path) -> list[Tree]:
     return [{name: value for name, value in row.items() if not any(t in name for t in timed)} for row in rows]
 
 
-def test_a_run_needs_neither_ray_nor_faiss_and_without_plotly_only_its_page_is_missing(local: Tree, tmp_path: Path) -> None:
+def test_a_run_needs_neither_ray_nor_faiss_and_without_plotly_only_its_page_is_missing(
+    local: Tree, tmp_path: Path
+) -> None:
     recipe = write(local, tmp_path / "recipe.yaml")
     done = subprocess.run(
         [sys.executable, "-c", ALONE, str(recipe)], capture_output=True, text=True, timeout=seconds(120)
