@@ -39,7 +39,7 @@ CASES = (
     }
     | {f"{name}, cut": (name, 4, 1) for name in OBJECTIVES}
 )
-Found = dict[str, tuple[float, torch.Tensor]]
+Found = dict[str, tuple[float, torch.Tensor, dict[str, float]]]
 
 WORDS = (
     "river mountain city garden teacher doctor bridge window letter music winter engine market island forest".split()
@@ -51,7 +51,7 @@ SENTENCES = [
 
 
 def gradients(model: str, rank: int, world: int) -> Found:
-    """Loss and flattened gradient of one step of each case, on this rank."""
+    """Loss, flattened gradient and metrics of one step of each case, on this rank."""
     found = {}
     for case, (name, chunk, accumulation) in CASES.items():
         overrides = [f"objective.name={name}", "encoder.dropout=0", "encoder.pooling=mean"]
@@ -81,8 +81,15 @@ def gradients(model: str, rank: int, world: int) -> Found:
         context = StepContext(objective=objective, seed=1, step=0, total_steps=10, chunk_size=chunk)
         metrics, _ = train_step(wrapped, optimizer, batches, context, max_grad_norm=1e9)
         flat = torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
-        found[case] = (float(metrics["loss"]), flat)
+        found[case] = (float(metrics["loss"]), flat, facts(metrics, objective))
     return found
+
+
+def facts(metrics: dict[str, torch.Tensor], objective: Objective) -> dict[str, float]:
+    """All metrics, and a number that tells what the objective remembers."""
+    state = {f"state/{name}": (rows * torch.arange(rows.numel()).view_as(rows)).mean() for name, rows in
+             objective.state_dict().items()}  # fmt: skip
+    return {name: float(value) for name, value in (metrics | state).items()}
 
 
 def errors(found: Found, reference: Found) -> dict[str, dict[str, float]]:
@@ -92,7 +99,7 @@ def errors(found: Found, reference: Found) -> dict[str, dict[str, float]]:
             "loss": abs(found[case][0] - loss) / abs(loss),
             "gradient": float((found[case][1] - gradient).norm() / gradient.norm()),
         }
-        for case, (loss, gradient) in reference.items()
+        for case, (loss, gradient, _) in reference.items()
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hncse_ray.objectives import info_nce
+from hncse_ray.objectives import Share, info_nce
 
 Result = tuple[Tensor, dict[str, Any]]
 
@@ -55,3 +55,11 @@ def remembers_what_it_is_given(
 def takes_no_negatives(z1: Tensor, z2: Tensor) -> Result:
     """Alignment alone, and what keeps it from collapsing."""
     return (z1 - z2).square().sum(1).mean() + torch.pdist(z1).pow(2).mul(-2).exp().mean().log(), {}
+
+
+def in_rows(z1: Tensor, z2: Tensor, *, share: Share, temperature: float = 0.05) -> Result:
+    """InfoNCE in which a worker computes the rows of its own anchors."""
+    columns = share.gather(z2)
+    labels = torch.arange(share.start, share.start + len(z1))
+    loss = torch.nn.functional.cross_entropy(z1 @ columns.T / temperature, labels, reduction="sum")
+    return share.add(loss / len(columns)), {"rows": share.add(torch.tensor(float(len(z1))))}

@@ -9,12 +9,15 @@ from hncse_ray.objectives.contrastive import info_nce, three_view
 from hncse_ray.objectives.distillation import distillation
 from hncse_ray.objectives.matryoshka import matryoshka
 from hncse_ray.objectives.mixing import hard_negative_mixing, hybrid, positive_mixing
+from hncse_ray.objectives.share import WHOLE, Share
 from hncse_ray.objectives.similarity import Columns, Metrics
 from hncse_ray.objectives.smoothing import cosine_ramp, instance_smoothing
 
 __all__ = [
+    "WHOLE",
     "Columns",
     "Metrics",
+    "Share",
     "cosine_ramp",
     "distillation",
     "hard_negative_mixing",

@@ -28,10 +28,10 @@ def check_fraction(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}; it must lie in [0, 1]")
 
 
-def check_views(z1_BD: Tensor, **others: Tensor) -> None:
-    """Raise ValueError unless z1 and the other views are floating point [B, D] with one B >= 2 and D."""
-    if z1_BD.ndim != 2 or z1_BD.shape[0] < 2 or z1_BD.shape[1] < 1:
-        raise ValueError(f"z1 has shape {tuple(z1_BD.shape)}; it must be [B, D] with B >= 2 and D >= 1")
+def check_views(z1_BD: Tensor, *, fewest: int = 2, **others: Tensor) -> None:
+    """Raise ValueError unless z1 and the other views are floating point [B, D] with one B >= `fewest` and D."""
+    if z1_BD.ndim != 2 or z1_BD.shape[0] < fewest or z1_BD.shape[1] < 1:
+        raise ValueError(f"z1 has shape {tuple(z1_BD.shape)}; it must be [B, D] with B >= {fewest} and D >= 1")
     for name, z_BD in others.items():
         if z_BD.shape != z1_BD.shape:
             raise ValueError(f"{name} has shape {tuple(z_BD.shape)}; it must be that of z1, {tuple(z1_BD.shape)}")
@@ -49,31 +49,31 @@ def check_neighbours(z1_BD: Tensor, neighbours_BgD: Tensor | None, usable_Bg: Te
     _check_rows_of_anchors("neighbours", "g", z1_BD, neighbours_BgD, usable_Bg)
 
 
-def check_columns(columns: str, g_BmD: Tensor | None, columns_mask_BN: Tensor | None) -> None:
-    """Raise ValueError unless columns is a known word and their mask, if any, is bool [B, B * m] of "all"."""
+def check_columns(columns: str, g_bmD: Tensor | None, columns_mask_bN: Tensor | None, *, batch_size: int) -> None:
+    """Raise ValueError unless columns is a known word and their mask, if any, is bool [b, B * m] of "all"."""
     if columns not in ("own", "all", "none"):
         raise ValueError(f"columns is {columns!r}; it must be 'own', 'all' or 'none'")
-    if columns_mask_BN is None:
+    if columns_mask_bN is None:
         return
-    shape = tuple(columns_mask_BN.shape)
+    shape = tuple(columns_mask_bN.shape)
     if columns != "all":
         raise ValueError(f"columns_mask has shape {shape} but columns is {columns!r}; it is allowed only with 'all'")
-    if g_BmD is None:
+    if g_bmD is None:
         raise ValueError(f"columns_mask has shape {shape} but negatives is None; it is allowed only with negatives")
-    B, m = g_BmD.shape[:2]
-    if shape != (B, B * m):
-        raise ValueError(f"columns_mask has shape {shape}; it must be [B, B * m] = {(B, B * m)}")
-    _check_bool("columns_mask", columns_mask_BN)
+    expected = (g_bmD.shape[0], batch_size * g_bmD.shape[1])
+    if shape != expected:
+        raise ValueError(f"columns_mask has shape {shape}; it must be [B, B * m] = {expected}")
+    _check_bool("columns_mask", columns_mask_bN)
 
 
-def check_batch_mask(z1_BD: Tensor, repelled_BB: Tensor | None) -> None:
-    """Raise ValueError unless the mask of the batch's columns, if any, is bool [B, B]."""
-    if repelled_BB is None:
+def check_batch_mask(z1_bD: Tensor, batch_mask_bB: Tensor | None, *, batch_size: int) -> None:
+    """Raise ValueError unless the mask of the batch's columns, if any, is bool [b, B]."""
+    if batch_mask_bB is None:
         return
-    B = z1_BD.shape[0]
-    if tuple(repelled_BB.shape) != (B, B):
-        raise ValueError(f"batch_mask has shape {tuple(repelled_BB.shape)}; it must be [B, B] = {(B, B)}")
-    _check_bool("batch_mask", repelled_BB)
+    expected = (z1_bD.shape[0], batch_size)
+    if tuple(batch_mask_bB.shape) != expected:
+        raise ValueError(f"batch_mask has shape {tuple(batch_mask_bB.shape)}; it must be [B, B] = {expected}")
+    _check_bool("batch_mask", batch_mask_bB)
 
 
 def check_negatives_are_columns(columns: str) -> None:

@@ -5,13 +5,15 @@ from functools import partial
 from torch import Tensor
 
 from hncse_ray.objectives import checks
+from hncse_ray.objectives.share import WHOLE, Share
 from hncse_ray.objectives.similarity import (
     Columns,
     Metrics,
     autocast_off,
     contrast,
     cross_entropy,
-    shared_metrics,
+    means,
+    shared_means,
 )
 
 
@@ -25,6 +27,7 @@ def info_nce(
     columns: Columns = "own",
     columns_mask: Tensor | None = None,
     batch_mask: Tensor | None = None,
+    share: Share = WHOLE,
 ) -> tuple[Tensor, Metrics]:
     """Contrast each anchor's positive with the batch and with global negatives.
 
@@ -45,6 +48,8 @@ def info_nce(
             leaves out further columns, and does not stand in for `negatives_mask`.
         batch_mask: bool [B, B], True where anchor i may repel z2_j; the diagonal is not looked at. False for rows
             that are the same, or belong together: such a z2_j is no column of row i, and no candidate for mixing.
+        share: which rows of a global batch these are: all of them, or those of one process of several, which gives its
+            own b for the B above, and for the first B of both masks. The loss and the metrics are those of the batch.
 
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 inputs), and the metrics `positive_similarity`,
@@ -60,10 +65,11 @@ def info_nce(
     checks.check_negatives_are_columns(columns)
     with autocast_off(z1):
         c = contrast(
-            z1, z2, negatives, negatives_mask, columns=columns, columns_mask=columns_mask, batch_mask=batch_mask
-        )
-        loss, accuracy = cross_entropy([c.batch_columns(c.s_BB), c.columns_BN], temperature=temperature)
-        return loss, shared_metrics(c, accuracy)
+            z1, z2, negatives, negatives_mask,
+            columns=columns, columns_mask=columns_mask, batch_mask=batch_mask, share=share,
+        )  # fmt: skip
+        loss, is_highest_b, hardest_b = cross_entropy(c, c.z2_BD, temperature=temperature)
+        return loss, means(share, shared_means(c, is_highest_b, hardest_b))
 
 
 def three_view(
@@ -77,6 +83,7 @@ def three_view(
     columns: Columns = "own",
     columns_mask: Tensor | None = None,
     batch_mask: Tensor | None = None,
+    share: Share = WHOLE,
 ) -> tuple[Tensor, Metrics]:
     """Chain three dropout views of each sentence: `info_nce(z1, z2) + info_nce(z2, z3)`.
 
@@ -92,6 +99,7 @@ def three_view(
         columns: see `info_nce`.
         columns_mask: see `info_nce`.
         batch_mask: see `info_nce`.
+        share: see `info_nce`.
 
     Returns:
         The loss, and the metrics of `info_nce`, each the mean over the two terms.
@@ -99,7 +107,7 @@ def three_view(
     Raises:
         ValueError: shapes or dtypes do not fit together, B < 2, or an argument is out of its range.
     """
-    checks.check_views(z1, z2=z2, z3=z3)
+    checks.check_views(z1, z2=z2, z3=z3, fewest=2 if share.processes == 1 else 1)
     term = partial(
         info_nce,
         negatives=negatives,
@@ -108,6 +116,7 @@ def three_view(
         columns=columns,
         columns_mask=columns_mask,
         batch_mask=batch_mask,
+        share=share,
     )
     first, first_metrics = term(z1, z2)
     second, second_metrics = term(z2, z3)

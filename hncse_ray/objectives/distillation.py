@@ -1,19 +1,24 @@
 """Distillation: an anchor ranks a list of documents as a teacher does that knows more than its vector."""
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from hncse_ray.objectives import checks
+from hncse_ray.objectives.share import WHOLE, Share
 from hncse_ray.objectives.similarity import (
     Columns,
+    Contrast,
     Metrics,
     as_metric,
     autocast_off,
     contrast,
     cross_entropy,
-    shared_metrics,
+    means,
+    of_rows,
+    shared_means,
 )
 
 ListLoss = Literal["kl", "margin_mse"]
@@ -34,6 +39,7 @@ def distillation(
     columns: Columns = "own",
     columns_mask: Tensor | None = None,
     batch_mask: Tensor | None = None,
+    share: Share = WHOLE,
 ) -> tuple[Tensor, Metrics]:
     """Bring the scores of each anchor with a list of documents to those of a teacher.
 
@@ -67,6 +73,7 @@ def distillation(
         columns: see `info_nce`.
         columns_mask: see `info_nce`.
         batch_mask: see `info_nce`.
+        share: see `info_nce`; the teacher's rows are those of the own anchors.
 
     Returns:
         The loss, and the metrics of `info_nce`; and `list_loss`, its mean over the anchors that have a list of at least
@@ -84,55 +91,60 @@ def distillation(
         raise ValueError(f"list_loss is {list_loss!r}; it must be 'kl' or 'margin_mse'")
     with autocast_off(z1):
         c = contrast(
-            z1, z2, negatives, negatives_mask, columns=columns, columns_mask=columns_mask, batch_mask=batch_mask
-        )
-        s_BL = torch.cat([c.batch_columns(c.s_BB), c.columns_BN], dim=1)
+            z1, z2, negatives, negatives_mask,
+            columns=columns, columns_mask=columns_mask, batch_mask=batch_mask, share=share,
+        )  # fmt: skip
         if teacher is None:
-            loss, accuracy = cross_entropy([s_BL], temperature=temperature)
-            nothing = loss.new_zeros(())
-            return loss, shared_metrics(c, accuracy) | _of_list(nothing, nothing, nothing)
-        checks.check_teacher(teacher, s_BL)
-        t_BL = teacher.to(s_BL.dtype)
-        itself_BL = torch.eye(*s_BL.shape, dtype=torch.bool, device=s_BL.device)
-        listed_BL = t_BL.isfinite() & (s_BL != -torch.inf) & ~itself_BL
-        t_BL = torch.where(listed_BL, t_BL, 0.0)
+            loss, is_highest_b, hardest_b = cross_entropy(c, c.z2_BD, temperature=temperature)
+            nothing = dict.fromkeys(("listed", "teacher_agreement", "list_loss"), as_metric(loss.new_zeros(())))
+            return loss, means(share, shared_means(c, is_highest_b, hardest_b)) | nothing
+        s_bL, own_bL = c.similarities()
+        checks.check_teacher(teacher, s_bL)
+        t_bL = teacher.to(s_bL.dtype)
+        listed_bL = t_bL.isfinite() & (s_bL != -torch.inf) & ~own_bL
+        t_bL = torch.where(listed_bL, t_bL, 0.0)
         differ = _kl if list_loss == "kl" else _margin_mse
-        safe_BL = torch.where(listed_BL, s_BL, 0.0)
-        loss_B = differ(safe_BL / temperature, t_BL / teacher_temperature, listed_BL)
-        has_B = listed_BL.sum(dim=1) > 1
-        mean = torch.where(has_B, loss_B, 0.0).sum() / has_B.sum().clamp(min=1)
+        safe_bL = torch.where(listed_bL, s_bL, 0.0)
+        loss_b = differ(safe_bL / temperature, t_bL / teacher_temperature, listed_bL)
+        has_b = listed_bL.sum(dim=1) > 1
+        mean = share.add(torch.where(has_b, loss_b, 0.0).sum() / share.add(has_b.sum()).clamp(min=1))
         loss = mean
-        repelled_BL = s_BL
-        if contrast_max_score is not None:
-            repelled_BL = s_BL.masked_fill(listed_BL & (t_BL > contrast_max_score), -torch.inf)
-        contrasted, accuracy = cross_entropy([repelled_BL], temperature=temperature)
+        repelled = c if contrast_max_score is None else _without(c, listed_bL & (t_bL > contrast_max_score))
+        contrasted, is_highest_b, _ = cross_entropy(repelled, c.z2_BD, temperature=temperature)
         if contrast_weight:
             loss = loss + contrast_weight * contrasted
-        return loss, shared_metrics(c, accuracy) | _of_list(mean, *_shares(s_BL, t_BL, listed_BL, has_B))
+        hardest_b = s_bL.detach().masked_fill(own_bL, -torch.inf)[:, : len(c.z2_BD)].amax(dim=1)
+        agreed_b = _best(s_bL, listed_bL) == _best(t_bL, listed_bL)
+        found = shared_means(c, is_highest_b, hardest_b)
+        found |= {"listed": of_rows(has_b), "teacher_agreement": of_rows(agreed_b, has_b)}
+        return loss, means(share, found) | {"list_loss": as_metric(mean)}
 
 
-def _kl(s_BL: Tensor, t_BL: Tensor, listed_BL: Tensor) -> Tensor:
+def _without(c: Contrast, near_bL: Tensor) -> Contrast:
+    """The same without the columns that a teacher finds near."""
+    B = len(c.z2_BD)
+    repelled_bB, repelled_bN = ~near_bL[:, :B], ~near_bL[:, B:]
+    if c.g_ND is not None:
+        return replace(c, masks=[*c.masks, repelled_bB], masks_of_all=[*c.masks_of_all, repelled_bN])
+    return replace(c, masks=[*c.masks, repelled_bB], s_bm=c.s_bm.masked_fill(~repelled_bN, -torch.inf))
+
+
+def _kl(s_bL: Tensor, t_bL: Tensor, listed_bL: Tensor) -> Tensor:
     """KL divergence of each anchor's list; only finite numbers are computed with, so gradients are finite."""
-    lowest = torch.finfo(s_BL.dtype).min
-    log_p_BL = s_BL.masked_fill(~listed_BL, lowest).log_softmax(dim=1)
-    log_q_BL = t_BL.masked_fill(~listed_BL, lowest).log_softmax(dim=1)
-    return torch.where(listed_BL, log_q_BL.exp() * (log_q_BL - log_p_BL), 0.0).sum(dim=1)
+    lowest = torch.finfo(s_bL.dtype).min
+    log_p_bL = s_bL.masked_fill(~listed_bL, lowest).log_softmax(dim=1)
+    log_q_bL = t_bL.masked_fill(~listed_bL, lowest).log_softmax(dim=1)
+    return torch.where(listed_bL, log_q_bL.exp() * (log_q_bL - log_p_bL), 0.0).sum(dim=1)
 
 
-def _margin_mse(s_BL: Tensor, t_BL: Tensor, listed_BL: Tensor) -> Tensor:
+def _margin_mse(s_bL: Tensor, t_bL: Tensor, listed_bL: Tensor) -> Tensor:
     """Mean over all pairs of a list: twice the variance times n / (n - 1)."""
-    count_B = listed_BL.sum(dim=1).clamp(min=1)
-    difference_BL = torch.where(listed_BL, s_BL - t_BL, 0.0)
-    mean_B1 = (difference_BL.sum(dim=1) / count_B).unsqueeze(1)
-    squares_B = torch.where(listed_BL, (difference_BL - mean_B1).square(), 0.0).sum(dim=1)
-    return 2 * squares_B / (count_B - 1).clamp(min=1)
+    count_b = listed_bL.sum(dim=1).clamp(min=1)
+    difference_bL = torch.where(listed_bL, s_bL - t_bL, 0.0)
+    mean_b1 = (difference_bL.sum(dim=1) / count_b).unsqueeze(1)
+    squares_b = torch.where(listed_bL, (difference_bL - mean_b1).square(), 0.0).sum(dim=1)
+    return 2 * squares_b / (count_b - 1).clamp(min=1)
 
 
-def _shares(s_BL: Tensor, t_BL: Tensor, listed_BL: Tensor, has_B: Tensor) -> tuple[Tensor, Tensor]:
-    best_B = s_BL.masked_fill(~listed_BL, -torch.inf).argmax(dim=1)
-    agreed_B = (best_B == t_BL.masked_fill(~listed_BL, -torch.inf).argmax(dim=1)) & has_B
-    return has_B.float().mean(), agreed_B.sum() / has_B.sum().clamp(min=1)
-
-
-def _of_list(loss: Tensor, listed: Tensor, agreement: Tensor) -> Metrics:
-    return {"list_loss": as_metric(loss), "listed": as_metric(listed), "teacher_agreement": as_metric(agreement)}
+def _best(scores_bL: Tensor, listed_bL: Tensor) -> Tensor:
+    return scores_bL.masked_fill(~listed_bL, -torch.inf).argmax(dim=1)

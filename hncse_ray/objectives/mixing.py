@@ -9,17 +9,19 @@ from torch import Tensor
 
 from hncse_ray.objectives import checks
 from hncse_ray.objectives.pairs import draw_pairs
+from hncse_ray.objectives.share import WHOLE, Share
 from hncse_ray.objectives.similarity import (
     MIN_NORM,
     Columns,
     Contrast,
     Metrics,
-    as_metric,
     autocast_off,
     contrast,
     cross_entropy,
+    means,
     normalise_or_keep,
-    shared_metrics,
+    of_rows,
+    shared_means,
 )
 
 # The norm of a mixed negative comes from a Gram matrix, whose fp32 rounding is about 1e-7 of a squared norm.
@@ -39,6 +41,7 @@ def positive_mixing(
     columns: Columns = "own",
     columns_mask: Tensor | None = None,
     batch_mask: Tensor | None = None,
+    share: Share = WHOLE,
 ) -> tuple[Tensor, Metrics]:
     """HNCSE-PM: mix the hardest negative into a positive that it rivals.
 
@@ -72,6 +75,7 @@ def positive_mixing(
             columns. The candidates of an anchor are the batch's and its own in each case.
         columns_mask: see `info_nce`.
         batch_mask: see `info_nce`.
+        share: see `info_nce`.
 
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 inputs), and the metrics of `info_nce` (similarities of the
@@ -84,13 +88,13 @@ def positive_mixing(
     _check_positive_mixing(temperature=temperature, margin=margin, w_pos=w_pos, w_neg=w_neg)
     with autocast_off(z1):
         c = contrast(
-            z1, z2, negatives, negatives_mask, columns=columns, columns_mask=columns_mask, batch_mask=batch_mask
-        )
-        positives_BD, shares = _mixed_positives(c, margin=margin, w_pos=w_pos, w_neg=w_neg)
-        loss, accuracy = cross_entropy(
-            [c.batch_columns(c.z1_BD @ positives_BD.T), c.columns_BN], temperature=temperature
-        )
-        return loss, shared_metrics(c, accuracy) | shares
+            z1, z2, negatives, negatives_mask,
+            columns=columns, columns_mask=columns_mask, batch_mask=batch_mask, share=share,
+        )  # fmt: skip
+        hardest = c.hardest(1)
+        positives_bD, shares = _mixed_positives(c, hardest, margin=margin, w_pos=w_pos, w_neg=w_neg)
+        loss, is_highest_b, _ = cross_entropy(c, share.gather(positives_bD), temperature=temperature)
+        return loss, means(share, shared_means(c, is_highest_b, hardest[0][:, 0]) | shares)
 
 
 def hard_negative_mixing(
@@ -108,6 +112,7 @@ def hard_negative_mixing(
     columns: Columns = "own",
     columns_mask: Tensor | None = None,
     batch_mask: Tensor | None = None,
+    share: Share = WHOLE,
 ) -> tuple[Tensor, Metrics]:
     """HNCSE-HNM: make harder negatives by mixing pairs of an anchor's hardest ones.
 
@@ -143,6 +148,7 @@ def hard_negative_mixing(
         columns: see `positive_mixing`.
         columns_mask: see `info_nce`.
         batch_mask: see `info_nce`.
+        share: see `info_nce`.
 
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 inputs), and the metrics of `info_nce` with
@@ -155,13 +161,15 @@ def hard_negative_mixing(
     _check_negative_mixing(temperature=temperature, k=k, n_mixes=n_mixes, alpha=alpha)
     with autocast_off(z1):
         c = contrast(
-            z1, z2, negatives, negatives_mask, columns=columns, columns_mask=columns_mask, batch_mask=batch_mask
-        )
+            z1, z2, negatives, negatives_mask,
+            columns=columns, columns_mask=columns_mask, batch_mask=batch_mask, share=share,
+        )  # fmt: skip
         masked = negatives_mask is not None or batch_mask is not None
         pairs = _pairs_or_draw(c, k, n_mixes, pairs=pairs, generator=generator, masked=masked)
-        mixes_Bs, mix_metrics = _mixed_negatives(c, pairs, k=k, alpha=alpha)
-        loss, accuracy = cross_entropy([c.batch_columns(c.s_BB), c.columns_BN, mixes_Bs], temperature=temperature)
-        return loss, shared_metrics(c, accuracy) | mix_metrics
+        hardest = c.hardest(c.available(k))
+        mixes_bs, of_mixes = _mixed_negatives(c, hardest, pairs, alpha=alpha)
+        loss, is_highest_b, _ = cross_entropy(c, c.z2_BD, mixes_bs, temperature=temperature)
+        return loss, means(share, shared_means(c, is_highest_b, hardest[0][:, 0]) | of_mixes)
 
 
 def hybrid(
@@ -182,6 +190,7 @@ def hybrid(
     columns: Columns = "own",
     columns_mask: Tensor | None = None,
     batch_mask: Tensor | None = None,
+    share: Share = WHOLE,
 ) -> tuple[Tensor, Metrics]:
     """HNCSE (arXiv 2411.12156): `positive_mixing` and `hard_negative_mixing` at once.
 
@@ -206,6 +215,7 @@ def hybrid(
         columns: see `positive_mixing`.
         columns_mask: see `info_nce`.
         batch_mask: see `info_nce`.
+        share: see `info_nce`.
 
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 inputs), and the metrics of both parts.
@@ -217,15 +227,16 @@ def hybrid(
     _check_negative_mixing(temperature=temperature, k=k, n_mixes=n_mixes, alpha=alpha)
     with autocast_off(z1):
         c = contrast(
-            z1, z2, negatives, negatives_mask, columns=columns, columns_mask=columns_mask, batch_mask=batch_mask
-        )
-        positives_BD, shares = _mixed_positives(c, margin=margin, w_pos=w_pos, w_neg=w_neg)
+            z1, z2, negatives, negatives_mask,
+            columns=columns, columns_mask=columns_mask, batch_mask=batch_mask, share=share,
+        )  # fmt: skip
+        hardest = c.hardest(c.available(k))
+        positives_bD, shares = _mixed_positives(c, hardest, margin=margin, w_pos=w_pos, w_neg=w_neg)
         masked = negatives_mask is not None or batch_mask is not None
         pairs = _pairs_or_draw(c, k, n_mixes, pairs=pairs, generator=generator, masked=masked)
-        mixes_Bs, mix_metrics = _mixed_negatives(c, pairs, k=k, alpha=alpha)
-        similarities = [c.batch_columns(c.z1_BD @ positives_BD.T), c.columns_BN, mixes_Bs]
-        loss, accuracy = cross_entropy(similarities, temperature=temperature)
-        return loss, shared_metrics(c, accuracy) | shares | mix_metrics
+        mixes_bs, of_mixes = _mixed_negatives(c, hardest, pairs, alpha=alpha)
+        loss, is_highest_b, _ = cross_entropy(c, share.gather(positives_bD), mixes_bs, temperature=temperature)
+        return loss, means(share, shared_means(c, is_highest_b, hardest[0][:, 0]) | shares | of_mixes)
 
 
 def _check_positive_mixing(*, temperature: float, margin: float, w_pos: float, w_neg: float) -> None:
@@ -242,57 +253,59 @@ def _check_negative_mixing(*, temperature: float, k: int, n_mixes: int, alpha: f
     checks.check_fraction("alpha", alpha)
 
 
-def _mixed_positives(c: Contrast, *, margin: float, w_pos: float, w_neg: float) -> tuple[Tensor, Metrics]:
-    """The positives [B, D] after mixing, and the share of anchors in each case."""
-    p_B = c.s_BB.diagonal()
-    q_B, slot_B = c.hardest()
-    h_BD = c.take(slot_B.unsqueeze(1)).squeeze(1)
+def _mixed_positives(
+    c: Contrast, hardest: tuple[Tensor, Tensor], *, margin: float, w_pos: float, w_neg: float
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """The positives [b, D] after mixing, and the share of anchors in each case."""
+    top_bk, slots_bk = hardest
+    h_bD = c.take(slots_bk[:, :1]).squeeze(1)
+    p_b = c.p_b
+    q_b = (c.z1_bD * h_bD).sum(dim=1).masked_fill(top_bk[:, 0] == -torch.inf, -torch.inf)
 
-    sum_B = p_B + q_B
+    sum_b = p_b + q_b
     # p > 0 first: with it, (p - q) / p > margin is p - q > margin * p, which needs no division.
-    weighted_B = (p_B > 0) & (p_B > q_B) & (p_B - q_B <= margin * p_B)
-    by_similarity_B = (p_B > 0) & (p_B <= q_B) & (sum_B >= MIN_NORM)
+    weighted_b = (p_b > 0) & (p_b > q_b) & (p_b - q_b <= margin * p_b)
+    by_similarity_b = (p_b > 0) & (p_b <= q_b) & (sum_b >= MIN_NORM)
 
-    safe_sum_B = torch.where(by_similarity_B, sum_B, 1.0)
-    of_positive_B = torch.where(by_similarity_B, p_B / safe_sum_B, w_pos)
-    of_negative_B = torch.where(by_similarity_B, q_B / safe_sum_B, w_neg)
-    mix_BD = of_positive_B.unsqueeze(1) * c.z2_BD + of_negative_B.unsqueeze(1) * h_BD
-    positives_BD, mixed_B = normalise_or_keep(mix_BD, c.z2_BD, chosen_B=weighted_B | by_similarity_B)
-    return positives_BD, {
-        "share_kept": (~mixed_B).float().mean(),
-        "share_weighted_mix": (mixed_B & weighted_B).float().mean(),
-        "share_similarity_mix": (mixed_B & by_similarity_B).float().mean(),
+    safe_sum_b = torch.where(by_similarity_b, sum_b, 1.0)
+    of_positive_b = torch.where(by_similarity_b, p_b / safe_sum_b, w_pos)
+    of_negative_b = torch.where(by_similarity_b, q_b / safe_sum_b, w_neg)
+    mix_bD = of_positive_b.unsqueeze(1) * c.z2_bD + of_negative_b.unsqueeze(1) * h_bD
+    positives_bD, mixed_b = normalise_or_keep(mix_bD, c.z2_bD, chosen_b=weighted_b | by_similarity_b)
+    return positives_bD, {
+        "share_kept": of_rows(~mixed_b),
+        "share_weighted_mix": of_rows(mixed_b & weighted_b),
+        "share_similarity_mix": of_rows(mixed_b & by_similarity_b),
     }
 
 
-def _mixed_negatives(c: Contrast, pairs_Bs2: Tensor, *, k: int, alpha: float) -> tuple[Tensor, Metrics]:
-    """Cosines of the mixed negatives to their anchors [B, s], -inf where there is no mix."""
-    k = _available(c, k)
-    used_B = c.count_B.clamp(max=k)
-    top_Bk, slots_Bk = c.candidates_BC.topk(k, dim=1)
-    s_Bk = top_Bk.masked_fill(top_Bk == -torch.inf, 0.0)
-    n_BkD = c.take(slots_Bk)
-    gram_Bkk = n_BkD @ n_BkD.transpose(1, 2)
-    norm_squared_Bk = gram_Bkk.diagonal(dim1=1, dim2=2)
+def _mixed_negatives(
+    c: Contrast, hardest: tuple[Tensor, Tensor], pairs_bs2: Tensor, *, alpha: float
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Cosines of the mixed negatives to their anchors [b, s], -inf where there is no mix."""
+    top_bk, slots_bk = hardest
+    k = top_bk.shape[1]
+    used_b = c.count_b.clamp(max=k)
+    n_bkD = c.take(slots_bk)
+    s_bk = (n_bkD @ c.z1_bD.unsqueeze(-1)).squeeze(-1).masked_fill(top_bk == -torch.inf, 0.0)
+    gram_bkk = n_bkD @ n_bkD.transpose(1, 2)
+    norm_squared_bk = gram_bkk.diagonal(dim1=1, dim2=2)
 
-    within_Bs = (pairs_Bs2 < used_B[:, None, None]).all(dim=2) & (used_B >= 2).unsqueeze(1)
-    a_Bs, b_Bs = pairs_Bs2.clamp(max=k - 1).unbind(dim=2)
+    within_bs = (pairs_bs2 < used_b[:, None, None]).all(dim=2) & (used_b >= 2).unsqueeze(1)
+    a_bs, b_bs = pairs_bs2.clamp(max=k - 1).unbind(dim=2)
     beta = 1.0 - alpha
-    mix_norm_squared_Bs = (
-        alpha**2 * norm_squared_Bk.gather(1, a_Bs)
-        + beta**2 * norm_squared_Bk.gather(1, b_Bs)
-        + 2 * alpha * beta * gram_Bkk.flatten(1).gather(1, a_Bs * k + b_Bs)
+    mix_norm_squared_bs = (
+        alpha**2 * norm_squared_bk.gather(1, a_bs)
+        + beta**2 * norm_squared_bk.gather(1, b_bs)
+        + 2 * alpha * beta * gram_bkk.flatten(1).gather(1, a_bs * k + b_bs)
     )
-    mixed_Bs = within_Bs & (mix_norm_squared_Bs >= _MIN_GRAM_NORM**2)
-    mix_norm_Bs = torch.where(mixed_Bs, mix_norm_squared_Bs, 1.0).sqrt()
-    cosine_Bs = (alpha * s_Bk.gather(1, a_Bs) + beta * s_Bk.gather(1, b_Bs)) / mix_norm_Bs
-
-    n_mixed = mixed_Bs.sum().clamp(min=1)
-    metrics = {
-        "mixed_negative_similarity": as_metric(torch.where(mixed_Bs, cosine_Bs, 0.0).sum() / n_mixed),
-        "candidates_used": used_B.float().mean(),
+    mixed_bs = within_bs & (mix_norm_squared_bs >= _MIN_GRAM_NORM**2)
+    mix_norm_bs = torch.where(mixed_bs, mix_norm_squared_bs, 1.0).sqrt()
+    cosine_bs = (alpha * s_bk.gather(1, a_bs) + beta * s_bk.gather(1, b_bs)) / mix_norm_bs
+    return cosine_bs.masked_fill(~mixed_bs, -torch.inf), {
+        "mixed_negative_similarity": of_rows(cosine_bs, mixed_bs),
+        "candidates_used": of_rows(used_b),
     }
-    return cosine_Bs.masked_fill(~mixed_Bs, -torch.inf), metrics
 
 
 def _pairs_or_draw(
@@ -304,15 +317,12 @@ def _pairs_or_draw(
     generator: torch.Generator | None,
     masked: bool,
 ) -> Tensor:
-    """The given pairs, checked, or drawn ones: int64 [B, n_mixes, 2] on the device of the anchors."""
-    available = _available(c, k)
+    """The given pairs, checked, or drawn ones: int64 [b, n_mixes, 2] on the device of the anchors."""
+    available = c.available(k)
     if pairs is None:
-        return draw_pairs(c.count_B.clamp(max=available), k=available, n_mixes=n_mixes, generator=generator)
-    checks.check_pairs(pairs, batch_size=c.z1_BD.shape[0], n_mixes=n_mixes)
+        used_b, batch_size = c.count_b.clamp(max=available), len(c.z2_BD)
+        how = {"k": available, "n_mixes": n_mixes, "start": c.share.start, "batch_size": batch_size}
+        return draw_pairs(used_b, generator=generator, **how)
+    checks.check_pairs(pairs, batch_size=c.z1_bD.shape[0], n_mixes=n_mixes)
     checks.check_pair_ranks(pairs, upper=k if masked else available)
-    return pairs.to(c.z1_BD.device)
-
-
-def _available(c: Contrast, k: int) -> int:
-    """k, or the number of candidate slots of an anchor where there are fewer."""
-    return min(k, c.candidates_BC.shape[1] - 1)
+    return pairs.to(c.z1_bD.device)

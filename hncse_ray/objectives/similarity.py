@@ -1,10 +1,10 @@
 """What all objectives share: precision, candidates and their similarities, cross entropy over columns.
 
-Shape letters: B anchors (the global batch), D embedding size, m global negatives of one anchor,
-N columns that global negatives add to an anchor's logits, C = B + m candidate slots of one anchor, k hardest
-candidates, s mixed negatives.
+Shape letters: B rows of the global batch, b of them this process's anchors (all B in one process), D embedding size,
+m global negatives of one anchor, N columns of everyone's negatives, k hardest candidates, e further columns.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hncse_ray.objectives import checks
+from hncse_ray.objectives.blocks import nearest, over_columns
+from hncse_ray.objectives.share import Share
 
 Metrics = dict[str, Tensor]
 
@@ -38,52 +40,83 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class Contrast:
-    """The anchors of a batch, their positives and candidates, and the similarities between them.
+    """The anchors of a process, their positives, and what they are compared to.
 
     Attributes:
-        z1_BD: anchors.
-        z2_BD: positives; row j is also an in-batch candidate of every anchor but j.
-        g_BmD: each anchor's own global negatives (m may be 0), zero where not usable.
-        s_BB: z1_i . z2_j.
-        s_Bm: z1_i . g_im, -inf where not usable.
-        usable_Bm: which of them are usable; None if no negatives were given.
-        columns_BN: the similarities of the global negatives that are columns of the logits, -inf where a
-            column takes no part: s_Bm for "own"; z1_i . g_jn in column j * m + n for "all"; none for "none".
-        candidates_BC: similarity of each anchor to its candidates N_i: slot j < B is z2_j (-inf for j = i
-            or if i does not repel j), slot B + j is the anchor's own negative j (-inf where not usable).
-        count_B: number of candidates of each anchor; B - 1 + m where nothing is masked.
-        repelled_BB: True where anchor i repels column j of the batch, and on the diagonal; None if it is everywhere.
+        share: which rows of the batch the anchors are.
+        z1_bD: anchors.
+        z2_bD: their positives.
+        z2_BD: those of the whole batch; row j is also an in-batch candidate of every anchor but j.
+        g_bmD: each anchor's own global negatives (m may be 0), zero where not usable.
+        p_b: z1_i . z2_i.
+        s_bm: z1_i . g_im, -inf where not usable.
+        usable_bm: which of them are usable; None if no negatives were given.
+        own_columns: whether the own negatives are columns of the logits.
+        g_ND: the global negatives of the whole batch, if all of them are columns; column j * m + n is g_jn.
+        masks_of_all: which of these an anchor repels, [b, N] each.
+        masks: which columns of the batch an anchor repels, [b, B] each; its own is not looked at.
+        count_b: number of candidates of each anchor; B - 1 + m where nothing is masked.
     """
 
-    z1_BD: Tensor
+    share: Share
+    z1_bD: Tensor
+    z2_bD: Tensor
     z2_BD: Tensor
-    g_BmD: Tensor
-    s_BB: Tensor
-    s_Bm: Tensor
-    usable_Bm: Tensor | None
-    columns_BN: Tensor
-    candidates_BC: Tensor
-    count_B: Tensor
-    repelled_BB: Tensor | None
+    g_bmD: Tensor
+    p_b: Tensor
+    s_bm: Tensor
+    usable_bm: Tensor | None
+    own_columns: bool
+    g_ND: Tensor | None
+    masks_of_all: Sequence[Tensor]
+    masks: Sequence[Tensor]
+    count_b: Tensor
 
-    def batch_columns(self, s_BB: Tensor) -> Tensor:
-        """Similarities to the batch's columns, mixed or not, as logits: -inf where an anchor does not repel one."""
-        return s_BB if self.repelled_BB is None else s_BB.masked_fill(~self.repelled_BB, -torch.inf)
+    def available(self, k: int) -> int:
+        """k, or the number of candidate slots of an anchor where there are fewer."""
+        return min(k, len(self.z2_BD) - 1 + self.g_bmD.shape[1])
 
-    def hardest(self) -> tuple[Tensor, Tensor]:
-        """Similarity q_i of each anchor's hardest candidate, and its slot; both [B]."""
-        q_B, slot_B = self.candidates_BC.max(dim=1)
-        return q_B, slot_B
+    def similarities(self) -> tuple[Tensor, Tensor]:
+        """To all columns at once, [b, L], for objectives that look at the whole of a row; and which are own ones.
 
-    def take(self, slots_Bk: Tensor) -> Tensor:
-        """The candidates in the given slots of each anchor, [B, k, D], with gradient."""
+        First those of the batch, then the global negatives; -inf where a column takes no part.
+        """
+        own_bB = torch.zeros(len(self.z1_bD), len(self.z2_BD), dtype=torch.bool, device=self.z1_bD.device)
+        own_bB.diagonal(self.share.start).fill_(True)
+        s_bB = self.z1_bD @ self.z2_BD.T
+        for mask_bB in self.masks:
+            s_bB = s_bB.masked_fill(~(mask_bB | own_bB), -torch.inf)
+        negatives_bN = self.s_bm if self.own_columns else self.s_bm[:, :0]
+        if self.g_ND is not None:
+            negatives_bN = self.z1_bD @ self.g_ND.T
+            for mask_bN in self.masks_of_all:
+                negatives_bN = negatives_bN.masked_fill(~mask_bN, -torch.inf)
+        return torch.cat([s_bB, negatives_bN], dim=1), F.pad(own_bB, (0, negatives_bN.shape[1]))
+
+    def hardest(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k hardest candidates of each anchor, the hardest first.
+
+        Returns:
+            Their similarities [b, k] without gradient, -inf where an anchor has fewer, and their slots: j < B is z2_j,
+            B + n the anchor's own negative n.
+        """
+        B = len(self.z2_BD)
+        in_batch_bk, slots_bk = nearest(
+            self.z1_bD, self.z2_BD, k=min(k, B), own_from=self.share.start, masks=self.masks
+        )
+        own_bm = torch.arange(B, B + self.s_bm.shape[1], device=slots_bk.device).expand(len(slots_bk), -1)
+        top_bk, order_bk = torch.cat([in_batch_bk, self.s_bm.detach()], dim=1).topk(k, dim=1)
+        return top_bk, torch.cat([slots_bk, own_bm], dim=1).gather(1, order_bk)
+
+    def take(self, slots_bk: Tensor) -> Tensor:
+        """The candidates in the given slots of each anchor, [b, k, D], with gradient."""
         B, D = self.z2_BD.shape
-        in_batch_BkD = F.embedding(slots_Bk.clamp(max=B - 1), self.z2_BD)
-        if self.g_BmD.shape[1] == 0:
-            return in_batch_BkD
-        own_Bk = (slots_Bk - B).clamp(min=0)
-        own_BkD = self.g_BmD.gather(1, own_Bk.unsqueeze(-1).expand(-1, -1, D))
-        return torch.where((slots_Bk < B).unsqueeze(-1), in_batch_BkD, own_BkD)
+        in_batch_bkD = F.embedding(slots_bk.clamp(max=B - 1), self.z2_BD)
+        if self.g_bmD.shape[1] == 0:
+            return in_batch_bkD
+        own_bk = (slots_bk - B).clamp(min=0)
+        own_bkD = self.g_bmD.gather(1, own_bk.unsqueeze(-1).expand(-1, -1, D))
+        return torch.where((slots_bk < B).unsqueeze(-1), in_batch_bkD, own_bkD)
 
 
 def contrast(
@@ -95,8 +128,9 @@ def contrast(
     columns: Columns,
     columns_mask: Tensor | None,
     batch_mask: Tensor | None,
+    share: Share,
 ) -> Contrast:
-    """Check the embeddings, bring them to the working dtype and compare every anchor to its candidates.
+    """Check the embeddings, bring them to the working dtype and gather what all anchors are compared to.
 
     The candidates are the same whatever `columns` says: it only decides which negatives an anchor repels.
 
@@ -105,86 +139,120 @@ def contrast(
     Raises:
         ValueError: shapes or dtypes do not fit together, B < 2, or `columns` is unknown.
     """
-    checks.check_views(z1, z2=z2)
+    checks.check_views(z1, z2=z2, fewest=2 if share.processes == 1 else 1)
     checks.check_negatives(z1, negatives, negatives_mask)
-    checks.check_columns(columns, negatives, columns_mask)
-    checks.check_batch_mask(z1, batch_mask)
-    B, D = z1.shape
-    g_BmD = z1.new_empty(B, 0, D) if negatives is None else negatives
-    dtype = working_dtype(z1, z2, g_BmD)
-    z1_BD, z2_BD, g_BmD = z1.to(dtype), z2.to(dtype), g_BmD.to(dtype)
-    m = g_BmD.shape[1]
+    b, D = z1.shape
+    g_bmD = z1.new_empty(b, 0, D) if negatives is None else negatives
+    dtype = working_dtype(z1, z2, g_bmD)
+    z1_bD, z2_bD, g_bmD = z1.to(dtype), z2.to(dtype), g_bmD.to(dtype)
+    m = g_bmD.shape[1]
+    z2_BD = share.gather(z2_bD)
+    B = len(z2_BD)
+    checks.check_columns(columns, negatives, columns_mask, batch_size=B)
+    checks.check_batch_mask(z1, batch_mask, batch_size=B)
 
-    usable_Bm = None if negatives is None else torch.ones(B, m, dtype=torch.bool, device=z1.device)
-    count_B = torch.full((B,), B - 1 + m, device=z1.device)
+    usable_bm = None if negatives is None else torch.ones(b, m, dtype=torch.bool, device=z1.device)
     if negatives_mask is not None:
-        usable_Bm = negatives_mask
+        usable_bm = negatives_mask
         # Padding may hold anything, NaN included, and 0 * NaN would reach z1's gradient: blank it first.
-        g_BmD = torch.where(negatives_mask.unsqueeze(-1), g_BmD, 0.0)
-        count_B = B - 1 + negatives_mask.sum(dim=1)
-
-    s_BB = z1_BD @ z2_BD.T
-    s_Bm = (g_BmD @ z1_BD.unsqueeze(-1)).squeeze(-1)
+        g_bmD = torch.where(negatives_mask.unsqueeze(-1), g_bmD, 0.0)
+    s_bm = (g_bmD @ z1_bD.unsqueeze(-1)).squeeze(-1)
+    count_b = torch.full((b,), B - 1 + m, device=z1.device)
     if negatives_mask is not None:
-        s_Bm = s_Bm.masked_fill(~negatives_mask, -torch.inf)
-    itself_BB = torch.eye(B, dtype=torch.bool, device=z1.device)
-    repelled_BB, no_candidate_BB = None, itself_BB
+        s_bm = s_bm.masked_fill(~negatives_mask, -torch.inf)
+        count_b = B - 1 + negatives_mask.sum(dim=1)
     if batch_mask is not None:
-        repelled_BB = batch_mask | itself_BB
-        no_candidate_BB = ~batch_mask | itself_BB
-        count_B = count_B - (no_candidate_BB.sum(dim=1) - 1)
-    candidates_BC = torch.cat([s_BB.masked_fill(no_candidate_BB, -torch.inf), s_Bm], dim=1)
+        count_b = count_b - (B - 1) + batch_mask.sum(dim=1) - batch_mask.diagonal(share.start).int()
 
-    if columns == "own":
-        columns_BN = s_Bm
-    elif columns == "none":
-        columns_BN = s_Bm[:, :0]
-    else:
-        columns_BN = z1_BD @ g_BmD.reshape(B * m, D).T
+    g_ND, masks_of_all = None, []
+    if columns == "all" and m:
+        g_ND = share.gather(g_bmD).flatten(0, 1)
         if negatives_mask is not None:
-            columns_BN = columns_BN.masked_fill(~negatives_mask.reshape(B * m), -torch.inf)
+            masks_of_all.append(share.gather(negatives_mask).flatten().expand(b, -1))
         if columns_mask is not None:
-            columns_BN = columns_BN.masked_fill(~columns_mask, -torch.inf)
-    return Contrast(z1_BD, z2_BD, g_BmD, s_BB, s_Bm, usable_Bm, columns_BN, candidates_BC, count_B, repelled_BB)
+            masks_of_all.append(columns_mask)
+    return Contrast(
+        share=share,
+        z1_bD=z1_bD,
+        z2_bD=z2_bD,
+        z2_BD=z2_BD,
+        g_bmD=g_bmD,
+        p_b=(z1_bD * z2_bD).sum(dim=1),
+        s_bm=s_bm,
+        usable_bm=usable_bm,
+        own_columns=columns == "own",
+        g_ND=g_ND,
+        masks_of_all=masks_of_all,
+        masks=[] if batch_mask is None else [batch_mask],
+        count_b=count_b,
+    )
 
 
-def cross_entropy(columns: list[Tensor], *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Mean cross entropy of the columns' similarities over the temperature; row i has label i.
+def cross_entropy(
+    c: Contrast, positives_BD: Tensor, further: Tensor | None = None, *, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean cross entropy of the columns' similarities over the temperature; the label of row i is column i.
 
     Args:
-        columns: similarities [B, any], side by side; the first is [B, B] and holds the positives on its
-            diagonal. Entries of -inf take no part.
+        c: the anchors, and their global negatives, which are columns as `columns` said.
+        positives_BD: columns of all rows, row i the positive of i.
+        further: similarities [b, e] to columns of each anchor alone; those of -inf take no part.
         temperature: divides the similarities.
 
     Returns:
-        The loss, and the contrastive accuracy: the share of rows whose label is strictly the highest, so
-        that a collapsed encoder, where all are equal, scores 0.
+        The loss over the batch. Of each anchor [b], whether its label is strictly the highest, so that a collapsed
+        encoder, where all are equal, scores 0; and the highest similarity to another's positive, without gradient.
     """
-    logits_BN = torch.cat(columns, dim=1) / temperature
-    labels_B = torch.arange(logits_BN.shape[0], device=logits_BN.device)
-    loss = F.cross_entropy(logits_BN, labels_B)
-    ranked_BN = logits_BN.detach()
-    at_least_label_B = (ranked_BN >= ranked_BN.diagonal().unsqueeze(1)).sum(dim=1)
-    return loss, (at_least_label_B == 1).float().mean()
+    others_b, label_b, hardest_b = over_columns(
+        c.z1_bD, positives_BD, temperature=temperature, own_from=c.share.start, masks=c.masks
+    )
+    logits, rivals = [label_b.unsqueeze(1) / temperature, others_b.unsqueeze(1)], [hardest_b.unsqueeze(1)]
+    if c.g_ND is not None:
+        others_b, _, highest_b = over_columns(c.z1_bD, c.g_ND, temperature=temperature, masks=c.masks_of_all)
+        logits.append(others_b.unsqueeze(1))
+        rivals.append(highest_b.unsqueeze(1))
+    for s_be in (c.s_bm if c.own_columns else None, further):
+        if s_be is None:
+            continue
+        logits.append(s_be / temperature)
+        rivals.append(s_be.detach())
+    rows_be = torch.cat(logits, dim=1)
+    of_row_b = torch.logsumexp(rows_be, dim=1) - rows_be[:, 0]
+    is_highest_b = label_b.detach() > torch.cat(rivals, dim=1).amax(dim=1)
+    return c.share.add(of_row_b.sum() / len(c.z2_BD)), is_highest_b, hardest_b
 
 
-def shared_metrics(c: Contrast, accuracy: Tensor) -> Metrics:
-    """The metrics that every objective reports; their names depend on whether negatives were given alone."""
-    metrics = {
-        "positive_similarity": as_metric(c.s_BB.diagonal().mean()),
-        "hardest_negative_similarity": as_metric(_mean_of_finite(c.candidates_BC.amax(dim=1))),
-        "contrastive_accuracy": as_metric(accuracy),
+def shared_means(c: Contrast, is_highest_b: Tensor, hardest_b: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """The metrics that every objective reports, for `means`; their names depend on whether negatives were given alone.
+
+    Args:
+        c: the anchors.
+        is_highest_b: see `cross_entropy`.
+        hardest_b: similarity of the hardest candidate of the batch, or of all; -inf if there is none.
+    """
+    hardest_b = torch.maximum(hardest_b, c.s_bm.detach().amax(dim=1)) if c.s_bm.shape[1] else hardest_b
+    found = {
+        "positive_similarity": of_rows(c.p_b),
+        "hardest_negative_similarity": of_rows(hardest_b, hardest_b != -torch.inf),
+        "contrastive_accuracy": of_rows(is_highest_b),
     }
-    if c.usable_Bm is not None:
-        usable_s_Bm = torch.where(c.usable_Bm, c.s_Bm, 0.0)
-        metrics["negative_similarity"] = as_metric(usable_s_Bm.sum() / c.usable_Bm.sum().clamp(min=1))
-    return metrics
+    if c.usable_bm is not None:
+        found["negative_similarity"] = of_rows(c.s_bm, c.usable_bm)
+    return found
 
 
-def _mean_of_finite(q_B: Tensor) -> Tensor:
-    """The mean over the anchors that have a candidate, 0 if none has."""
-    has_B = q_B != -torch.inf
-    return torch.where(has_B, q_B, 0.0).sum() / has_B.sum().clamp(min=1)
+def of_rows(values: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sum and number of the values, or of those that count; what the others hold is not looked at."""
+    if counted is None:
+        counted = torch.ones_like(values, dtype=torch.bool)
+    return torch.where(counted, values.detach(), 0).sum(), counted.sum()
+
+
+def means(share: Share, found: dict[str, tuple[Tensor, Tensor]]) -> Metrics:
+    """Means over all processes from sums and numbers of this one's; 0 where the number is 0."""
+    dtype = working_dtype(*(total for total, _ in found.values()))
+    pairs = share.add(torch.stack([torch.stack([total.to(dtype), n.to(dtype)]) for total, n in found.values()]))
+    return {name: as_metric(total / n.clamp(min=1)) for name, (total, n) in zip(found, pairs, strict=True)}
 
 
 def as_metric(value: Tensor) -> Tensor:
@@ -192,16 +260,16 @@ def as_metric(value: Tensor) -> Tensor:
     return value.detach().to(torch.float32)
 
 
-def normalise_or_keep(mix_BD: Tensor, kept_BD: Tensor, *, chosen_B: Tensor) -> tuple[Tensor, Tensor]:
+def normalise_or_keep(mix_bD: Tensor, kept_bD: Tensor, *, chosen_b: Tensor) -> tuple[Tensor, Tensor]:
     """Unit-norm mixes where they are chosen and have a direction, the kept rows elsewhere.
 
     A row that is not mixed gets no gradient, and so no NaN, from the norm of its mix.
 
     Returns:
-        The rows [B, D], and which of them are mixes [B].
+        The rows [b, D], and which of them are mixes [b].
     """
-    norm_squared_B = mix_BD.square().sum(dim=1)
-    mixed_B = chosen_B & (norm_squared_B >= MIN_NORM**2)
-    norm_B = torch.where(mixed_B, norm_squared_B, 1.0).sqrt()
-    rows_BD = torch.where(mixed_B.unsqueeze(1), mix_BD / norm_B.unsqueeze(1), kept_BD)
-    return rows_BD, mixed_B
+    norm_squared_b = mix_bD.square().sum(dim=1)
+    mixed_b = chosen_b & (norm_squared_b >= MIN_NORM**2)
+    norm_b = torch.where(mixed_b, norm_squared_b, 1.0).sqrt()
+    rows_bD = torch.where(mixed_b.unsqueeze(1), mix_bD / norm_b.unsqueeze(1), kept_bD)
+    return rows_bD, mixed_b

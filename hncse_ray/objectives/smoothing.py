@@ -6,12 +6,18 @@ import torch
 from torch import Tensor
 
 from hncse_ray.objectives import checks
-from hncse_ray.objectives.contrastive import info_nce
+from hncse_ray.objectives.blocks import nearest
+from hncse_ray.objectives.share import WHOLE, Share
 from hncse_ray.objectives.similarity import (
     Metrics,
     as_metric,
     autocast_off,
+    contrast,
+    cross_entropy,
+    means,
     normalise_or_keep,
+    of_rows,
+    shared_means,
     working_dtype,
 )
 
@@ -28,6 +34,7 @@ def instance_smoothing(
     neighbours: Tensor | None = None,
     neighbours_mask: Tensor | None = None,
     batch_mask: Tensor | None = None,
+    share: Share = WHOLE,
 ) -> tuple[Tensor, Metrics, Tensor | None]:
     """Contrast anchors with their positives, and with averages over each positive's neighbourhood.
 
@@ -61,6 +68,7 @@ def instance_smoothing(
         neighbours: each positive's neighbours, unit-norm [B, g, D], without the sentence itself; g may be 0.
         neighbours_mask: bool [B, g], True where a neighbour is usable; what the others hold is not looked at.
         batch_mask: see `info_nce`; in both terms.
+        share: see `info_nce`. The buffer is the same for all, and what is pushed to it are the rows of all.
 
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 inputs); the metrics of `info_nce(z1, z2)` with
@@ -72,29 +80,32 @@ def instance_smoothing(
         ValueError: shapes or dtypes do not fit together, B < 2, a number is out of its range, or there is
             neither a buffer nor neighbours.
     """
-    _check_smoothing(z1, z2, attention_temperature, weight)
-    checks.check_neighbours(z1, neighbours, neighbours_mask)
-    if neighbours is not None:
-        group_BgD, usable_Bg = _given(neighbours, neighbours_mask)
-        active = usable_Bg.any(dim=1).float().mean()
-    else:
-        if buffer is None:
-            raise ValueError("buffer is None and neighbours is None; one of them must be given")
-        _check_buffer(z1, buffer, group_size)
-        buffer = _push(buffer, z2)
-        group_BgD, usable_Bg = _nearest(z1, z2, buffer, group_size=group_size)
-        active = (buffer[0] != 0).any()
-
-    base, metrics = info_nce(z1, z2, temperature=temperature, batch_mask=batch_mask)
+    checks.check_positive("temperature", temperature)
+    checks.check_positive("attention_temperature", attention_temperature)
+    checks.check_at_least("weight", weight, 0)
     with autocast_off(z1):
-        dtype = working_dtype(z1, z2, group_BgD)
-        smoothed_BD = _average(
-            z2.to(dtype), group_BgD.to(dtype), usable_Bg, attention_temperature=attention_temperature
+        c = contrast(z1, z2, None, None, columns="own", columns_mask=None, batch_mask=batch_mask, share=share)
+        checks.check_neighbours(z1, neighbours, neighbours_mask)
+        if neighbours is not None:
+            group_bgD, usable_bg = _given(neighbours, neighbours_mask)
+            has_neighbours_b = usable_bg.any(dim=1)
+        else:
+            if buffer is None:
+                raise ValueError("buffer is None and neighbours is None; one of them must be given")
+            _check_buffer(z1, buffer, group_size)
+            buffer = _push(buffer, c.z2_BD)
+            group_bgD, usable_bg = _nearest(c.z2_bD, buffer, group_size=group_size)
+            has_neighbours_b = (buffer[0] != 0).any().expand(len(z1))
+        base, is_highest_b, hardest_b = cross_entropy(c, c.z2_BD, temperature=temperature)
+        dtype = working_dtype(c.z2_bD, group_bgD)
+        smoothed_bD = _average(
+            c.z2_bD.to(dtype), group_bgD.to(dtype), usable_bg, attention_temperature=attention_temperature
         )
-    smoothed, _ = info_nce(z1, smoothed_BD, temperature=temperature, batch_mask=batch_mask)
+        smoothed, _, _ = cross_entropy(c, share.gather(smoothed_bD), temperature=temperature)
+        found = shared_means(c, is_highest_b, hardest_b) | {"smoothing_active": of_rows(has_neighbours_b)}
+        metrics = means(share, found)
     # A choice on the device: asking for the flag here would make the host wait at every step.
-    smoothed = torch.where(active > 0, smoothed, 0.0)
-    metrics["smoothing_active"] = as_metric(active)
+    smoothed = torch.where(metrics["smoothing_active"] > 0, smoothed, 0.0)
     metrics["smoothing_loss"] = as_metric(smoothed)
     return base + weight * smoothed, metrics, buffer
 
@@ -121,12 +132,6 @@ def cosine_ramp(step: int, total_steps: int, *, start: float, end: float) -> flo
     return end + (start - end) * math.cos(math.pi * step / total_steps)
 
 
-def _check_smoothing(z1: Tensor, z2: Tensor, attention_temperature: float, weight: float) -> None:
-    checks.check_views(z1, z2=z2)
-    checks.check_positive("attention_temperature", attention_temperature)
-    checks.check_at_least("weight", weight, 0)
-
-
 def _check_buffer(z1: Tensor, buffer: Tensor, group_size: int) -> None:
     if buffer.ndim != 2 or buffer.shape[1] != z1.shape[1]:
         raise ValueError(f"buffer has shape {tuple(buffer.shape)}; it must be [K, D] with D = {z1.shape[1]}")
@@ -144,13 +149,13 @@ def _push(buffer_KD: Tensor, z_BD: Tensor) -> Tensor:
     return torch.cat([kept_KD, z_BD.detach()[-K:].to(buffer_KD.dtype)])
 
 
-def _nearest(z1: Tensor, z2: Tensor, buffer: Tensor, *, group_size: int) -> tuple[Tensor, Tensor]:
-    """The neighbours of each positive in the buffer after the nearest row, [B, g, D], all usable [B, g]."""
-    with autocast_off(z1):
-        dtype = working_dtype(z1, z2, buffer)
-        buffer_KD = buffer.to(dtype)
-        nearest_Bg = (z2.detach().to(dtype) @ buffer_KD.T).topk(group_size + 1, dim=1).indices[:, 1:]
-    return buffer_KD[nearest_Bg], torch.ones_like(nearest_Bg, dtype=torch.bool)
+def _nearest(z2_bD: Tensor, buffer: Tensor, *, group_size: int) -> tuple[Tensor, Tensor]:
+    """The neighbours of each positive in the buffer after the nearest row, [b, g, D], all usable [b, g]."""
+    dtype = working_dtype(z2_bD, buffer)
+    buffer_KD = buffer.to(dtype)
+    _, nearest_bG = nearest(z2_bD.to(dtype), buffer_KD, k=group_size + 1)
+    nearest_bg = nearest_bG[:, 1:]
+    return buffer_KD[nearest_bg], torch.ones_like(nearest_bg, dtype=torch.bool)
 
 
 def _given(neighbours_BgD: Tensor, usable_Bg: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -169,5 +174,5 @@ def _average(z2_BD: Tensor, neighbours_BgD: Tensor, usable_Bg: Tensor, *, attent
     attention_BG = torch.softmax(torch.cat([own_B1, others_Bg], dim=1) / attention_temperature, dim=1)
     others_BD = (attention_BG[:, 1:].unsqueeze(1) @ neighbours_BgD).squeeze(1)
     sum_BD = attention_BG[:, :1] * z2_BD + others_BD
-    smoothed_BD, _ = normalise_or_keep(sum_BD, z2_BD, chosen_B=usable_Bg.any(dim=1))
+    smoothed_BD, _ = normalise_or_keep(sum_BD, z2_BD, chosen_b=usable_Bg.any(dim=1))
     return smoothed_BD

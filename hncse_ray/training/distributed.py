@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from hncse_ray.config import Side
 from hncse_ray.encoder import SentenceEncoder, length_batches
 from hncse_ray.errors import HncseError
+from hncse_ray.objectives import Share
 
 Value = TypeVar("Value")
 
@@ -39,24 +41,44 @@ def rank() -> int:
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        ctx.start, ctx.rows = sum(sizes[: rank()]), rows.shape[0]
-        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
-        padded[: rows.shape[0]] = rows
+        ctx.sizes = sizes
+        padded = _padded(rows, max(sizes))
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return grad_outputs[0][ctx.start : ctx.start + ctx.rows], None
+        parts = [_padded(part, max(ctx.sizes)) for part in torch.split(grad_outputs[0], ctx.sizes)]
+        own = torch.empty_like(parts[0])
+        dist.reduce_scatter(own, parts)
+        return own[: ctx.sizes[rank()]], None
+
+
+class _AddUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        return grad_outputs[0]
+
+
+def _padded(rows: Tensor, size: int) -> Tensor:
+    if len(rows) == size:
+        return rows.contiguous()
+    padded = rows.new_zeros((size, *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    return padded
 
 
 def gather_rows(rows: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Concatenate every rank's rows in rank order; gradient flows to the local ones.
+    """Concatenate every rank's rows in rank order, with gradient: what flows to a row on any rank is added up.
 
-    Each rank computes the same loss from the same global rows, so the gradient of the local rows is complete
-    as it stands: summed over ranks (DDP's mean times the number of ranks) the parameters' gradient is that of one
-    process with the whole batch. No communication is needed backwards.
+    All ranks must push gradient through it, or none.
 
     Args:
         rows: ``[b, ...]``, this rank's rows.
@@ -69,6 +91,36 @@ def gather_rows(rows: Tensor, sizes: Sequence[int]) -> Tensor:
         return rows
     gathered: Tensor = _GatherRows.apply(rows, tuple(sizes))  # type: ignore[no-untyped-call]
     return gathered
+
+
+@dataclass(frozen=True)
+class RankShare(Share):
+    """This rank's rows of a global batch.
+
+    Summed over the ranks (DDP's mean times their number) the parameters' gradient is that of one process with the whole
+    batch: each computes the loss of its own rows, and what it finds for the columns of others goes back to these.
+
+    Attributes:
+        sizes: rows of every rank.
+    """
+
+    sizes: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, sizes: tuple[int, ...]) -> RankShare:
+        """Return the share of this rank."""
+        return cls(start=sum(sizes[: rank()]), processes=world_size(), sizes=sizes)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """See :func:`gather_rows`."""
+        return gather_rows(rows, self.sizes)
+
+    def add(self, value: Tensor) -> Tensor:
+        """Add the values of all ranks up; gradient is that of the own."""
+        if world_size() == 1:
+            return value
+        total: Tensor = _AddUp.apply(value)  # type: ignore[no-untyped-call]
+        return total
 
 
 class ShardedEncode:

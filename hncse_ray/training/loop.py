@@ -32,7 +32,7 @@ from hncse_ray.training.batch import local_batch
 from hncse_ray.training.checkpoint import Resumed, RunStore, Wish, read_newest, write_checkpoint
 from hncse_ray.training.choice import Candidate, ExportChoice
 from hncse_ray.training.cloze import cloze_dev, hold_out
-from hncse_ray.training.distributed import ShardedEncode, from_first, raise_together, world_size
+from hncse_ray.training.distributed import ShardedEncode, from_first, gather_rows, raise_together, world_size
 from hncse_ray.training.evaluator import EvaluationSets, Measured, Split
 from hncse_ray.training.export import write_model
 from hncse_ray.training.guards import Guards, batch_uniformity
@@ -141,6 +141,7 @@ class _Trainer:
             # Logged before every evaluation and checkpoint too: then a resumed run writes the same lines.
             due = map(self._due, (train.log_every_steps, train.evaluate_every_steps, train.checkpoint_every_steps))
             if (last or any(due)) and self.log.steps:
+                self.log.gather()
                 from_first(self._write_log)
                 self.log = _Log()
                 wish = max(wish, self.store.wish())
@@ -165,8 +166,8 @@ class _Trainer:
                 chunk_size=train.grad_cache_chunk_size,
             )
             batches = self._next_batches()
-            metrics, z1_BD = train_step(self.model, self.optimizer, batches, context, max_grad_norm=train.max_grad_norm)
-            self.log.add(metrics, z1_BD, sum(sum(b.sizes) for b in batches), float(self.schedule.get_last_lr()[0]))
+            metrics, z1_bD = train_step(self.model, self.optimizer, batches, context, max_grad_norm=train.max_grad_norm)
+            self.log.add(metrics, z1_bD, [b.sizes for b in batches], float(self.schedule.get_last_lr()[0]))
             self.schedule.step()
             state.step += 1
             self.log.seconds += time.perf_counter() - started
@@ -360,19 +361,26 @@ class _Log:
         self.seconds = 0.0
         self.learning_rate = 0.0
         self._metrics: list[Metrics] = []
-        self._last_z1_BD: Tensor | None = None
+        self._z1_bD: Tensor | None = None
+        self._sizes: tuple[int, ...] = ()
+        self._z1_BD: Tensor | None = None
 
-    def add(self, metrics: Metrics, z1_BD: Tensor, sentences: int, learning_rate: float) -> None:
+    def add(self, metrics: Metrics, z1_bD: Tensor, sizes: Sequence[tuple[int, ...]], learning_rate: float) -> None:
         self.steps += 1
-        self.sentences += sentences
+        self.sentences += sum(map(sum, sizes))
         self.learning_rate = learning_rate
         self._metrics.append(metrics)
-        self._last_z1_BD = z1_BD
+        self._z1_bD, self._sizes = z1_bD, sizes[-1]
+
+    def gather(self) -> None:
+        """Get the last batch of all ranks; on all of them, before its means are asked for."""
+        assert self._z1_bD is not None
+        self._z1_BD = gather_rows(self._z1_bD, self._sizes)
 
     def means(self) -> dict[str, float]:
         """Return the means, and the uniformity of the last batch."""
-        assert self._last_z1_BD is not None
-        uniformity = batch_uniformity(self._last_z1_BD)
+        assert self._z1_BD is not None
+        uniformity = batch_uniformity(self._z1_BD)
         names = list(self._metrics[0])
         values = torch.stack([torch.stack([m[name].float() for name in names]) for m in self._metrics]).mean(dim=0)
         return dict(zip(names, values.tolist(), strict=True)) | {"uniformity": float(uniformity)}

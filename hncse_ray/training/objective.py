@@ -14,23 +14,24 @@ from torch import Tensor
 from hncse_ray import objectives
 from hncse_ray.config import InstanceSmoothing, ObjectiveSettings, OwnObjective, Settings
 from hncse_ray.errors import SettingsError
+from hncse_ray.objectives import Share
 from hncse_ray.training.own_objective import OwnFunction
 
 Metrics = dict[str, Tensor]
 
 _OF_NEIGHBOURS = ("negatives", "negatives_mask", "columns", "columns_mask", "teacher")
-GIVEN = (*_OF_NEIGHBOURS, "batch_mask", "generator", "step", "total_steps")
+GIVEN = (*_OF_NEIGHBOURS, "batch_mask", "generator", "step", "total_steps", "share")
 """What a run gives to an objective whose signature names it, beside its settings."""
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Global neighbours of a batch's anchors.
+    """Global neighbours of this rank's B anchors, or of all.
 
     Attributes:
         vectors_BmD: unit norm; zero where not usable.
         mask_Bm: which are usable.
-        columns_mask: ``[B, B * m]``, where every anchor is repelled from everyone's: from which of them.
+        columns_mask: where every anchor is repelled from everyone's: from which, by anchor.
         teacher_BL: what a teacher scores the columns of each anchor, first the batch's; None if there is none.
     """
 
@@ -39,9 +40,18 @@ class Neighbours:
     columns_mask: Tensor | None
     teacher_BL: Tensor | None = None
 
+    def of_all(self, share: Share) -> Neighbours:
+        """Return those of all ranks."""
+        masks_and_teacher = (
+            None if rows is None else share.gather(rows) for rows in (self.columns_mask, self.teacher_BL)
+        )
+        return Neighbours(share.gather(self.vectors_BmD), share.gather(self.mask_Bm), *masks_and_teacher)
+
 
 class Objective:
-    """Callable on the views of a global batch; what it remembers is in :meth:`state_dict`.
+    """Callable on a rank's views of a global batch; what it remembers is in :meth:`state_dict`.
+
+    A function that takes a ``share`` is given the rank's own rows, any other the rows of all ranks.
 
     Args:
         settings: which objective, and its settings.
@@ -94,25 +104,31 @@ class Objective:
         neighbours: Neighbours | None = None,
         *,
         batch_mask: Tensor | None = None,
+        share: Share = objectives.WHOLE,
         step: int,
         total_steps: int,
         generator: torch.Generator,
     ) -> tuple[Tensor, Metrics]:
-        """Compute the loss of one global batch.
+        """Compute the loss of one global batch; its gradient is this rank's part, the sum over ranks the whole.
 
         Args:
-            views: ``views`` tensors ``[B, D]``, unit-norm rows.
+            views: ``views`` tensors ``[b, D]``, unit-norm rows.
             neighbours: of the anchors, from the whole corpus; what they are used for depends on the objective.
-            batch_mask: bool ``[B, B]``, which rows of the batch may repel each other; None = all.
+            batch_mask: bool ``[b, B]``, which rows of the batch these may repel; None = all.
+            share: which rows of the batch these are.
             step: optimiser steps taken so far.
             total_steps: optimiser steps of the run; schedules of the objective end there.
             generator: decides random pairs; seeded alike on every rank.
 
         Returns:
-            Loss (scalar) and detached metrics.
+            Loss (scalar) and detached metrics, the same on all ranks.
         """
         s = self.settings
-        given = self._given(neighbours) | {"batch_mask": batch_mask}
+        if gathers := "share" not in self.takes:
+            views = [share.gather(z) for z in views]
+            neighbours = None if neighbours is None else neighbours.of_all(share)
+            batch_mask = None if batch_mask is None else share.gather(batch_mask)
+        given = self._given(neighbours) | {"batch_mask": batch_mask, "share": share}
         given |= {"generator": generator, "step": step, "total_steps": total_steps}
         arguments = {name: given[name] for name in self.takes}
         if isinstance(s, InstanceSmoothing):
@@ -125,6 +141,8 @@ class Objective:
         if s.dimensions is not None:
             compute = partial(objectives.matryoshka, compute, dimensions=s.dimensions)
         loss, metrics, *state = compute(*views, **arguments)
+        if gathers:  # every rank has found the whole of it
+            loss = share.add(loss / share.processes)
         if state:
             self._buffer_KD = state[0]
         return loss, metrics

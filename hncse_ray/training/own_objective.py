@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from hncse_ray.errors import SettingsError
-from hncse_ray.objectives.similarity import Metrics, as_metric
+from hncse_ray.objectives import WHOLE
+from hncse_ray.objectives.similarity import Metrics, as_metric, means, of_rows
 
 _RESERVED = ("loss", "grad_norm", "uniformity")
 
@@ -58,7 +59,10 @@ class OwnFunction:
             raise self._error(f"its metrics were {sorted(self._metrics)}, now they are {sorted(found)}",
                               "Return the same ones at every step")  # fmt: skip
         self._metrics = set(found)
-        return loss, {"positive_similarity": as_metric((z1 * z2).sum(dim=1).mean())} | found
+        if "positive_similarity" not in found:
+            share = given.get("share", WHOLE)
+            found |= means(share, {"positive_similarity": of_rows((z1 * z2).sum(dim=1))})
+        return loss, found
 
     def place_of(self, error: BaseException) -> str:
         """Say where in the user's file an error of a call came from."""

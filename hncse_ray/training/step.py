@@ -1,4 +1,4 @@
-"""One optimiser step: views in one forward, a gather that carries gradient, one all-reduce."""
+"""One optimiser step: views in one forward, the loss of the own rows, one all-reduce of gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hncse_ray.encoder import SentenceEncoder
-from hncse_ray.training.distributed import gather_rows, rank, world_size
+from hncse_ray.training.distributed import RankShare, rank, world_size
 from hncse_ray.training.objective import Metrics, Neighbours, Objective
 
 
@@ -88,8 +88,8 @@ def train_step(
         max_grad_norm: the gradient's norm is clipped to it.
 
     Returns:
-        Metrics as 0-d tensors, averaged over ``batches`` (among them ``loss`` and ``grad_norm``), and the first
-        view ``[B, D]`` of the last global batch, detached.
+        Metrics as 0-d tensors, averaged over ``batches`` (among them ``loss`` and ``grad_norm``), and this rank's first
+        view ``[b, D]`` of the last global batch, detached.
     """
     model.train()
     optimizer.zero_grad(set_to_none=True)
@@ -97,12 +97,12 @@ def train_step(
     for i, batch in enumerate(batches):
         accumulate = i < len(batches) - 1
         backward = _backward_cached if context.chunk_size else _backward_whole
-        metrics, z1_BD = backward(model, batch, context, scale=world_size() / len(batches), accumulate=accumulate)
+        metrics, z1_bD = backward(model, batch, context, scale=world_size() / len(batches), accumulate=accumulate)
         collected.append(metrics)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step()
     averaged = {key: torch.stack([m[key] for m in collected]).mean() for key in collected[0]}
-    return averaged | {"grad_norm": grad_norm.detach()}, z1_BD.detach()
+    return averaged | {"grad_norm": grad_norm.detach()}, z1_bD.detach()
 
 
 def _backward_whole(
@@ -110,10 +110,9 @@ def _backward_whole(
 ) -> tuple[Metrics, Tensor]:
     with _no_sync(model, accumulate):
         local = _encode(model, batch, context, chunk=0, rows=slice(None))
-        embedded = [gather_rows(z, batch.sizes) for z in local]
-        loss, metrics = _loss(embedded, batch, context)
+        loss, metrics = _loss(local, batch, context)
         (loss * scale).backward()  # type: ignore[no-untyped-call]
-    return metrics | {"loss": loss.detach()}, embedded[0]
+    return metrics | {"loss": loss.detach()}, local[0]
 
 
 def _backward_cached(
@@ -130,8 +129,7 @@ def _backward_cached(
     with torch.no_grad():
         parts = [_encode(encoder, batch, context, chunk=c, rows=rows) for c, rows in enumerate(chunks)]
     local = [torch.cat(part).requires_grad_() for part in zip(*parts, strict=True)]
-    embedded = [gather_rows(z, batch.sizes) for z in local]
-    loss, metrics = _loss(embedded, batch, context)
+    loss, metrics = _loss(local, batch, context)
     (loss * scale).backward()  # type: ignore[no-untyped-call]
     for c, rows in enumerate(chunks):
         with _no_sync(model, accumulate or c < len(chunks) - 1):
@@ -142,25 +140,27 @@ def _backward_cached(
                 if z.grad is not None and z_c.requires_grad
             ]
             torch.autograd.backward([z_c for z_c, _ in pairs], [grad for _, grad in pairs])
-    return metrics | {"loss": loss.detach()}, embedded[0]
+    return metrics | {"loss": loss.detach()}, local[0]
 
 
 def _loss(embedded: list[Tensor], batch: LocalBatch, context: StepContext) -> tuple[Tensor, Metrics]:
     views, fresh = embedded[: context.objective.views], embedded[context.objective.views :]
-    device = views[0].device
+    device, share = views[0].device, RankShare.of(batch.sizes)
+    own = slice(share.start, share.start + len(views[0]))
     # Every rank draws the same pairs: the generator knows the batch's number, not the rank.
     generator = torch.Generator(device=device).manual_seed(_seed(context.seed, batch.number))
     neighbours = None
     if (negatives := batch.negatives) is not None:
-        stored = [] if negatives.stored_BmD is None else [_tensor(negatives.stored_BmD, device)]
-        vectors_BmD = torch.cat([*stored, *fresh], dim=1)
-        columns_mask = None if negatives.columns_mask is None else _tensor(negatives.columns_mask, device)
-        teacher_BL = None if negatives.teacher_BL is None else _tensor(negatives.teacher_BL, device)
-        neighbours = Neighbours(vectors_BmD, _tensor(negatives.mask_Bm, device), columns_mask, teacher_BL)
+        stored = [] if negatives.stored_BmD is None else [_tensor(negatives.stored_BmD[own], device)]
+        vectors_bmD = torch.cat([*stored, *fresh], dim=1)
+        columns_mask = None if negatives.columns_mask is None else _tensor(negatives.columns_mask[own], device)
+        teacher_bL = None if negatives.teacher_BL is None else _tensor(negatives.teacher_BL[own], device)
+        neighbours = Neighbours(vectors_bmD, _tensor(negatives.mask_Bm[own], device), columns_mask, teacher_bL)
     return context.objective(
         views,
         neighbours,
-        batch_mask=None if batch.mask_BB is None else _tensor(batch.mask_BB, device),
+        batch_mask=None if batch.mask_BB is None else _tensor(batch.mask_BB[own], device),
+        share=share,
         step=context.step,
         total_steps=context.total_steps,
         generator=generator,
@@ -187,9 +187,9 @@ def _encode(model: Any, batch: LocalBatch, context: StepContext, *, chunk: int, 
     z, fresh = z[: n * len(own)], z[n * len(own) :]
     views = list(z.chunk(n))
     if fresh_cm is not None:
-        placed = z.new_zeros(len(slots), z.shape[1])
-        if usable:
-            placed = placed.index_copy(0, torch.tensor(usable, device=z.device), fresh)
+        # Even where there is none: all ranks push gradient through the same collectives.
+        where = torch.tensor(usable, dtype=torch.int64, device=z.device)
+        placed = z.new_zeros(len(slots), z.shape[1]).index_copy(0, where, fresh)
         views.append(placed.view(len(own), -1, z.shape[1]))
     return views
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from rank_parity import BATCH, BUFFER, CASES, SENTENCES, Found, errors, free_port, gradients, join_group
+from rank_parity import BATCH, BUFFER, CASES, SENTENCES, Found, errors, facts, free_port, gradients, join_group
 from tiny import make_sentences
 from torch.nn.parallel import DistributedDataParallel
 
@@ -45,6 +45,8 @@ GLOBAL: dict[str, tuple[str, str, str, int | None, int, str]] = {
     "own, stored": ("own_losses:noisy", "stored", "own", None, 1, "most"),
     "own, fresh, all, cached": ("own_losses:noisy", "fresh", "all", 2, 2, "most"),
     "own, twins": ("own_losses:noisy", "fresh", "own", None, 1, "most"),
+    "own rows": ("own_losses:in_rows", "stored", "own", None, 1, "most"),
+    "own rows, cached": ("own_losses:in_rows", "stored", "own", 2, 2, "most"),
 }
 # The same with their embeddings cut to these widths too.
 WIDTHS = (20, 9)
@@ -118,7 +120,7 @@ def global_gradients(model: str, rank: int, world: int) -> Found:
         optimizer = torch.optim.SGD(encoder.parameters(), lr=0.0)
         metrics, _ = train_step(wrapped, optimizer, batches, context, max_grad_norm=1e9)
         flat = torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
-        found[case] = (float(metrics["loss"]), flat)
+        found[case] = (float(metrics["loss"]), flat, facts(metrics, objective))
     return found
 
 
@@ -181,6 +183,15 @@ def test_loss_and_gradient_equal_those_of_one_process(case: str, ranks: list[dic
     for found in ranks:
         error = errors(found["gradients"], reference)[case]
         assert error["loss"] <= 1e-5 and error["gradient"] <= 1e-5
+
+
+@pytest.mark.parametrize("case", [*CASES, *GLOBAL])
+def test_every_rank_reports_and_remembers_what_one_process_does(
+    case: str, ranks: list[dict], reference: Found, global_reference: Found
+) -> None:
+    kind, expected = ("gradients", reference) if case in CASES else ("global", global_reference)
+    for found in ranks:
+        assert found[kind][case][2] == pytest.approx(expected[case][2], rel=1e-4, abs=1e-6)
 
 
 @pytest.fixture(scope="module")

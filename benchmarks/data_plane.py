@@ -1,0 +1,198 @@
+"""What does one trainer do and hold for a batch that many share, and how does that grow?
+
+- ``loss``: loss and backward of one rank of W on B rows, the others' rows given as plain tensors, beside what commit
+  bc9c010 did, where every rank computed the loss of all rows. Seconds of CPU of one thread, and the peak of resident
+  memory above what the inputs take; a process for each figure. A fresh checkout of bc9c010 is given by ``--before``.
+- ``weak``: ranks by gloo, one thread each, B = 512 W: what a step does beside the encoder (gathering, loss, backward,
+  sending gradients back), in seconds of CPU of the busiest rank and by the clock. The encoder is a fixed product.
+
+    git worktree add ../bc9c010 bc9c010
+    python benchmarks/data_plane.py --parts loss weak --before ../bc9c010 --out result.json
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from hardware import provenance
+from torch import Tensor
+
+from hncse_ray import objectives
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "info_nce": {"temperature": 0.05},
+    "hybrid": {"temperature": 0.05, "margin": 0.1, "w_pos": 1.0, "w_neg": 0.5, "k": 10, "n_mixes": 40, "alpha": 0.5},
+}
+AIMS = {"memory": 1 / 8, "seconds": 1 / 5}
+PER_RANK = 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=["loss", "weak"], default=["loss", "weak"])
+    parser.add_argument("--before", type=Path, help="a checkout of bc9c010")
+    parser.add_argument("--batch-size", type=int, default=16_384)
+    parser.add_argument("--dim", type=int, default=768)
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--one", nargs=2, metavar=("WAY", "OBJECTIVE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.one:
+        print(json.dumps(one_figure(*args.one, args)))
+        return
+    result: dict[str, Any] = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+    about = provenance(torch.device("cpu"))
+    for part in args.parts:
+        found = {"loss": loss_of_one_rank, "weak": weak_scaling}[part](args)
+        result[part] = about | found
+        print(json.dumps({part: found}, indent=2), flush=True)
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------ the loss of one rank
+
+
+def loss_of_one_rank(args: argparse.Namespace) -> dict[str, Any]:
+    """Both ways in turns, and their ratios."""
+    if args.before is None:
+        raise SystemExit("--before is needed for the part loss")
+    sizes = {"batch_size": args.batch_size, "dim": args.dim, "ranks": args.ranks, "rounds": args.rounds}
+    found: dict[str, Any] = dict(sizes)
+    for name in SETTINGS:
+        rounds: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
+        for _ in range(args.rounds):
+            for way, checkout in (("before", args.before), ("after", Path(__file__).parents[1])):
+                rounds[way].append(in_a_process(way, name, checkout, args))
+                print(name, way, rounds[way][-1], flush=True)
+        median = {
+            way: {key: statistics.median(of_round[key] for of_round in own) for key in own[0]}
+            for way, own in rounds.items()
+        }
+        ratios = {key: median["after"][key] / median["before"][key] for key in AIMS}
+        found[name] = {**median, "ratio": ratios, "reached": {key: ratios[key] <= AIMS[key] for key in AIMS}}
+    return found | {"aims": AIMS}
+
+
+def in_a_process(way: str, name: str, checkout: Path, args: argparse.Namespace) -> dict[str, float]:
+    command = [sys.executable, __file__, "--one", way, name, "--batch-size", str(args.batch_size)]
+    command += ["--dim", str(args.dim), "--ranks", str(args.ranks)]
+    environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def one_figure(way: str, name: str, args: argparse.Namespace) -> dict[str, float]:
+    """Memory in bytes, seconds of CPU, and the loss."""
+    z1_BD, z2_BD = views(args.batch_size, args.dim)
+    share: dict[str, Any] = {}
+    if way == "after":
+        rows = args.batch_size // args.ranks
+        own = slice(rows, 2 * rows)  # of the second rank
+        share = {"share": others_given(z2_BD, own, args.ranks)}
+        z1_BD, z2_BD = z1_BD[own].clone(), z2_BD[own].clone()
+    z1_BD, z2_BD = z1_BD.requires_grad_(), z2_BD.requires_grad_()
+    function = getattr(objectives, name)
+
+    def compute(z1: Tensor, z2: Tensor, **share: Any) -> Tensor:
+        drawn = {"generator": torch.Generator().manual_seed(0)} if name == "hybrid" else {}
+        loss: Tensor = function(z1, z2, **SETTINGS[name], **drawn, **share)[0]
+        torch.autograd.backward(loss)
+        return loss.detach()
+
+    compute(*(z.requires_grad_() for z in views(64, args.dim)))  # whatever is loaded and made once
+    Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts anew
+    held, started = resident("VmRSS"), time.process_time()
+    loss = compute(z1_BD, z2_BD, **share)
+    return {"seconds": time.process_time() - started, "memory": resident("VmHWM") - held, "loss": float(loss)}
+
+
+def others_given(z2_BD: Tensor, own: slice, ranks: int) -> Any:
+    """A share whose other rows are plain tensors; z2 stands for whatever is gathered."""
+
+    @dataclass(frozen=True)
+    class OthersGiven(objectives.Share):
+        def gather(self, rows: Tensor) -> Tensor:
+            return torch.cat([z2_BD[: own.start], rows, z2_BD[own.stop :]])
+
+    return OthersGiven(start=own.start, processes=ranks)
+
+
+def views(rows: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Two views, of which the second ranges from another text to nearly the same vector."""
+    draw = torch.Generator().manual_seed(0)
+    z1_BD = F.normalize(torch.randn(rows, dim, generator=draw), dim=1)
+    pull = torch.linspace(0.05, 1.0, rows)[torch.randperm(rows, generator=draw)].unsqueeze(1)
+    return z1_BD, F.normalize(pull * z1_BD + F.normalize(torch.randn(rows, dim, generator=draw), dim=1), dim=1)
+
+
+def resident(mark: str) -> int:
+    """Bytes of this process's memory now (VmRSS) or at most (VmHWM)."""
+    (line,) = (row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(mark + ":"))
+    return int(line.split()[1]) * 1024
+
+
+# ------------------------------------------------------------------------------------------------ weak scaling
+
+
+def weak_scaling(args: argparse.Namespace) -> dict[str, Any]:
+    """Medians over steps, of the busiest rank."""
+    found: dict[str, Any] = {"rows_per_rank": PER_RANK, "dim": args.dim, "cores": len(os.sched_getaffinity(0))}
+    for world in args.workers:
+        with tempfile.TemporaryDirectory() as folder:
+            mp.spawn(work, (world, Path(folder), args.dim), nprocs=world)
+            ranks = [json.loads((Path(folder) / f"{r}.json").read_text()) for r in range(world)]
+        found[str(world)] = {
+            name: {key: max(r[name][key] for r in ranks) for key in ("cpu_s", "wall_s")} for name in SETTINGS
+        }
+        print(world, found[str(world)], flush=True)
+    first, last = found[str(args.workers[0])], found[str(args.workers[-1])]
+    return found | {"growth_of_cpu": {name: last[name]["cpu_s"] / first[name]["cpu_s"] for name in SETTINGS}}
+
+
+def work(rank: int, world: int, folder: Path, dim: int) -> None:
+    """Steps of one rank."""
+    from hncse_ray.training.distributed import RankShare
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
+    share = RankShare.of((PER_RANK,) * world)
+    own = slice(share.start, share.start + PER_RANK)
+    z1_bD, z2_bD = (z[own].clone().requires_grad_() for z in views(PER_RANK * world, dim))
+    (Path(folder) / f"{rank}.json").write_text(
+        json.dumps({name: timed(name, getattr(objectives, name), z1_bD, z2_bD, share) for name in SETTINGS})
+    )
+    dist.destroy_process_group()
+
+
+def timed(name: str, function: Callable[..., Any], z1_bD: Tensor, z2_bD: Tensor, share: Any) -> dict[str, float]:
+    cpu_s, wall_s = [], []
+    for step in range(6):
+        drawn = {"generator": torch.Generator().manual_seed(step)} if name == "hybrid" else {}
+        dist.barrier()
+        cpu, wall = time.process_time(), time.perf_counter()
+        torch.autograd.backward(function(z1_bD, z2_bD, share=share, **SETTINGS[name], **drawn)[0])
+        cpu_s.append(time.process_time() - cpu)
+        wall_s.append(time.perf_counter() - wall)
+    return {"cpu_s": statistics.median(cpu_s[1:]), "wall_s": statistics.median(wall_s[1:])}
+
+
+if __name__ == "__main__":
+    main()
