@@ -57,7 +57,7 @@ METHODS: dict[str, list[str]] = {
     "title + cloze, agreement": [*PLAIN, INDEX, "negatives.columns=none", "objective={name: hybrid, w_neg: 0}"],
     "title + cloze, hncse": [*PLAIN, "objective={name: hybrid}", INDEX],
     "adapt": [],
-    "adapt, stored": ["negatives.use=stored"],
+    "adapt, fresh": ["negatives.use=fresh"],
     "adapt, contrast": ["objective.contrast_weight=0.5"],
     "adapt, cosine alone": ["negatives.score=cosine"],
     "adapt, bm25 alone": ["negatives.score=lexical"],
@@ -112,8 +112,9 @@ def measure(
             *overrides,
         ]
         steps = load_settings("adapt", chosen).train.max_steps
-        every = f"{{evaluate_every_steps: {steps}, checkpoint_every_steps: {steps}, log_every_steps: {steps}}}"
-        settings = load_settings("adapt", [*chosen, f"train={every}"])
+        at_the_end = [f"train.{what}_every_steps={steps}" for what in ("evaluate", "checkpoint", "log")]
+        settings = load_settings("adapt", [*chosen, *at_the_end])
+        assert settings.train.max_steps == steps
         encoder = load_encoder(settings.encoder.model, settings.encoder, device=device())
         base, found = {name: value.clone() for name, value in encoder.weights().items()}, {}
         corpus = prepare(settings, encoder, LineReporter())

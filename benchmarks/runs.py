@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from hardware import provenance
-from hncse_ray.training.whitening import Spread
 from numpy.typing import NDArray
 
 from hncse_ray.encoder import SentenceEncoder
+from hncse_ray.training.whitening import Spread
 
 Task = tuple[str, ...]  # what names a run
 
@@ -81,7 +82,11 @@ def _work(queue: Any, measure: Callable[..., dict[str, Any]], folder: Path, work
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     while (task := queue.get()) is not None and time.time() < until:
         started = time.perf_counter()
-        found = {"task": task, **measure(*task), "seconds": round(time.perf_counter() - started, 1)}
+        try:
+            found = {"task": task, **measure(*task), "seconds": round(time.perf_counter() - started, 1)}
+        except Exception:  # the other runs are worth having
+            traceback.print_exc()
+            continue
         path = _result(folder, task)
         path.with_suffix(".tmp").write_text(json.dumps(found | provenance(device(), "sentence-transformers")) + "\n")
         path.with_suffix(".tmp").rename(path)

@@ -127,7 +127,7 @@ class NegativesSettings(Section):
     # Defaults: benchmarks/negatives_quality.py. A cap of 0.9 lost what one of 0.7 gained.
     max_score: float | None = Field(0.7, gt=-1, le=1, description="nearer ones are taken for false negatives")
     relative_margin: float | None = Field(
-        None, ge=0, lt=1, description="so are those above (1 - margin) x the mean similarity of positives"
+        None, ge=0, lt=1, description="so are those above (1 - margin) x the similarity of the positive"
     )
     mask_batch: bool = Field(False, description="rows of the batch that are hits above these limits are not repelled")
     mask_reciprocal: int | None = Field(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -31,7 +30,7 @@ class SelectionRules:
     Args:
         per_anchor: m, negatives of an anchor; at least 1.
         max_score: hits scoring above are dropped as likely false negatives; None: no limit.
-        relative_margin: hits scoring above `positive_score * (1 - relative_margin)` are dropped; None: no limit.
+        relative_margin: hits scoring above `(1 - relative_margin)` of the positive's score are dropped; None: no limit.
         skip_hardest: of what is left, pass over so many of the hardest.
         sampling: `top` takes the hardest, `uniform` any with equal chance, `softmax` each with a probability
             in proportion to exp(score / temperature); always without replacement. `bands` takes any of the first
@@ -112,7 +111,7 @@ def select(
     row_ids_B: Int64,
     contents: Callable[[Int64], Int64],
     documents: Int64 | None = None,
-    positive_score: float,
+    positive_score: float | Float32,
     rules: SelectionRules,
     seed: Sequence[int],
 ) -> Selection:
@@ -135,7 +134,8 @@ def select(
             Rows that share one are never contrasted.
         documents: what the document of each row is known by [N]; rows that share one are never contrasted. None: rows
             have no documents, or are contrasted all the same.
-        positive_score: what an anchor scores with its positive, the measure of `relative_margin`.
+        positive_score: what each anchor scores with its positive [B], or all of them, the measure of
+            `relative_margin`.
         rules: which hits may be negatives, and which of those are taken.
         seed: integers >= 0 that the sampling is drawn from, such as the run's seed and the batch's number.
 
@@ -210,18 +210,19 @@ class _Hits:
         return same
 
 
-def _margin_limit(positive_score: float, relative_margin: float | None) -> float | None:
+def _margin_limit(positive_score: float | Float32, relative_margin: float | None) -> Float32 | None:
+    """Return the limit of each anchor, or of all, to be compared with [B, k]."""
     if relative_margin is None:
         return None
-    if not math.isfinite(positive_score):
+    if not np.isfinite(positive_score).all():
         raise ValueError(f"positive_score is {positive_score}; relative_margin needs a finite one")
-    return positive_score * (1 - relative_margin)
+    return (np.asarray(positive_score, np.float64).reshape(-1, 1) * (1 - relative_margin)).astype(np.float32)
 
 
-def _filter(hits: _Hits, *, margin_limit: float | None, rules: SelectionRules) -> tuple[Bool, Bool, dict[str, int]]:
+def _filter(hits: _Hits, *, margin_limit: Float32 | None, rules: SelectionRules) -> tuple[Bool, Bool, dict[str, int]]:
     """Apply all rules but `unique`; return survivors [B, k], hits a score rule removed [B, k], and counts."""
 
-    def above(limit: float | None) -> Bool:
+    def above(limit: float | Float32 | None) -> Bool:
         return np.zeros(hits.ids_Bk.shape, np.bool_) if limit is None else hits.scores_Bk > np.float32(limit)
 
     in_batch_Bk = above(None)

@@ -138,13 +138,14 @@ class LookUp:
         views = None if self._views is None else self._views.of(number)
         found = self._search(ids_B) if views is None else self._search_views(number, ids_B, views)
         hits, seconds = found.hits, time.perf_counter() - started
+        positive_B = self._positive_scores(found, positive_similarity)
         selection = select(
             hits.ids_Bk,
             hits.scores_Bk,
             row_ids_B=ids_B,
             contents=self._corpus.contents,
             documents=self._corpus.kept_apart(self._settings.corpus),
-            positive_score=positive_similarity,
+            positive_score=positive_B,
             rules=self._rules,
             seed=(self._settings.run.seed, number),
         )
@@ -156,7 +157,7 @@ class LookUp:
             version=hits.version,
             ranks_B=found.ranks_B,
             dropped_B=found.dropped_B,
-            apart_n2=self._apart(hits, found.target_ids_B, positive_similarity),
+            apart_n2=self._apart(hits, found.target_ids_B, positive_B),
             teacher_BL=self._teacher(found, selection) if self._taught else None,
         )
         return LookedUp(negatives, selection, found.asked_B, hits.complete, seconds)
@@ -244,14 +245,26 @@ class LookUp:
             self._source, found.hits, words=found.words, target_ids_B=found.target_ids_B, selection=selection
         )
 
-    def _apart(self, hits: Hits, target_ids_B: Int64, positive_similarity: float) -> Int64:
+    def _positive_scores(self, found: _Found, positive_similarity: float) -> NDArray[np.float32]:
+        """Return the cosine of each anchor and its target: in the index where it was asked by anchors, else the mean.
+
+        A target that is not among the hits is no nearer than the last of them.
+        """
+        hits, positive_B = found.hits, np.full(len(found.asked_B), positive_similarity, dtype=np.float32)
+        asked_B = found.asked_B if found.dropped_B is None else found.asked_B & ~found.dropped_B
+        if asked_B.any():
+            own_B, last_B = own_scores(hits.ids_Bk, hits.scores_Bk, self._corpus.target_hashes, found.target_ids_B)
+            positive_B[asked_B] = np.where(np.isfinite(own_B), own_B, last_B)[asked_B]
+        return positive_B
+
+    def _apart(self, hits: Hits, target_ids_B: Int64, positive_B: NDArray[np.float32]) -> Int64:
         """The rows of the batch that may be right for each other's anchors."""
         s, hashes_N = self._settings.negatives, self._corpus.target_hashes
         return rows_too_close(
             hashes_N[hits.ids_Bk],
             hits.scores_Bk,
             batch_keys_B=hashes_N[target_ids_B],
-            limit=score_limit(s.max_score, s.relative_margin, positive_similarity) if s.mask_batch else None,
+            limit_B=score_limit(s.max_score, s.relative_margin, positive_B) if s.mask_batch else None,
             reciprocal=s.mask_reciprocal,
         )
 
@@ -279,6 +292,14 @@ def own_ranks(ids_Bk: Int64, scores_Bk: NDArray[np.float32], target_hashes_N: In
 
     By their cosines: words say too much, as the target may hold the anchor.
     """
+    own_B, _ = own_scores(ids_Bk, scores_Bk, target_hashes_N, row_ids_B)
+    return np.where(np.isfinite(own_B), (scores_Bk > own_B[:, None]).sum(axis=1), -1)
+
+
+def own_scores(
+    ids_Bk: Int64, scores_Bk: NDArray[np.float32], target_hashes_N: Int64, row_ids_B: Int64
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the score of each row's target, -inf where it is no hit, and of its last hit, ``[B]`` each."""
     own_Bk = (ids_Bk >= 0) & (target_hashes_N[ids_Bk] == target_hashes_N[row_ids_B][:, None])
-    own_B1 = np.where(own_Bk, scores_Bk, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
-    return np.where(own_Bk.any(axis=1), (scores_Bk > own_B1).sum(axis=1), -1)
+    last_B = np.where(ids_Bk >= 0, scores_Bk, np.inf).min(axis=1, initial=1)
+    return np.where(own_Bk, scores_Bk, -np.inf).max(axis=1, initial=-np.inf), last_B

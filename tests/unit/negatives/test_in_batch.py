@@ -34,14 +34,23 @@ def test_the_pairs_are_those_of_a_double_loop(seed: int, limit: float | None, r:
     hits = np.stack([rng.choice(rows, k, replace=False) for _ in range(B)])
     scores = -np.sort(-rng.random((B, k)).astype(np.float32), axis=1)
     scores[rng.random(B) < 0.3, 6:] = -np.inf
-    found = rows_too_close(target_of[hits], scores, batch_keys_B=own, limit=limit, reciprocal=r)
+    limit_B = None if limit is None else np.full(B, limit, np.float32)
+    found = rows_too_close(target_of[hits], scores, batch_keys_B=own, limit_B=limit_B, reciprocal=r)
     assert found.shape[1] == 2 and found.dtype == np.int64
     assert set(map(tuple, found.tolist())) == by_hand(target_of[hits], scores, own, limit, r)
     assert len(found) > 0 or (limit is None or limit > 0.5)
 
 
 def test_the_limit_is_the_stricter_of_the_rules() -> None:
-    assert score_limit(None, None, 0.8) is None
-    assert score_limit(0.7, None, 0.8) == 0.7
-    assert score_limit(0.7, 0.5, 0.8) == pytest.approx(0.4)
-    assert score_limit(0.3, 0.5, 0.8) == 0.3
+    positive_B = np.array([0.8, 0.4], np.float32)
+    assert score_limit(None, None, positive_B) is None
+    assert score_limit(0.7, None, positive_B) == pytest.approx([0.7, 0.7])
+    assert score_limit(0.7, 0.5, positive_B) == pytest.approx([0.4, 0.2])
+    assert score_limit(0.3, 0.5, positive_B) == pytest.approx([0.3, 0.2])
+
+
+def test_each_anchor_has_its_own_limit() -> None:
+    scores = np.array([[0.5], [0.5], [0.5], [0.5]], np.float32)
+    keys, own = np.array([[11], [10], [13], [12]]), np.array([10, 11, 12, 13])
+    limit_B = np.array([0.6, 0.6, 0.4, 0.6], np.float32)
+    assert rows_too_close(keys, scores, batch_keys_B=own, limit_B=limit_B, reciprocal=None).tolist() == [[2, 3]]

@@ -253,6 +253,8 @@ def test_a_score_that_is_equal_in_fp32_is_kept(limit):
 def test_relative_margin_is_relative_to_the_positive_score():
     assert run([[30, 31]], [[0.8, 0.7]], [5], relative_margin=0.1, positive_score=0.8).ids_Bm.tolist() == [[31, -1]]
     assert run([[30, 31]], [[0.8, 0.7]], [5], relative_margin=0.1, positive_score=0.9).ids_Bm.tolist() == [[30, 31]]
+    own, hits = np.array([0.8, 0.9], np.float32), ([[30, 31], [30, 31]], [[0.8, 0.7], [0.8, 0.7]])
+    assert run(*hits, [5, 6], relative_margin=0.1, positive_score=own).ids_Bm.tolist() == [[31, -1], [30, 31]]
 
 
 @pytest.mark.parametrize("unique", [False, True])
