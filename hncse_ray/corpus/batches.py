@@ -115,10 +115,11 @@ class BatchPlan:
         self.seed = seed
         self.bucket_by_length = bucket_by_length
         self.min_batch = min_batch
-        self._ids = np.arange(len(self._lengths))
+        self._ids: int | Int64 = len(self._lengths)  # all of them, without an array
+        self.rows = len(self._lengths)
         if left_out is not None:
-            self._ids = np.setdiff1d(self._ids, left_out)
-        self.rows = len(self._ids)
+            self._ids = np.setdiff1d(np.arange(self.rows), left_out)
+            self.rows = len(self._ids)
         full, rest = divmod(self.rows, batch_size)
         self.batches_per_epoch = full + (rest >= min_batch)
         if self.batches_per_epoch == 0:
