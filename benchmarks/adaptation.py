@@ -235,9 +235,12 @@ def tabulate(folder: Path, out: Path | None) -> None:
             for name in ("test", "dev", "cloze", "recall@100"):
                 for collection in base:
                     seeds = [row["exports"][export][name] for row in own
-                             if row["collection"] == collection and export in row["exports"]]  # fmt: skip
+                             if row["collection"] == collection and name in row["exports"].get(export, ())]  # fmt: skip
                     if seeds:
-                        by.setdefault(name, {})[collection] = np.mean(seeds, axis=0) - np.array(base[collection][name])
+                        before = base[collection][name]
+                        if name == "cloze":  # asked by other sentences where seed or token limit are others
+                            before, seeds = [np.mean(before)], [[np.mean(scores)] for scores in seeds]
+                        by.setdefault(name, {})[collection] = np.mean(seeds, axis=0) - np.array(before)
             found[f"{method} | {export}"] = summary(by, base, seeds=len({row["seed"] for row in own}))
             if method not in ("base", "bm25 + base") or export != "0, 0":
                 points += [
