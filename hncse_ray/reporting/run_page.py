@@ -155,7 +155,7 @@ def write_run_page(run_folder: Path) -> Path:
         title=f"Run {run.name}",
         objective=_setting(run.settings, "objective", "name"),
         model=_setting(run.settings, "encoder", "model"),
-        source=_setting(run.settings, "corpus", "source"),
+        corpus=_corpus(run.settings),
         run=run,
         metric=run.metric,
         result=result,
@@ -234,6 +234,13 @@ def read_metrics(path: Path) -> list[Row]:
 def _setting(settings: Mapping[str, Any], section: str, name: str) -> object:
     values = settings.get(section)
     return values.get(name, "?") if isinstance(values, Mapping) else "?"
+
+
+def _corpus(settings: Mapping[str, Any]) -> object:
+    """What the run trained on: the names of files and folders, else the source."""
+    paths = _setting(settings, "corpus", "path")
+    names = [Path(str(path)).name for path in paths] if isinstance(paths, list | tuple) else []
+    return ", ".join(names) or _setting(settings, "corpus", "source")
 
 
 def _read_result(path: Path) -> RunFinished | None:

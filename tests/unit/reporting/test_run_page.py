@@ -284,3 +284,11 @@ class TestUnreadable:
         leave_run(tmp_path)
         (tmp_path / "settings.yaml").write_text("run: null\nother: 1\n")
         assert "Run ?" in written(tmp_path)
+
+
+def test_the_page_names_what_the_run_trained_on(tmp_path: Path) -> None:
+    leave_run(tmp_path / "run")
+    assert "on python-docs, from" in re.sub(r"<wbr>|&#8203;|\u200b", "", written(tmp_path / "run"))
+    settings = load_settings({"corpus": {"path": ["notes/my <texts>", "more.jsonl"]}, "evaluation": {"suites": []}})
+    (tmp_path / "run" / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
+    assert "on my &lt;texts&gt;, more.jsonl, from" in re.sub(r"<wbr>|&#8203;|\u200b", "", written(tmp_path / "run"))
