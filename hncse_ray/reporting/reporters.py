@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -25,6 +26,8 @@ from hncse_ray.reporting.events import (
 from hncse_ray.reporting.verdict import describe_verdict
 
 logger = logging.getLogger(__name__)
+
+_CLOSE_S = 10.0  # that TensorBoard's writer is waited for
 
 
 class Reporter(Protocol):
@@ -155,10 +158,18 @@ class TensorBoard:
             self._writer.add_scalar(name, value, event.step)  # type: ignore[union-attr]  # what has numbers has a step
 
     def close(self) -> None:
-        """Flush what is written."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        """Flush what is written, in some seconds or not at all.
+
+        The library waits for a thread of its own, and for ever if an interrupt has met that thread's queue.
+        """
+        if self._writer is None:
+            return
+        closing = threading.Thread(target=self._writer.close, daemon=True, name="tensorboard")
+        closing.start()
+        closing.join(_CLOSE_S)
+        if closing.is_alive():
+            logger.warning("TensorBoard's file does not close; its last lines may be missing")
+        self._writer = None
 
 
 def describe(event: Event, total_steps: int = 0) -> str:

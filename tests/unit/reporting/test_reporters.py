@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,19 @@ class TestMetricsFile:
 
 
 class TestTensorBoard:
+    def test_a_writer_that_never_closes_ends_no_run(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr("hncse_ray.reporting.reporters._CLOSE_S", 0.05)
+        reporter, held = TensorBoard(tmp_path), threading.Event()
+        reporter.on(started())
+        close = reporter._writer.close
+        reporter._writer.close = held.wait
+        reporter.close()
+        assert "does not close" in caplog.text
+        held.set()
+        close()
+
     # TensorBoard's names take no @.
     def scalars(self, folder: Path) -> dict[str, list[tuple[int, float]]]:
         accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
