@@ -1,4 +1,4 @@
-# make demo        install, train the quickstart recipe, compare old and new model (about 3 minutes after installing)
+# make demo        install, train the quickstart recipe, compare old and new model (about 2 minutes after installing)
 # make test        install, run the test suite
 # make test-slow   the tests that take minutes: lost nodes and trainers, runs compared
 # make check       formatting, lint, types, import layers
