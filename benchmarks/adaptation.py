@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from runs import Encoded, device, read_results, run_tasks
+from runs import Encoded, add_options, device, read_results, run_tasks, with_seeds
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
@@ -54,7 +54,6 @@ METHODS: dict[str, list[str]] = {
     "crop": [*PLAIN, "views={mix: {crop: 1}}"],
     "cloze": [*PLAIN, "views={mix: {cloze: 1}}"],
     "title + cloze": [*PLAIN],
-    "title + cloze, agreement": [*PLAIN, INDEX, "negatives.columns=none", "objective={name: hybrid, w_neg: 0}"],
     "title + cloze, hncse": [*PLAIN, "objective={name: hybrid}", INDEX],
     "adapt": [],
     "adapt, fresh": ["negatives.use=fresh"],
@@ -70,26 +69,13 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run")
     run.add_argument("--data", type=Path, required=True, help="folder of the collections")
-    run.add_argument("--out", type=Path, required=True)
     run.add_argument("--collections", nargs="+", default=list(COLLECTIONS))
-    run.add_argument(
-        "--methods", nargs="+", default=["base", "bm25 + base", *METHODS, "tsdae"],
-        help="in this order; a method may name its seeds, as in adapt@0,1,2",
-    )  # fmt: skip
-    run.add_argument("--override", nargs="*", default=[], help="settings for all methods")
     run.add_argument("--sts", help="folder of SentEval: the STS tasks are scored too, of base and adapt")
-    run.add_argument("--workers", type=int, default=1, help="processes")
-    run.add_argument("--minutes", type=float, default=600, help="begin no run after so long")
-    table = commands.add_parser("table")
-    table.add_argument("folder", type=Path)
-    table.add_argument("--out", type=Path)
+    add_options(commands, run, ["base", "bm25 + base", *METHODS, "tsdae"])
     args = parser.parse_args()
     if args.command == "run":
         tasks = [
-            (collection, method, seed)
-            for method, _, seeds in (name.partition("@") for name in args.methods)
-            for seed in (seeds or "0").split(",")
-            for collection in args.collections
+            (collection, method, seed) for method, seed in with_seeds(args.methods) for collection in args.collections
         ]
         measured = partial(measure, args.data, args.sts, args.override)
         run_tasks(tasks, measured, args.out, workers=args.workers, minutes=args.minutes)

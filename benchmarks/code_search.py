@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from runs import Encoded, device, read_results, run_tasks
+from runs import Encoded, add_options, device, read_results, run_tasks, with_seeds
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import mine_hard_negatives
 
@@ -64,25 +64,13 @@ def main() -> None:
     commands.add_parser("tables").add_argument("folder", type=Path)
     run = commands.add_parser("run")
     run.add_argument("--tables", type=Path, required=True)
-    run.add_argument("--out", type=Path, required=True)
-    run.add_argument(
-        "--methods", nargs="+", default=["base", "whitened", *METHODS],
-        help="in this order; a method may name its seeds, as in in-batch@0,1,2",
-    )  # fmt: skip
-    run.add_argument("--override", nargs="*", default=[], help="settings for all methods")
-    run.add_argument("--workers", type=int, default=1, help="processes")
-    run.add_argument("--minutes", type=float, default=600, help="begin no run after so long")
-    table = commands.add_parser("table")
-    table.add_argument("folder", type=Path)
-    table.add_argument("--out", type=Path)
+    add_options(commands, run, ["base", "whitened", *METHODS])
     args = parser.parse_args()
     if args.command == "tables":
         write_tables(args.folder)
     elif args.command == "run":
-        named = [name.partition("@") for name in args.methods]
-        tasks = [(method, seed) for method, _, seeds in named for seed in (seeds or "0").split(",")]
         measured = partial(measure, args.tables, args.override)
-        run_tasks(tasks, measured, args.out, workers=args.workers, minutes=args.minutes)
+        run_tasks(with_seeds(args.methods), measured, args.out, workers=args.workers, minutes=args.minutes)
     else:
         tabulate(args.folder, args.out)
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import time
 import traceback
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,25 @@ from hncse_ray.encoder import SentenceEncoder
 from hncse_ray.training.whitening import Spread
 
 Task = tuple[str, ...]  # what names a run
+
+
+def add_options(commands: Any, run: ArgumentParser, methods: Sequence[str]) -> None:
+    """Add what runs of methods share to the command ``run``, and the command ``table``."""
+    run.add_argument("--out", type=Path, required=True, help="folder of the results; what has one is not run again")
+    named = "in this order; a method may name its seeds, as in METHOD@0,1,2"
+    run.add_argument("--methods", nargs="+", default=list(methods), help=named)
+    run.add_argument("--override", nargs="*", default=[], help="settings for all methods")
+    run.add_argument("--workers", type=int, default=1, help="processes")
+    run.add_argument("--minutes", type=float, default=600, help="begin no run after so long")
+    table = commands.add_parser("table")
+    table.add_argument("folder", type=Path)
+    table.add_argument("--out", type=Path)
+
+
+def with_seeds(methods: Sequence[str]) -> list[Task]:
+    """Return (method, seed) of each method and each of its seeds, 0 where it names none."""
+    named = [name.partition("@") for name in methods]
+    return [(method, seed) for method, _, seeds in named for seed in (seeds or "0").split(",")]
 
 
 def device() -> torch.device:
