@@ -110,7 +110,8 @@ def distillation(
         mean = share.add(torch.where(has_b, loss_b, 0.0).sum() / share.add(has_b.sum()).clamp(min=1))
         loss = mean
         repelled = c if contrast_max_score is None else _without(c, listed_bL & (t_bL > contrast_max_score))
-        contrasted, is_highest_b, _ = cross_entropy(repelled, c.z2_BD, temperature=temperature)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and contrast_weight > 0):  # else it is for the metrics
+            contrasted, is_highest_b, _ = cross_entropy(repelled, c.z2_BD, temperature=temperature)
         if contrast_weight:
             loss = loss + contrast_weight * contrasted
         hardest_b = s_bL.detach().masked_fill(own_bL, -torch.inf)[:, : len(c.z2_BD)].amax(dim=1)
