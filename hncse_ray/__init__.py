@@ -16,6 +16,7 @@ The command ``hncse`` and these functions do the same things::
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from hncse_ray.encoder import SentenceEncoder, load_encoder
     from hncse_ray.training.scoring import Scoreboard, evaluate
     from hncse_ray.tuning import Sweep, load_sweep
+
+# OpenMP's threads (GNU's, in PyTorch's wheels) spin for long before they sleep: two trainers, or a trainer and a
+# shard, on the same cores wait for each other's spinning, at a ninth of their speed. It is read when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __version__ = "0.1.0"
 __all__ = [
