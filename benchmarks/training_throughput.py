@@ -37,7 +37,10 @@ import torch
 from datasets import Dataset
 from hardware import provenance, synchronise
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
@@ -50,7 +53,6 @@ from hncse_ray.training.step import LocalBatch, StepContext, train_step
 
 TEMPERATURE = 0.05  # scale = 20
 LEARNING_RATE = 3e-5
-WARM_UP_STEPS = 1
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--rounds", type=int, default=3, help="alternations over the contestants")
     parser.add_argument("--steps", type=int, default=15, help="measured steps of each contestant in a round")
+    parser.add_argument("--warm-up", type=int, default=1, help="steps before them")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--chunk-size", type=int, default=None, help="rows at a time, by gradient caching")
     parser.add_argument("--max-length", type=int, default=32, help="tokens, special tokens included")
     parser.add_argument("--sentences", type=int, default=20_000, help="size of the corpus")
     parser.add_argument("--out", type=Path, default=None, help="write the result here, as JSON")
     args = parser.parse_args()
-    if min(args.rounds, args.steps) < 1 or not 2 <= args.batch_size <= args.sentences:
+    if min(args.rounds, args.steps, args.warm_up) < 1 or not 2 <= args.batch_size <= args.sentences:
         parser.error("needs a round, a step, and a corpus of at least one batch of two")
     return args
 
@@ -181,17 +185,17 @@ class Ours:
     def run(self, round_number: int) -> Measured:
         """Take the widest batch to warm up, then a fair sample of the epoch's batches, in the plan's order."""
         optimizer = build_optimizer(self.encoder, self.train)
-        numbers = [int(self.widths.argmax())] * WARM_UP_STEPS + self._sample(round_number)
+        numbers = [int(self.widths.argmax())] * self.args.warm_up + self._sample(round_number)
         schedule = build_schedule(optimizer, self.train, len(numbers))
         widths, start = [], 0.0
         for step, number in enumerate(numbers):
-            if step == WARM_UP_STEPS:
+            if step == self.args.warm_up:
                 synchronise(self.args.device)
                 start = time.perf_counter()
             rows = self.corpus.token_rows(self.plan.batch(number))
             batch = LocalBatch(number, rows, (len(rows),))
             context = StepContext(
-                objective=self.objective, seed=0, step=step, total_steps=len(numbers), chunk_size=None
+                objective=self.objective, seed=0, step=step, total_steps=len(numbers), chunk_size=self.args.chunk_size
             )
             train_step(self.encoder, optimizer, [batch], context, max_grad_norm=self.train.max_grad_norm)
             schedule.step()
@@ -200,7 +204,7 @@ class Ours:
         seconds = time.perf_counter() - start
         return Measured(
             sentences_per_s=self.args.steps * self.args.batch_size / seconds,
-            padded_tokens=statistics.mean(widths[WARM_UP_STEPS:]),
+            padded_tokens=statistics.mean(widths[self.args.warm_up :]),
         )
 
     def _sample(self, round_number: int) -> list[int]:
@@ -224,7 +228,11 @@ class Theirs:
         self.model = SentenceTransformer(str(resolve_model(args.model)), device=str(args.device))
         if length is not None:
             self.model.max_seq_length = length
-        self.loss = MultipleNegativesRankingLoss(self.model, scale=1 / TEMPERATURE)
+        self.loss: torch.nn.Module = MultipleNegativesRankingLoss(self.model, scale=1 / TEMPERATURE)
+        if args.chunk_size:
+            self.loss = CachedMultipleNegativesRankingLoss(
+                self.model, scale=1 / TEMPERATURE, mini_batch_size=args.chunk_size
+            )
         self.widths: list[float] = []
         self.loss.register_forward_pre_hook(self._note_widths)
 
@@ -233,12 +241,12 @@ class Theirs:
 
     def run(self, round_number: int) -> Measured:
         """Train on random batches, as the trainer draws them."""
-        clock = Clock(self.args.device)
+        clock = Clock(self.args.device, self.args.warm_up)
         trainer = SentenceTransformerTrainer(
             model=self.model,
             args=SentenceTransformerTrainingArguments(
                 output_dir=self.folder,
-                max_steps=WARM_UP_STEPS + self.args.steps,
+                max_steps=self.args.warm_up + self.args.steps,
                 per_device_train_batch_size=self.args.batch_size,
                 learning_rate=LEARNING_RATE,
                 bf16=self.precision == "bf16",
@@ -261,21 +269,21 @@ class Theirs:
         trainer.train()
         return Measured(
             sentences_per_s=self.args.steps * self.args.batch_size / clock.seconds,
-            padded_tokens=statistics.mean(self.widths[WARM_UP_STEPS:]),
+            padded_tokens=statistics.mean(self.widths[self.args.warm_up :]),
         )
 
 
 class Clock(TrainerCallback):
     """Times a trainer from the end of its warm-up to the end of its last step, tokenisation included."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, warm_up: int) -> None:
+        self.device, self.warm_up = device, warm_up
         self.start = self.seconds = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step in (WARM_UP_STEPS, state.max_steps):
+        if state.global_step in (self.warm_up, state.max_steps):
             synchronise(self.device)
-        if state.global_step == WARM_UP_STEPS:
+        if state.global_step == self.warm_up:
             self.start = time.perf_counter()
         if state.global_step == state.max_steps:
             self.seconds = time.perf_counter() - self.start

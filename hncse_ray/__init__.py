@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 # OpenMP's threads (GNU's, in PyTorch's wheels) spin for long before they sleep: two trainers, or a trainer and a
 # shard, on the same cores wait for each other's spinning, at a ninth of their speed. It is read when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Batches have ever new numbers of tokens: on a GPU PyTorch's allocator lets blocks grow then, and asks for no others.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 __version__ = "0.1.0"
 __all__ = [

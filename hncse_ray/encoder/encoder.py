@@ -23,7 +23,7 @@ from hncse_ray.config import Precision, Side
 from hncse_ray.corpus.batches import pad_rows
 from hncse_ray.encoder.adapters import has_adapters, merged_adapters
 from hncse_ray.encoder.attention import use_packed_attention
-from hncse_ray.encoder.hardware import autocast_dtype
+from hncse_ray.encoder.hardware import autocast_dtype, to_device
 from hncse_ray.encoder.head import TrainingHead
 from hncse_ray.encoder.lengths import TokenRows, attention_reach, first_position, length_batches, length_limit
 from hncse_ray.encoder.quiet import quiet
@@ -153,7 +153,7 @@ class SentenceEncoder(nn.Module):
             pack: whether to pack them; default: where the model can.
 
         Returns:
-            Packed: ``input_ids`` and ``position_ids`` ``[1, T]``, shortest row first, where rows begin
+            Packed: ``input_ids``, ``position_ids`` and ``seq_idx`` ``[1, T]``, shortest row first, where rows begin
             (``cu_seq_lens_q/k``), the longest (``max_length_q/k``), and ``order`` ``[B]``, the place of each row among
             the packed. Padded: ``input_ids`` and ``attention_mask`` ``[B, L]``.
         """
@@ -164,18 +164,19 @@ class SentenceEncoder(nn.Module):
         if (self.packs if pack is None else pack) and lengths_B.max() <= self._reach:
             order_B = np.argsort(lengths_B, kind="stable")
             bounds = np.concatenate([[0], np.cumsum(lengths_B[order_B])])
-            begins_T = np.repeat(bounds[:-1], lengths_B[order_B])
+            row_T = np.repeat(np.arange(len(rows)), lengths_B[order_B])
             arrays = {
                 "input_ids": np.concatenate([rows[i] for i in order_B])[None].astype(np.int64),
-                "position_ids": (np.arange(bounds[-1]) - begins_T + self._first_position)[None],
+                "position_ids": (np.arange(bounds[-1]) - bounds[row_T] + self._first_position)[None],
                 "cu_seq_lens_q": bounds.astype(np.int32),
+                "seq_idx": row_T[None],  # else the pooling would have to ask the GPU how many tokens there are
                 "order": np.argsort(order_B, kind="stable"),
             }
             features |= {"max_length_q": int(lengths_B.max()), "max_length_k": int(lengths_B.max())}
         else:
             ids_BL, mask_BL = pad_rows(rows, pad_id=int(self.tokenizer.pad_token_id), side=self.tokenizer.padding_side)
             arrays = {"input_ids": ids_BL, "attention_mask": mask_BL}
-        features |= {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in arrays.items()}
+        features |= {name: to_device(array, self.device) for name, array in arrays.items()}
         if "cu_seq_lens_q" in features:
             features["cu_seq_lens_k"] = features["cu_seq_lens_q"]
         return features

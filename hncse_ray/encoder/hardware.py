@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from hncse_ray.config import Precision
 from hncse_ray.errors import ModelError
@@ -26,6 +30,12 @@ def choose_device(wanted: str) -> torch.device:
     if kind == "cuda" and int(number or 0) >= count:
         raise ModelError(f"PyTorch sees {count} GPUs here", repr(wanted), "Choose auto or cpu")
     return torch.device(wanted)
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Copy an array to a device; from pinned memory to a GPU, or the host would wait for all that it has to do."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def autocast_dtype(precision: Precision, device: torch.device) -> tuple[torch.dtype | None, str]:

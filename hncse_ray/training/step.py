@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hncse_ray.encoder import SentenceEncoder
+from hncse_ray.encoder import SentenceEncoder, to_device
 from hncse_ray.training.distributed import RankShare, rank, world_size
 from hncse_ray.training.objective import Metrics, Neighbours, Objective
 
@@ -151,15 +151,15 @@ def _loss(embedded: list[Tensor], batch: LocalBatch, context: StepContext) -> tu
     generator = torch.Generator(device=device).manual_seed(_seed(context.seed, batch.number))
     neighbours = None
     if (negatives := batch.negatives) is not None:
-        stored = [] if negatives.stored_BmD is None else [_tensor(negatives.stored_BmD[own], device)]
+        stored = [] if negatives.stored_BmD is None else [to_device(negatives.stored_BmD[own], device)]
         vectors_bmD = torch.cat([*stored, *fresh], dim=1)
-        columns_mask = None if negatives.columns_mask is None else _tensor(negatives.columns_mask[own], device)
-        teacher_bL = None if negatives.teacher_BL is None else _tensor(negatives.teacher_BL[own], device)
-        neighbours = Neighbours(vectors_bmD, _tensor(negatives.mask_Bm[own], device), columns_mask, teacher_bL)
+        columns_mask = None if negatives.columns_mask is None else to_device(negatives.columns_mask[own], device)
+        teacher_bL = None if negatives.teacher_BL is None else to_device(negatives.teacher_BL[own], device)
+        neighbours = Neighbours(vectors_bmD, to_device(negatives.mask_Bm[own], device), columns_mask, teacher_bL)
     return context.objective(
         views,
         neighbours,
-        batch_mask=None if batch.mask_BB is None else _tensor(batch.mask_BB[own], device),
+        batch_mask=None if batch.mask_BB is None else to_device(batch.mask_BB[own], device),
         share=share,
         step=context.step,
         total_steps=context.total_steps,
@@ -188,14 +188,10 @@ def _encode(model: Any, batch: LocalBatch, context: StepContext, *, chunk: int, 
     views = list(z.chunk(n))
     if fresh_cm is not None:
         # Even where there is none: all ranks push gradient through the same collectives.
-        where = torch.tensor(usable, dtype=torch.int64, device=z.device)
+        where = to_device(np.array(usable, dtype=np.int64), z.device)
         placed = z.new_zeros(len(slots), z.shape[1]).index_copy(0, where, fresh)
         views.append(placed.view(len(own), -1, z.shape[1]))
     return views
-
-
-def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def _seed(*parts: int) -> int:
