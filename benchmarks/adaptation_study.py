@@ -1,46 +1,48 @@
 """Which way of adapting an encoder to a corpus pays where people search? A study of single ideas, in plain PyTorch.
 
-It decided what was built: all-MiniLM-L6-v2, six judged collections, one seed, a few minutes of one GPU. Each idea
-trains for 100 steps unless it says otherwise; test nDCG@10 is compared with the untouched model's. Nothing of hncse_ray
-is used, so that an idea takes a line here; ``adaptation.py`` measures what was built of them.
+It decided what was built: all-MiniLM-L6-v2, six judged collections, a few minutes of one GPU. Each idea trains for 100
+steps unless it says otherwise; test nDCG@10 is compared with the untouched model's. Nothing of hncse_ray is used, so
+that an idea takes a line here; ``adaptation.py`` measures what was built of them.
 
-    python benchmarks/adaptation_study.py --model MODEL --data DOMAINS --out FOLDER --ideas title+cloze list
-    python benchmarks/adaptation_study.py --table FOLDER --out result.json
+    python benchmarks/adaptation_study.py run --model MODEL --data DOMAINS --out FILE --ideas title+cloze list@0,1,2
+    python benchmarks/adaptation_study.py teachers --model MODEL --data DOMAINS
+    python benchmarks/adaptation_study.py table FILE... --out result.json
 
 Words: an anchor asks (a title, a sentence of a document, keywords, a crop, or the document itself), its document
 answers. A teacher scores an anchor with a document by the cosine under the untouched model, plus ``weight`` times BM25
-over the best BM25 of the anchor. The lists of ``list`` are the documents of the batch and three further ones an anchor,
-from ranks 1-5, 6-30 and 31-200 of the teacher. ``own`` says whether the anchor's own document is in its list: then BM25
-knows it by the anchor's own words.
+over the best BM25 of the anchor. ``smooth`` moves each document's vector towards the mean of its ten nearest;
+``feedback`` adds BM25 asked by the words of the three documents that are best so far (Lavrenko and Croft 2001 is the
+idea's source), the anchor's own left out. The lists of ``list`` are the documents of the batch and three further ones
+an anchor, from ranks 1-5, 6-30 and 31-200 of the teacher. ``own`` says whether the anchor's own document is in its
+list: then BM25 knows it by the anchor's own words.
+
+Scores without labels are written beside: ``cloze``, ``keywords`` and ``title`` ask documents that training did not see
+for themselves (MRR); ``follows ...`` is the nDCG@10 of their sentences, or of their keywords, where the ten best of a
+fixed ranking, the own document left out, count as right.
 """
 
 import argparse
-import csv
 import json
-import math
+import multiprocessing
+import os
 import random
-import re
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
+from adaptation_teachers import Collection, Model, Teacher, ndcg, without
 from hardware import provenance
+from scipy.stats import spearmanr
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
 
 COLLECTIONS = ("cran", "cisi", "med", "cacm", "npl", "lisa")
-STOP = frozenset(
-    "a an and are as at be but by for if in into is it no not of on or such that the their then there "
-    "these they this to was will with what which how can has have from its were been between than may "
-    "also where when who does do we using used use".split()
-)
 EVERY = {"title": 1, "cloze": 2, "keywords": 1}
 ASKING = {"title": 1, "cloze": 2}
 LIST: dict[str, Any] = {"batch": 32, "bands": 3, "contrast": 0.0, "weight": 0.3}
+BEST: dict[str, Any] = {**LIST, "smooth": 0.5, "feedback": 0.3}
 IDEAS: dict[str, dict[str, Any]] = {
     "simcse": {"views": {"document": 1}},
     "title": {"views": {"title": 1}},
@@ -63,113 +65,23 @@ IDEAS: dict[str, dict[str, Any]] = {
     "list": {"views": ASKING, **LIST},
     "margins": {"views": ASKING, "margins": True, **LIST},
     "list, contrast": {"views": ASKING, **LIST, "contrast": 0.5, "mask": 0.6},
+    "list, ranks": {"views": ASKING, **LIST, "ranks": True},
+    "list, smooth": {"views": ASKING, **LIST, "smooth": 0.5},
+    "list, feedback": {"views": ASKING, **LIST, "feedback": 0.3},
+    "best": {"views": ASKING, **BEST},
+    "best, 300 steps": {"views": ASKING, **BEST, "steps": 300},
+    "best, 300 steps, 5e-5": {"views": ASKING, **BEST, "steps": 300, "lr": 5e-5},
+    "best, 5e-5": {"views": ASKING, **BEST, "lr": 5e-5},
+    "best, batch 64": {"views": ASKING, **BEST, "batch": 64},
+    "best, 9 a list": {"views": ASKING, **BEST, "bands": 9},
+    "best, keywords": {"views": EVERY, **BEST},
+    "best, walk": {"views": ASKING, **BEST, "walk": True},
+    "best, margins": {"views": ASKING, **BEST, "margins": True},
+    "best, sharp": {"views": ASKING, **BEST, "temperature": 0.02},
+    "best, soft": {"views": ASKING, **BEST, "temperature": 0.1},
+    "best, contrast": {"views": ASKING, **BEST, "contrast": 0.5, "mask": 0.6},
+    "best, bm25 0.5": {"views": ASKING, **BEST, "weight": 0.5},
 }  # fmt: skip
-
-
-def words(text: str) -> list[str]:
-    """Words without the commonest, plurals cut."""
-    found = [w for w in re.findall(r"[a-z0-9]+", text.lower()) if w not in STOP and len(w) > 1]
-    found = [w[:-3] + "y" if w.endswith("ies") and len(w) > 5 else w for w in found]
-    return [w[:-1] if w.endswith("s") and not w.endswith("ss") and len(w) > 3 else w for w in found]
-
-
-def sentences(text: str) -> list[str]:
-    """Sentences of four words and more; of text without ends of sentences runs of a dozen words."""
-    found = [part.strip() for part in re.split(r"(?<=[.!?])\s+", text) if len(part.split()) >= 4]
-    parts = text.split()
-    if len(found) < 2 and len(parts) >= 16:
-        found = [" ".join(parts[at : at + 12]) for at in range(0, len(parts) - 5, 12)]
-    return found
-
-
-class Collection:
-    """Documents, judged queries, BM25, and documents held out for the label-free score."""
-
-    def __init__(self, folder: Path) -> None:
-        rows = [json.loads(line) for line in (folder / "corpus.jsonl").open(encoding="utf-8")]
-        place = {row["_id"]: at for at, row in enumerate(rows)}
-        self.titles = [(row.get("title") or "").strip() for row in rows]
-        self.bodies = [(row.get("text") or "").strip() for row in rows]
-        ends = (".", "!", "?")
-        self.texts = [
-            f"{t if t.endswith(ends) else t + '.'} {b}".strip() if t else b
-            for t, b in zip(self.titles, self.bodies, strict=True)
-        ]
-        self.sentences = [sentences(body) for body in self.bodies]
-        asked = {}
-        for line in (folder / "queries.jsonl").open(encoding="utf-8"):
-            row = json.loads(line)
-            asked[row["_id"]] = row["text"]
-        self.queries: dict[str, list[str]] = {}
-        self.right: dict[str, list[dict[int, int]]] = {}
-        for split in ("dev", "test"):
-            right: dict[str, dict[int, int]] = {}
-            with (folder / "qrels" / f"{split}.tsv").open(encoding="utf-8") as file:
-                for row in csv.DictReader(file, delimiter="\t"):
-                    if int(row["score"]) > 0:
-                        right.setdefault(row["query-id"], {})[place[row["corpus-id"]]] = int(row["score"])
-            self.queries[split], self.right[split] = [asked[q] for q in right], list(right.values())
-        self._index()
-        rng = random.Random(7)
-        able = [i for i, found in enumerate(self.sentences) if len(found) >= 3]
-        rng.shuffle(able)
-        self.held = sorted(able[: min(300, len(able) // 5)])
-        self.trained = sorted(set(range(len(rows))) - set(self.held))
-        self.gaps = [rng.choice(self.sentences[i]) for i in self.held]
-        self.gapped = [self.texts[i].replace(gap, " ") for i, gap in zip(self.held, self.gaps, strict=True)]
-
-    def _index(self) -> None:
-        self.words = [words(text) for text in self.texts]
-        lengths = np.array([len(found) for found in self.words], float)
-        self.number: dict[str, int] = {}
-        row, column, value = [], [], []
-        for i, found in enumerate(self.words):
-            norm = 1.2 * (0.25 + 0.75 * lengths[i] / lengths.mean())
-            for word in dict.fromkeys(found):
-                f = found.count(word)
-                row.append(i)
-                column.append(self.number.setdefault(word, len(self.number)))
-                value.append(2.2 * f / (f + norm))
-        matrix = sp.csr_matrix((value, (row, column)), shape=(len(self.texts), len(self.number)))
-        holders = np.bincount(matrix.indices, minlength=len(self.number))
-        self.rarity = np.log(1 + (len(self.texts) - holders + 0.5) / (holders + 0.5))
-        self._by_word = (matrix @ sp.diags(self.rarity)).T.tocsr()
-
-    def bm25(self, texts: list[str]) -> np.ndarray:
-        """Scores of texts with all documents."""
-        pairs = [(i, self.number[w]) for i, text in enumerate(texts) for w in words(text) if w in self.number]
-        rows, columns = zip(*pairs, strict=True) if pairs else ((), ())
-        query = sp.csr_matrix((np.ones(len(pairs)), (rows, columns)), shape=(len(texts), len(self.number)))
-        return np.asarray((query @ self._by_word).toarray(), dtype=np.float32)
-
-
-class Model:
-    """An encoder with mean pooling, and its tokenizer."""
-
-    def __init__(self, path: str) -> None:
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.net = AutoModel.from_pretrained(path, dtype=torch.float32).to(self.device)
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-
-    def embed(self, texts: list[str], length: int) -> Tensor:
-        """Unit vectors."""
-        features = self.tokenizer(texts, truncation=True, max_length=length, padding=True, return_tensors="pt")
-        features = features.to(self.device)
-        with torch.autocast(self.device, torch.bfloat16):
-            state = self.net(**features).last_hidden_state.float()
-        mask = features["attention_mask"].unsqueeze(-1)
-        return F.normalize((state * mask).sum(1) / mask.sum(1), dim=-1)
-
-    @torch.no_grad()
-    def encode(self, texts: list[str]) -> Tensor:
-        """Unit vectors of many texts, without dropout."""
-        was, order = self.net.training, sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        self.net.eval()
-        parts = [self.embed([texts[i] for i in order[at : at + 256]], 256) for at in range(0, len(order), 256)]
-        self.net.train(was)
-        back = torch.empty(len(order), dtype=torch.long)
-        back[torch.tensor(order)] = torch.arange(len(order))
-        return torch.cat(parts)[back.to(self.device)]
 
 
 def ask(c: Collection, i: int, kinds: dict[str, float], rng: random.Random) -> tuple[str, str]:
@@ -218,6 +130,8 @@ def train(c: Collection, path: str, base: Model, base_ND: Tensor, idea: dict[str
     """Train a copy of the base by an idea."""
     torch.manual_seed(seed)
     rng, model, order = random.Random(seed), Model(path), list[int]()
+    model.rows = base.rows
+    teacher = Teacher(c, base, base_ND, idea) if "bands" in idea else None
     model.net.train()
     steps, size = idea.get("steps", 100), idea.get("batch", 64)
     optimizer = torch.optim.AdamW(model.net.parameters(), lr=idea.get("lr", 2e-5), weight_decay=0.0)
@@ -235,8 +149,8 @@ def train(c: Collection, path: str, base: Model, base_ND: Tensor, idea: dict[str
             ]
         anchors, targets = [a for a, _ in pairs], [t for _, t in pairs]
         columns, teacher_BC = list(ids), None
-        if "bands" in idea:
-            columns, teacher_BC = teach(c, base, base_ND, anchors, ids, idea, rng)
+        if teacher:
+            columns, teacher_BC = teach(teacher, anchors, ids, rng)
             targets += [c.texts[i] for i in columns[size:]]
         z_BD, z_CD = model.embed(anchors, 160), model.embed(targets, 160)
         student_BC = z_BD @ z_CD.T
@@ -254,7 +168,7 @@ def train(c: Collection, path: str, base: Model, base_ND: Tensor, idea: dict[str
                 logits = torch.cat([logits, (z_BD * negatives_BD).sum(1, keepdim=True) / 0.05], 1)
             loss = loss + idea.get("contrast", 1.0) * F.cross_entropy(logits, eye)
         if teacher_BC is not None:
-            loss = loss + imitate(student_BC, teacher_BC, eye, own=idea.get("own", False), margins=idea.get("margins"))
+            loss = loss + imitate(student_BC, teacher_BC, eye, idea)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.net.parameters(), 1.0)
@@ -264,32 +178,20 @@ def train(c: Collection, path: str, base: Model, base_ND: Tensor, idea: dict[str
     return model, {"loss at first": float(np.mean(losses[:10])), "loss at last": float(np.mean(losses[-10:]))}
 
 
-def teach(
-    c: Collection,
-    base: Model,
-    base_ND: Tensor,
-    anchors: list[str],
-    ids: list[int],
-    idea: dict[str, Any],
-    rng: random.Random,
-) -> tuple[list[int], Tensor]:
+def teach(teacher: Teacher, anchors: list[str], ids: list[int], rng: random.Random) -> tuple[list[int], Tensor]:
     """The columns, those of the batch first, and the teacher's scores with them."""
-    words_BN = torch.tensor(c.bm25(anchors), device=base.device)
-    eye, own = torch.arange(len(ids)), torch.tensor(ids)
-    if not idea.get("own"):
-        words_BN[eye, own] = 0
-    teacher_BN = base.encode(anchors) @ base_ND.T
-    teacher_BN = teacher_BN + idea["weight"] * words_BN / words_BN.amax(1, keepdim=True).clamp(min=1e-6)
-    if not idea.get("own"):
-        teacher_BN[eye, own] = -1
+    own = None if teacher.idea.get("own") else torch.tensor(ids, device=teacher.base.device)
+    teacher_BN = teacher(anchors, own)
     best = teacher_BN.topk(min(200, teacher_BN.shape[1])).indices.tolist()
-    further = [row[rng.randrange(a, min(b, len(row)))] for row in best for a, b in ((0, 5), (5, 30), (30, 200))]
+    each = teacher.idea["bands"] // 3
+    further = [row[rng.randrange(a, min(b, len(row)))] for row in best for a, b in ((0, 5), (5, 30), (30, 200)) * each]
     columns = [*ids, *(i for i in dict.fromkeys(further) if i not in ids)]
     return columns, teacher_BN[:, columns]
 
 
-def imitate(student_BC: Tensor, teacher_BC: Tensor, eye: Tensor, *, own: bool, margins: bool | None) -> Tensor:
+def imitate(student_BC: Tensor, teacher_BC: Tensor, eye: Tensor, idea: dict[str, Any]) -> Tensor:
     """The divergence of the softmax of both, or the squared difference of their margins."""
+    own, margins, temperature = idea.get("own", False), idea.get("margins"), idea.get("temperature", 0.05)
     kept = torch.ones_like(student_BC, dtype=torch.bool)
     if not own:
         kept[eye, eye] = False
@@ -301,114 +203,229 @@ def imitate(student_BC: Tensor, teacher_BC: Tensor, eye: Tensor, *, own: bool, m
         difference = (student_BC - teacher_BC) * kept
         difference = (difference - difference.sum(1, keepdim=True) / count) * kept
         return 20 * difference.pow(2).sum() / count.sum()
-    wanted = (teacher_BC / 0.05).masked_fill(~kept, -1e4).softmax(1)
-    found = (student_BC / 0.05).masked_fill(~kept, -1e4).log_softmax(1)
+    wanted = (teacher_BC / temperature).masked_fill(~kept, -1e4).softmax(1)
+    found = (student_BC / temperature).masked_fill(~kept, -1e4).log_softmax(1)
     return F.kl_div(found, wanted, reduction="batchmean")
 
 
-def score(model: Model, c: Collection, powers: tuple[float, ...]) -> dict[str, Any]:
-    """What queries earn by nDCG@10, and the label-free MRR, whitened by each power."""
-    plain = {"documents": model.encode(c.texts), "gapped": model.encode(c.gapped), "gaps": model.encode(c.gaps)}
-    plain |= {split: model.encode(queries) for split, queries in c.queries.items()}
-    mean_D = plain["documents"].mean(0)
-    variance_D, directions_DD = torch.linalg.eigh(torch.cov((plain["documents"] - mean_D).T.double()))
-    found: dict[str, Any] = {}
-    for power in powers:
-        vectors = plain
-        if power:
-            scale_DD = ((directions_DD * variance_D.clamp(min=1e-9) ** -power) @ directions_DD.T).float()
-            vectors = {name: F.normalize((x - mean_D) @ scale_DD, dim=-1) for name, x in plain.items()}
-        documents_ND = vectors["documents"]
-        row: dict[str, Any] = {}
-        for split in ("dev", "test"):
-            best = (vectors[split] @ documents_ND.T).topk(10).indices.tolist()
-            row[split] = [round(ndcg(b, right), 4) for b, right in zip(best, c.right[split], strict=True)]
-        held = torch.tensor(c.held, device=documents_ND.device)
-        searched_ND = documents_ND.clone()
-        searched_ND[held] = vectors["gapped"]
-        near_QN = vectors["gaps"] @ searched_ND.T
-        rank = (near_QN > near_QN.gather(1, held[:, None])).sum(1) + 1
-        row["cloze"] = float((1 / rank).float().mean())
-        found[f"{power:g}"] = row
-    return found
+class Scored:
+    """Scores a model on the judged queries of a collection, and without labels."""
+
+    def __init__(self, c: Collection, base: Model, base_ND: Tensor) -> None:
+        self.c, self.held = c, torch.tensor(c.held, device=base.device)
+        self.right = {}
+        for name, idea in (("words", {"weight": 1000.0}), ("base and words", {"weight": 0.3}), ("best", BEST)):
+            teacher = Teacher(c, base, base_ND, idea)
+            for asked in ("gaps", "keywords"):
+                best = teacher(getattr(c, asked), self.held).topk(10).indices.tolist()
+                self.right[f"follows {name}, {asked}"] = asked, [dict.fromkeys(row, 1) for row in best]
+
+    def __call__(self, model: Model, powers: tuple[float, ...]) -> dict[str, Any]:
+        """What queries earn by nDCG@10, and the label-free scores, whitened by each power."""
+        c = self.c
+        titles, bodies = ([texts[i] for i in c.held if c.titles[i] and c.bodies[i]] for texts in (c.titles, c.bodies))
+        titled = self.held[[bool(c.titles[i] and c.bodies[i]) for i in c.held]]
+        asked = {"documents": c.texts, "gapped": c.gapped, "gaps": c.gaps, "keywords": c.keywords, **c.queries}
+        plain = {name: model.encode(texts) for name, texts in asked.items()}
+        if titles:
+            plain |= {"title": model.encode(titles), "bodies": model.encode(bodies)}
+        mean_D = plain["documents"].mean(0)
+        variance_D, directions_DD = torch.linalg.eigh(torch.cov((plain["documents"] - mean_D).T.double()))
+        found: dict[str, Any] = {}
+        for power in powers:
+            vectors = plain
+            if power:
+                scale_DD = ((directions_DD * variance_D.clamp(min=1e-9) ** -power) @ directions_DD.T).float()
+                vectors = {name: F.normalize((x - mean_D) @ scale_DD, dim=-1) for name, x in plain.items()}
+            documents_ND = vectors["documents"]
+            row: dict[str, Any] = {}
+            for split in ("dev", "test"):
+                best = (vectors[split] @ documents_ND.T).topk(10).indices.tolist()
+                row[split] = [round(ndcg(b, right), 4) for b, right in zip(best, c.right[split], strict=True)]
+            row["cloze"] = own_rank(vectors["gaps"], documents_ND, self.held, vectors["gapped"])
+            row["keywords"] = own_rank(vectors["keywords"], documents_ND, self.held)
+            row["title"] = own_rank(vectors["title"], documents_ND, titled, vectors["bodies"]) if titles else None
+            for name, (kind, right) in self.right.items():
+                best = without(vectors[kind] @ documents_ND.T, self.held).topk(10).indices.tolist()
+                row[name] = float(np.mean([ndcg(b, r) for b, r in zip(best, right, strict=True)]))
+            found[f"{power:g}"] = row
+        return found
 
 
-def ndcg(best: list[int], right: dict[int, int]) -> float:
-    gained = sum(right.get(i, 0) / math.log2(at + 2) for at, i in enumerate(best))
-    return gained / sum(g / math.log2(at + 2) for at, g in enumerate(sorted(right.values(), reverse=True)[:10]))
+def own_rank(asking_QD: Tensor, documents_ND: Tensor, own: Tensor, instead_QD: Tensor | None = None) -> float:
+    """The mean reciprocal rank of the own documents, which may be replaced by other vectors."""
+    searched_ND = documents_ND.clone()
+    if instead_QD is not None:
+        searched_ND[own] = instead_QD
+    near_QN = asking_QD @ searched_ND.T
+    rank_Q = (near_QN > near_QN.gather(1, own[:, None])).sum(1) + 1
+    return float((1 / rank_Q).float().mean())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Single ideas of adaptation.")
-    parser.add_argument("--model")
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--collections", nargs="+", default=list(COLLECTIONS))
-    parser.add_argument("--ideas", nargs="+", default=list(IDEAS))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="of every idea, instead of its own")
-    parser.add_argument("--table", type=Path, help="print what a folder of results says")
-    parser.add_argument("--out", type=Path)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="train by ideas")
+    run.add_argument("--ideas", nargs="+", default=list(IDEAS), help="in this order; IDEA@0,1,2 names seeds")
+    run.add_argument("--out", type=Path, required=True, help="a file, one result a line; more are added to it")
+    run.add_argument("--workers", type=int, default=1, help="processes")
+    run.add_argument("--minutes", type=float, default=600, help="begin nothing after so long")
+    run.add_argument("--steps", type=int, help="of every idea, instead of its own")
+    teachers = commands.add_parser("teachers", help="rank the judged queries by the teachers, without training")
+    for command in (run, teachers):
+        command.add_argument("--model", required=True)
+        command.add_argument("--data", type=Path, required=True)
+        command.add_argument("--collections", nargs="+", default=list(COLLECTIONS))
+    table = commands.add_parser("table", help="print what results say")
+    table.add_argument("files", type=Path, nargs="+")
+    table.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if args.table:
-        tabulate(args.table, args.out)
-        return
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name in args.collections:
-        c, base = Collection(args.data / name), Model(args.model)
-        base_ND = base.encode(c.texts)
-        found: dict[str, Any] = {"base": {"0": score(base, c, (0.0, 0.0625, 0.125, 0.25))}}
-        for idea in args.ideas:
-            started = time.perf_counter()
-            settings = IDEAS[idea] | ({"steps": args.steps} if args.steps else {})
-            model, told = train(c, args.model, base, base_ND, settings, args.seed)
-            seconds = time.perf_counter() - started
-            row = {"1": score(model, c, (0.0, 0.125))}
+    if args.command == "table":
+        tabulate(args.files, args.out)
+    elif args.command == "teachers":
+        rank_by_teachers(args.model, args.data, args.collections)
+    else:
+        run_ideas(args)
+
+
+def run_ideas(args: argparse.Namespace) -> None:
+    """Train by each idea on each collection, several at a time."""
+    context = multiprocessing.get_context("spawn")
+    tasks, results = context.Queue(), context.Queue()
+    named = [name.partition("@") for name in ["base", *args.ideas]]
+    wanted = [
+        (c, i, int(seed)) for i, _, seeds in named for seed in (seeds or "0").split(",") for c in args.collections
+    ]
+    for task in [*wanted, *[None] * args.workers]:
+        tasks.put(task)
+    until = time.time() + 60 * args.minutes
+    workers = [
+        context.Process(target=work, args=(tasks, results, args.model, args.data, args.steps, args.workers, until))
+        for _ in range(args.workers)
+    ]
+    for worker in workers:
+        worker.start()
+    left = len(workers)
+    with args.out.open("a", encoding="utf-8") as file:
+        while left:
+            row = results.get()
+            left -= row is None
+            if row is not None:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                print(
+                    *row["task"],
+                    f"{row['seconds']:.0f} s",
+                    f"{np.mean(row['found']['1']['0']['test']):.4f}",
+                    flush=True,
+                )
+
+
+def work(tasks: Any, results: Any, path: str, data: Path, steps: int | None, workers: int, until: float) -> None:
+    """Take tasks until there are none."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    known: dict[str, tuple[Collection, Model, Tensor, Scored]] = {}
+    while (task := tasks.get()) is not None and time.time() < until:
+        name, idea, seed = task
+        if name not in known:
+            c, base = Collection(data / name), Model(path)
+            base_ND = base.encode(c.texts)
+            known[name] = c, base, base_ND, Scored(c, base, base_ND)
+        c, base, base_ND, score = known[name]
+        started = time.perf_counter()
+        if idea == "base":
+            found: dict[str, Any] = {"1": score(base, (0.0, 0.0625, 0.125, 0.25))}
+        else:
+            model, told = train(c, path, base, base_ND, IDEAS[idea] | ({"steps": steps} if steps else {}), seed)
+            found = {"train_seconds": time.perf_counter() - started, **told, "1": score(model, (0.0, 0.125))}
             with torch.no_grad():
                 for own, untouched in zip(model.net.parameters(), base.net.parameters(), strict=True):
                     own.lerp_(untouched, 0.5)
-            found[idea] = row | {"0.5": score(model, c, (0.0, 0.125)), "seconds": seconds, **told}
-            print(
-                name,
-                idea,
-                f"{seconds:.0f} s",
-                {k: f"{np.mean(v['0']['test']):.4f}" for k, v in row.items()},
-                flush=True,
-            )
-        result = {"collection": name, "seed": args.seed, **provenance(torch.device(base.device)), "ideas": found}
-        (args.out / f"{name}-{args.seed}.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+            found["0.5"] = score(model, (0.0,))
+        row = {"task": task, "seconds": time.perf_counter() - started, "found": found}
+        results.put(row | provenance(torch.device(base.device)))
+    results.put(None)
 
 
-def tabulate(folder: Path, out: Path | None) -> None:
-    """Print and write mean changes of test nDCG@10 against the base, with their intervals."""
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    rng, table = np.random.default_rng(0), {}
-    for idea in dict.fromkeys(idea for result in results for idea in result["ideas"]):
-        for share in ("0",) if idea == "base" else ("1", "0.5"):
-            for power in ("0", "0.0625", "0.125", "0.25") if idea == "base" else ("0", "0.125"):
-                rows = {
-                    r["collection"]: r["ideas"] for r in results if power in r["ideas"].get(idea, {}).get(share, {})
-                }
-                change = {
-                    c: np.subtract(ideas[idea][share][power]["test"], ideas["base"]["0"]["0"]["test"])
-                    for c, ideas in rows.items()
-                }
-                if not change:
-                    continue
-                queries = np.concatenate(list(change.values()))
-                drawn = queries[rng.integers(0, len(queries), (5000, len(queries)))].mean(1)
-                table[f"{idea} | {share}, {power}"] = {
-                    "collections": {c: round(float(v.mean()), 4) for c, v in change.items()},
-                    "mean": round(float(np.mean([v.mean() for v in change.values()])), 4),
-                    "over all queries": [
-                        round(float(x), 4) for x in (queries.mean(), *np.percentile(drawn, [2.5, 97.5]))
-                    ],
-                }
+def rank_by_teachers(path: str, data: Path, collections: list[str]) -> None:
+    """Print what teachers earn on the judged queries over the cosine alone."""
+    both = {"weight": 0.3}
+    kinds: dict[str, dict[str, Any]] = {
+        "cosine": {},
+        "bm25": {"weight": 1000.0},
+        "both": both,
+        "both, smooth": {**both, "smooth": 0.5},
+        "both, feedback": {**both, "feedback": 0.3},
+        "best": BEST,
+        "ranks and bm25": {**both, "ranks": True},
+    }
+    changes: dict[str, dict[str, list[np.ndarray]]] = {}
+    for name in collections:
+        c, base = Collection(data / name), Model(path)
+        base_ND = base.encode(c.texts)
+        for kind, idea in kinds.items():
+            teacher = Teacher(c, base, base_ND, idea)
+            for split in ("dev", "test"):
+                best = teacher(c.queries[split]).topk(10).indices.tolist()
+                earned = np.array([ndcg(b, right) for b, right in zip(best, c.right[split], strict=True)])
+                changes.setdefault(kind, {}).setdefault(split, []).append(earned)
+    print(f"{'':16}", *collections, "mean (test), mean (dev)")
+    for kind, earned in changes.items():
+        test, dev = (
+            [(a - b).mean() for a, b in zip(earned[split], changes["cosine"][split], strict=True)]
+            for split in ("test", "dev")
+        )
+        print(f"{kind:16}", *(f"{x:+.3f}" for x in test), f"{np.mean(test):+.3f} {np.mean(dev):+.3f}")
+
+
+def tabulate(files: list[Path], out: Path | None) -> None:
+    """Print and write mean changes of test nDCG@10 against the base, and how label-free scores follow them."""
+    rows = [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    base = {row["task"][0]: row["found"]["1"]["0"] for row in rows if row["task"][1] == "base"}
+    rng, table, points = np.random.default_rng(0), {}, []
+    by: dict[str, dict[str, list[Any]]] = {}
+    for row in rows:
+        name, idea, _ = row["task"]
+        for share in ("1", "0.5"):
+            for power, found in row["found"].get(share, {}).items():
+                if (idea, share, power) != ("base", "1", "0"):
+                    by.setdefault(f"{idea} | {share}, {power}", {}).setdefault(name, []).append(found)
+    for method, found in by.items():
+        change = {
+            split: {c: np.mean([r[split] for r in seeds], axis=0) - base[c][split] for c, seeds in found.items()}
+            for split in ("test", "dev")
+        }
+        for c, seeds in found.items():
+            point = {"collection": c, "method": method, "test": float(change["test"][c].mean())}
+            point["labelled dev"] = float(change["dev"][c].mean())
+            for name, value in base[c].items():
+                if isinstance(value, float):
+                    point[name] = float(np.mean([r[name] for r in seeds])) - value
+            points.append(point)
+        queries = np.concatenate(list(change["test"].values()))
+        drawn = queries[rng.integers(0, len(queries), (5000, len(queries)))].mean(1)
+        interval = (queries.mean(), *np.percentile(drawn, [2.5, 97.5]))
+        row = {"seeds": max(len(seeds) for seeds in found.values())}
+        for split, changed in change.items():
+            row[f"{split}, collections"] = {c: round(float(v.mean()), 4) for c, v in changed.items()}
+            row[f"{split}, mean"] = round(float(np.mean([v.mean() for v in changed.values()])), 4)
+        table[method] = row | {"test, over all queries": [round(float(x), 4) for x in interval]}
     for name, row in table.items():
-        print(f"{name:40}", *(f"{c} {v:+.3f}" for c, v in row["collections"].items()), f"| mean {row['mean']:+.3f}",
-              row["over all queries"])  # fmt: skip
+        each = " ".join(f"{c} {v:+.3f}" for c, v in row["test, collections"].items())
+        means = f"mean {row['test, mean']:+.3f} dev {row['dev, mean']:+.3f}"
+        print(f"{name:34} {each} | {means}", row["test, over all queries"])
+    names = [name for name in points[0] if name not in ("collection", "method", "test")]
+    follows = {}
+    for name in names:
+        both = [(p[name], p["test"], p["labelled dev"]) for p in points if p.get(name) is not None]
+        score, test, dev = zip(*both, strict=True)
+        with_test, with_dev = (float(spearmanr(score, labelled).statistic) for labelled in (test, dev))
+        follows[name] = {"test": with_test, "labelled dev": with_dev, "points": len(both)}
+        print(f"{name:34} Spearman with test {with_test:+.2f}, with dev {with_dev:+.2f}, {len(both)} points")
     if out:
-        first = {k: v for k, v in results[0].items() if k not in ("collection", "ideas")}
-        out.write_text(json.dumps(first | {"changes": table}, indent=1) + "\n", encoding="utf-8")
+        first = {k: v for k, v in rows[0].items() if k not in ("task", "found", "seconds")}
+        result = {**first, "changes": table, "label_free": {"spearman": follows, "points": points}}
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
