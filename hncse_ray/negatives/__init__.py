@@ -8,7 +8,7 @@ from hncse_ray.negatives.hits import Offers, WordQuery, merge_hits, merge_offers
 from hncse_ray.negatives.in_batch import rows_too_close, score_limit
 from hncse_ray.negatives.index_plan import IndexPlan, plan_index
 from hncse_ray.negatives.refresh import RefreshDecision, RefreshFacts, RefreshRules, decide
-from hncse_ray.negatives.selection import Selection, SelectionRules, select
+from hncse_ray.negatives.selection import FATES, Selection, SelectionRules, select
 from hncse_ray.negatives.source import (
     BuildReport,
     Hits,
@@ -23,6 +23,7 @@ from hncse_ray.negatives.source import (
 )
 
 __all__ = [
+    "FATES",
     "BuildReport",
     "Hits",
     "IndexPlan",

@@ -21,6 +21,10 @@ Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
 
 SAMPLINGS = ("top", "uniform", "softmax", "bands")
+RULES = ("itself", "same_content", "same_document", "in_batch", "max_score", "relative_margin", "skip_hardest")
+FATES = ("no_hit", "left", "taken", *RULES)
+"""What may become of a hit: there is none, it is left, it is a negative, or the rule that removes it."""
+_NO_HIT, _LEFT, _TAKEN = range(3)
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,9 @@ class Selection:
             j*m + n is negative n of anchor j. False in row i where that negative is not usable, is row i
             itself, holds what it holds or is of its document, or was among anchor i's hits and removed by
             `max_score` or `relative_margin`. None without `rules.unique`.
-        removed: hits that each rule removed, a hit counted by the first rule that removes it. The keys in
-            order: itself, same_content, same_document, in_batch, max_score, relative_margin, skip_hardest,
-            chosen_twice.
+        removed: hits that each rule removed, a hit counted by the first rule that removes it: those of `RULES`, and
+            `chosen_twice`.
+        fates_Bk: what became of each hit, int8 [B, k], its place in `FATES`.
     """
 
     ids_Bm: Int64
@@ -102,6 +106,7 @@ class Selection:
     mask_Bm: Bool
     columns_mask: Bool | None
     removed: dict[str, int]
+    fates_Bk: npt.NDArray[np.int8]
 
 
 def select(
@@ -154,13 +159,17 @@ def select(
         documents=documents,
     )
     limit = _margin_limit(positive_score, rules.relative_margin)
-    alive_Bk, too_close_Bk, removed = _filter(hits, margin_limit=limit, rules=rules)
+    fates_Bk = _fates(hits, margin_limit=limit, rules=rules)
+    removed = {rule: int(np.count_nonzero(fates_Bk == FATES.index(rule))) for rule in RULES}
+    alive_Bk = fates_Bk == _LEFT
     order_Bk = _order(hits.scores_Bk, alive_Bk, rules=rules, seed=seed)
     if rules.unique:
-        chosen_Bk, twice = _choose_unique(order_Bk, alive_Bk, ids_Bk=hits.ids_Bk, per_anchor=rules.per_anchor)
+        chosen_Bk, removed["chosen_twice"] = _choose_unique(
+            order_Bk, alive_Bk, ids_Bk=hits.ids_Bk, per_anchor=rules.per_anchor
+        )
     else:
-        chosen_Bk, twice = _choose(order_Bk, alive_Bk, per_anchor=rules.per_anchor), 0
-    removed["chosen_twice"] = twice
+        chosen_Bk, removed["chosen_twice"] = _choose(order_Bk, alive_Bk, per_anchor=rules.per_anchor), 0
+    fates_Bk[chosen_Bk] = _TAKEN
 
     # The chosen ones move to the front, in the order of the hits.
     anchors, places = np.nonzero(chosen_Bk)
@@ -171,8 +180,11 @@ def select(
     ids_Bm[anchors, slots] = hits.ids_Bk[anchors, places]
     scores_Bm[anchors, slots] = hits.scores_Bk[anchors, places]
     mask_Bm[anchors, slots] = True
-    columns_mask = _columns_mask(ids_Bm, hits=hits, too_close_Bk=too_close_Bk) if rules.unique else None
-    return Selection(ids_Bm, scores_Bm, mask_Bm, columns_mask, removed)
+    columns_mask = None
+    if rules.unique:
+        too_close_Bk = np.isin(fates_Bk, [FATES.index("max_score"), FATES.index("relative_margin")])
+        columns_mask = _columns_mask(ids_Bm, hits=hits, too_close_Bk=too_close_Bk)
+    return Selection(ids_Bm, scores_Bm, mask_Bm, columns_mask, removed, fates_Bk)
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,8 +231,8 @@ def _margin_limit(positive_score: float | Float32, relative_margin: float | None
     return (np.asarray(positive_score, np.float64).reshape(-1, 1) * (1 - relative_margin)).astype(np.float32)
 
 
-def _filter(hits: _Hits, *, margin_limit: Float32 | None, rules: SelectionRules) -> tuple[Bool, Bool, dict[str, int]]:
-    """Apply all rules but `unique`; return survivors [B, k], hits a score rule removed [B, k], and counts."""
+def _fates(hits: _Hits, *, margin_limit: Float32 | None, rules: SelectionRules) -> npt.NDArray[np.int8]:
+    """Apply the rules; return what became of each hit [B, k], as far as they decide it."""
 
     def above(limit: float | Float32 | None) -> Bool:
         return np.zeros(hits.ids_Bk.shape, np.bool_) if limit is None else hits.scores_Bk > np.float32(limit)
@@ -236,18 +248,12 @@ def _filter(hits: _Hits, *, margin_limit: Float32 | None, rules: SelectionRules)
         "max_score": above(rules.max_score),
         "relative_margin": above(margin_limit),
     }
-    alive_Bk: Bool = hits.ids_Bk >= 0
-    too_close_Bk = np.zeros_like(alive_Bk)
-    removed: dict[str, int] = {}
-    for name, breach_Bk in breaches.items():
-        out_Bk = alive_Bk & breach_Bk
-        removed[name] = int(out_Bk.sum())
-        alive_Bk = alive_Bk & ~out_Bk
-        if name in ("max_score", "relative_margin"):
-            too_close_Bk |= out_Bk
-    skipped_Bk = alive_Bk & (np.cumsum(alive_Bk, axis=1) <= rules.skip_hardest)
-    removed["skip_hardest"] = int(skipped_Bk.sum())
-    return alive_Bk & ~skipped_Bk, too_close_Bk, removed
+    fates_Bk = np.where(hits.ids_Bk >= 0, _LEFT, _NO_HIT).astype(np.int8)
+    for rule, breach_Bk in breaches.items():
+        fates_Bk[(fates_Bk == _LEFT) & breach_Bk] = FATES.index(rule)
+    alive_Bk = fates_Bk == _LEFT
+    fates_Bk[alive_Bk & (np.cumsum(alive_Bk, axis=1) <= rules.skip_hardest)] = FATES.index("skip_hardest")
+    return fates_Bk
 
 
 def _order(scores_Bk: Float32, alive_Bk: Bool, *, rules: SelectionRules, seed: Sequence[int]) -> Int64:
