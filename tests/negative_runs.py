@@ -21,7 +21,7 @@ from hncse_ray.negatives.in_process import InProcessSource
 from hncse_ray.reporting import Event, Notice, RunFinished
 from hncse_ray.reporting.events import StepsLogged
 from hncse_ray.storage import write_folder
-from hncse_ray.training import TrainJob, fit, load_evaluation_sets
+from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets
 from hncse_ray.training.checkpoint import Wish
 from hncse_ray.training.lookup import BatchNegatives
 from hncse_ray.training.negatives import GlobalNegatives
@@ -171,6 +171,7 @@ def carry_out(
     *,
     run: Run | None = None,
     source: Any = None,
+    sets: EvaluationSets | None = None,
     also: Callable[[Event], None] = lambda event: None,
 ) -> Run:
     """Fit to the end, or until ``also`` raises :class:`Stopped`."""
@@ -180,7 +181,7 @@ def carry_out(
         run.events.append(event)
         also(event)
 
-    sets = load_evaluation_sets(settings.evaluation, settings.corpus)
+    sets = sets or load_evaluation_sets(settings.evaluation, settings.corpus)
     job = TrainJob(settings, run.corpus, run.encoder, sets, source=source or run.source)
     try:
         run.finished = fit(job, FolderStore(root), emit)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hncse_ray.config import LOCAL_IS_ONE, Settings, load_settings
 from hncse_ray.errors import SettingsError, StorageError
-from hncse_ray.reporting import LineReporter, Reporter, Reporters, RunFinished, Verdict
+from hncse_ray.reporting import Event, LineReporter, Reporter, Reporters, RunFinished, RunStarted, Verdict
 from hncse_ray.reporting.trackers import chosen_trackers, tracking
 from hncse_ray.storage import is_job
 from hncse_ray.training.remote_run import RemoteRunFolder, claim_run
@@ -60,14 +61,16 @@ def train(settings: Settings, *, sentences: Sequence[str] | None = None, reporte
     Raises:
         HncseError: bad settings, data, model, cluster or storage; or training failed for a known cause.
     """
+    start = _Start()
     settings, engine = _located(_with_sentences(settings, sentences)), _engine(settings)
     trackers = chosen_trackers(settings.run.trackers)
     with claim_run(settings) as folder:
         result = folder.finished()
         if result is None:
             with tracking(trackers, folder.path, dict(leaves(settings))) as tracked:
-                events = Reporters([LineReporter(), *([reporter] if reporter else []), *tracked])
+                events = Reporters([LineReporter(), start, *([reporter] if reporter else []), *tracked])
                 result = engine(settings, folder, events, sentences)
+            result = replace(result, seconds={"starting": start.seconds} | result.seconds)
             folder.write_result(asdict(result))
             if settings.evaluation.test and not isinstance(folder, RemoteRunFolder):  # not for the trials of a sweep
                 _write_page(folder.path)
@@ -82,6 +85,20 @@ def train(settings: Settings, *, sentences: Sequence[str] | None = None, reporte
         after=result.after,
         verdict=result.verdict,
     )
+
+
+class _Start:
+    """A reporter that notes how long it is until a run begins, or goes on."""
+
+    def __init__(self) -> None:
+        self._begun, self.seconds = time.monotonic(), 0.0
+
+    def on(self, event: Event) -> None:
+        if isinstance(event, RunStarted):
+            self.seconds = time.monotonic() - self._begun
+
+    def close(self) -> None:
+        """Nothing to close."""
 
 
 def _engine(settings: Settings) -> Engine:

@@ -60,6 +60,21 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """Something to look at: cosines of pairs, sentences and their neighbours; what is in ``facts`` hangs on ``kind``.
+
+    Attributes:
+        step: optimiser steps taken.
+        kind: ``similarities``, ``before``, ``after`` or ``negatives``; see :mod:`hncse_ray.training.sample`.
+        facts: plain values.
+    """
+
+    step: int
+    kind: Literal["similarities", "before", "after", "negatives"]
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class CheckpointSaved:
     """A checkpoint is complete in storage."""
 
@@ -113,7 +128,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class RunFinished:
-    """The run is over and its model exported."""
+    """The run is over and its model exported.
+
+    ``seconds`` are those that its phases took, by name; of runs of earlier versions they are not known.
+    """
 
     step: int
     best_step: int
@@ -122,6 +140,7 @@ class RunFinished:
     before: dict[str, dict[str, float]] = field(default_factory=dict)
     after: dict[str, dict[str, float]] = field(default_factory=dict)
     verdict: Verdict | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, tree: Mapping[str, Any]) -> RunFinished:
@@ -134,7 +153,9 @@ class RunFinished:
         return cls(**{**tree, "verdict": None if verdict is None else Verdict(**verdict)})
 
 
-Event = StageProgress | RunStarted | StepsLogged | Evaluated | CheckpointSaved | Notice | Verdict | RunFinished
+Event = (
+    StageProgress | RunStarted | StepsLogged | Evaluated | Sampled | CheckpointSaved | Notice | Verdict | RunFinished
+)
 
 
 def scalars(event: Event) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The records in a run's folder: ``metrics.jsonl``, TensorBoard's files and ``log.txt``."""
+"""The records in a run's folder: ``metrics.jsonl``, ``samples.jsonl``, TensorBoard's files and ``log.txt``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hncse_ray.reporting.events import Event
-from hncse_ray.reporting.reporters import MetricsFile, Reporter, Reporters, TensorBoard
+from hncse_ray.reporting.reporters import MetricsFile, Reporter, Reporters, SamplesFile, TensorBoard
 
 logger = logging.getLogger(__name__)
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 
 @contextmanager
@@ -23,7 +25,12 @@ def run_records(folder: Path, *others: Reporter) -> Iterator[Reporter]:
         folder: of the run.
         others: reporters that receive the same events.
     """
-    files = Reporters([MetricsFile(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard"), *others])
+    kept: list[Reporter] = [
+        MetricsFile(folder / METRICS),
+        SamplesFile(folder / SAMPLES),
+        TensorBoard(folder / "tensorboard"),
+    ]
+    files = Reporters([*kept, *others])
     try:
         yield files
     finally:

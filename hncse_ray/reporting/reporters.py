@@ -18,6 +18,7 @@ from hncse_ray.reporting.events import (
     Notice,
     RunFinished,
     RunStarted,
+    Sampled,
     StageProgress,
     StepsLogged,
     Verdict,
@@ -69,6 +70,8 @@ class LineReporter:
 
     def on(self, event: Event) -> None:
         """Log the event; of a stage only that it begins."""
+        if isinstance(event, Sampled):
+            return
         if isinstance(event, StageProgress):
             if event.stage != self._stage:
                 logger.info("%s", event.stage)
@@ -85,8 +88,8 @@ class LineReporter:
         """Nothing to close."""
 
 
-class MetricsFile:
-    """``metrics.jsonl``: one JSON object a logged step or evaluation.
+class _Lines:
+    """A file of one JSON object a line, each of a step.
 
     When a run is taken up at an earlier step than it had reached, the lines beyond that step are dropped: the run
     writes them again.
@@ -95,10 +98,39 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self._path = path
 
+    def close(self) -> None:
+        """Nothing to close: every line is written at once."""
+
+    def _append(self, row: dict[str, object]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _begin(self, event: RunStarted) -> None:
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break  # cut short by a kill: the last line
+            # A run that starts over at step 0 scores it again; one that goes on from later does not. Verdict, test
+            # scores and the last samples are the end of a run: written again when it gets there.
+            is_end = row.get("split") == "test" or not row.keys().isdisjoint(("verdict", "after", "negatives"))
+            if not is_end and (row["step"] < event.step or (row["step"] == event.step and event.step > 0)):
+                kept.append(line + "\n")
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(self._path)
+
+
+class MetricsFile(_Lines):
+    """``metrics.jsonl``: one JSON object a logged step or evaluation; what a resumed run writes again is dropped."""
+
     def on(self, event: Event) -> None:
         """Append the event."""
-        if isinstance(event, RunStarted) and self._path.exists():
-            self._drop_after(event.step)
+        if isinstance(event, RunStarted):
+            self._begin(event)
         elif isinstance(event, StepsLogged):
             self._append(
                 {
@@ -114,28 +146,16 @@ class MetricsFile:
             told = asdict(event)
             self._append({"step": told.pop("step"), "verdict": told | {"difference": event.difference}})
 
-    def close(self) -> None:
-        """Nothing to close: every line is written at once."""
 
-    def _append(self, row: dict[str, object]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+class SamplesFile(_Lines):
+    """``samples.jsonl``: what people look at, by its kind; the page of the run draws it."""
 
-    def _drop_after(self, step: int) -> None:
-        kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break  # cut short by a kill: the last line
-            # A run that starts over at step 0 scores it again; one that goes on from later does not. Verdict and test
-            # scores are the end of a run: written again when it gets there.
-            is_end = row.get("split") == "test" or "verdict" in row
-            if not is_end and (row["step"] < step or (row["step"] == step and step > 0)):
-                kept.append(line + "\n")
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(self._path)
+    def on(self, event: Event) -> None:
+        """Append the event."""
+        if isinstance(event, RunStarted):
+            self._begin(event)
+        elif isinstance(event, Sampled):
+            self._append({"step": event.step, event.kind: event.facts})
 
 
 class TensorBoard:
@@ -191,6 +211,8 @@ def describe(event: Event, total_steps: int = 0) -> str:
         case Evaluated():
             scores = "  ".join(f"{name} {value:.4f}" for name, value in event.scores.items())
             return f"step {event.step}  {event.split}  {scores}{'  (best)' if event.is_best else ''}"
+        case Sampled():
+            return f"step {event.step}  {event.kind} kept for the page of the run"
         case CheckpointSaved():
             return f"step {event.step}  checkpoint saved in {event.seconds:.2f} s"
         case Notice():

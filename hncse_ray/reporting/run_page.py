@@ -19,6 +19,8 @@ from hncse_ray.errors import SettingsError, StorageError
 from hncse_ray.recipe import read_yaml
 from hncse_ray.reporting.events import RunFinished
 from hncse_ray.reporting.page import BLUE, draw, line_figure, write_page
+from hncse_ray.reporting.records import METRICS, SAMPLES
+from hncse_ray.reporting.samples import phases_figure, plane_figure, show_samples
 from hncse_ray.reporting.verdict import describe_verdict
 from hncse_ray.storage import is_locked
 
@@ -115,7 +117,7 @@ def read_run(run_folder: Path) -> RunFacts:
         SettingsError: its ``settings.yaml`` cannot be read.
     """
     settings = read_yaml(run_folder / "settings.yaml")
-    rows, result = read_metrics(run_folder / "metrics.jsonl"), _read_result(run_folder / "result.json")
+    rows, result = read_rows(run_folder / METRICS), _read_result(run_folder / "result.json")
     best = max((row["step"] for row in rows if row.get("split") == "dev" and row.get("is_best")), default=None)
     state = "not finished"
     if result is not None:
@@ -146,6 +148,7 @@ def write_run_page(run_folder: Path) -> Path:
     run = read_run(run_folder)
     result, logged = run.result, run.logged
     uses_pool = any(name.startswith("negatives/") for row in logged for name in row)
+    samples = show_samples(read_rows(run_folder / SAMPLES), run_folder / SAMPLES)
     scores = {}
     if any(run.metric in row for row in run.dev):
         scores["scores"] = _score_figure(run.dev, run.metric, run.best_step, "best" if result else "best so far")
@@ -164,7 +167,9 @@ def write_run_page(run_folder: Path) -> Path:
         last_step=run.last_step,
         best_step=run.best_step,
         scores=run.scores,
-        figures=scores | _figures(logged, _TRAINING),
+        samples=samples,
+        figures=scores | _figures(logged, _TRAINING) | plane_figure(logged),
+        phases=phases_figure(result.seconds) if result else {},
         negatives=_figures(logged, (*_NEGATIVES, _rules(logged))) if uses_pool else {},
         pool=_last(logged, ("index_step", "shards_alive", "failed_builds", "build_seconds", "build_rows_per_s")),
         changed=changed_settings(run.settings),
@@ -210,8 +215,10 @@ def _leaves(tree: Mapping[str, Any], known: Mapping[str, str], prefix: str = "")
             yield path, value
 
 
-def read_metrics(path: Path) -> list[Row]:
-    """Read ``metrics.jsonl``; its last line may have been cut short by a kill, and it may not be there yet.
+def read_rows(path: Path) -> list[Row]:
+    """Read ``metrics.jsonl`` or ``samples.jsonl``, which may not be there yet.
+
+    The last line may have been cut short by a kill.
 
     Raises:
         StorageError: it cannot be read, or a line other than the last holds no step.
@@ -227,7 +234,7 @@ def read_metrics(path: Path) -> list[Row]:
             rows.append({**row, "step": int(row["step"])})
         except (ValueError, TypeError, KeyError) as error:
             if number < len(lines):
-                raise StorageError(f"line {number} is not a row of metrics", str(path)) from error
+                raise StorageError(f"line {number} is not a row of a step", str(path)) from error
     return rows
 
 

@@ -51,6 +51,7 @@ class TrainState:
         best_earned: the same with the best weights.
         sentences: sentences trained on, repeats counted.
         train_seconds: time spent on them; evaluation and checkpoints left out.
+        seconds: time spent on all else, by what it was.
         corpus_digest: of the prepared corpus.
         positive_similarity: mean cosine of the two views, at the last log.
         index_version: of the global negatives in use, and the positive similarity they were selected by; None
@@ -68,6 +69,7 @@ class TrainState:
     best_earned: dict[str, list[float]] = field(default_factory=dict)
     sentences: int = 0
     train_seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
     corpus_digest: str = ""
     positive_similarity: float = 1.0
     index_version: dict[str, Any] | None = None

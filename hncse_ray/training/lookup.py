@@ -66,17 +66,23 @@ class LookedUp:
     """The outcome of a look-up, and what it took.
 
     Attributes:
+        number: of the batch.
+        row_ids_B: its rows.
         negatives: for the step.
         selection: which they were selected in.
         asked_B: which rows were searched by anchors.
-        complete: whether every shard has answered.
+        hits: that it was made in.
+        target_ids_B: the row that each anchor belongs to.
         search_s: seconds of the search.
     """
 
+    number: int
+    row_ids_B: Int64
     negatives: BatchNegatives
     selection: Selection
     asked_B: Bool
-    complete: bool
+    hits: Hits
+    target_ids_B: Int64
     search_s: float
 
 
@@ -160,7 +166,7 @@ class LookUp:
             apart_n2=self._apart(hits, found.target_ids_B, positive_B),
             teacher_BL=self._teacher(found, selection) if self._taught else None,
         )
-        return LookedUp(negatives, selection, found.asked_B, hits.complete, seconds)
+        return LookedUp(number, ids_B, negatives, selection, found.asked_B, hits, found.target_ids_B, seconds)
 
     def nothing(self, number: int) -> BatchNegatives:
         """Return what is known of a batch without an answer."""

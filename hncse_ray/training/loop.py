@@ -39,6 +39,7 @@ from hncse_ray.training.guards import Guards, batch_uniformity
 from hncse_ray.training.lookup import BatchNegatives
 from hncse_ray.training.negatives import GlobalNegatives
 from hncse_ray.training.objective import Metrics, Objective
+from hncse_ray.training.sample import Looks
 from hncse_ray.training.schedule import build_optimizer, build_schedule, count_steps, plan_batches
 from hncse_ray.training.step import LocalBatch, StepContext, train_step
 from hncse_ray.training.views import BatchViews, Views, batch_views
@@ -105,6 +106,9 @@ class _Trainer:
         )
         self.encode = ShardedEncode(self.encoder, self.settings.evaluation.batch_size)
         self.guards = Guards(train)
+        self.looks: Looks | None = None
+        if self.settings.evaluation.test:  # the trials of a sweep are not looked at one by one
+            self.looks = Looks(self.settings, self.corpus, self.sets, total_steps=self.total_steps, emit=emit)
         self.log = _Log()
         self.base = self.encoder.weights() if ExportChoice.needs_base(self.settings) else None
         resumed = read_newest(
@@ -133,6 +137,8 @@ class _Trainer:
             dev, test = (self._measure(self.encode, split) for split in _SPLITS)
             state.before, state.before_earned = {"dev": dev.scores, "test": test.scores}, dev.earned
             self._consider_best(dev)
+            if self.looks is not None:
+                self.looks.first(self.encode)
         while True:
             # Rare events first: what is due now, before the next step is taken.
             patience = train.early_stopping_evaluations
@@ -166,11 +172,13 @@ class _Trainer:
                 chunk_size=train.grad_cache_chunk_size,
             )
             batches = self._next_batches()
-            metrics, z1_bD = train_step(self.model, self.optimizer, batches, context, max_grad_norm=train.max_grad_norm)
-            self.log.add(metrics, z1_bD, [b.sizes for b in batches], float(self.schedule.get_last_lr()[0]))
+            metrics, seen = train_step(self.model, self.optimizer, batches, context, max_grad_norm=train.max_grad_norm)
+            self.log.add(metrics, seen.z1_bD, [b.sizes for b in batches], float(self.schedule.get_last_lr()[0]))
             self.schedule.step()
             state.step += 1
             self.log.seconds += time.perf_counter() - started
+            if self.looks is not None:
+                self.looks.step(state.step, seen)
             # ----------------------------------------------------------------
 
     def _due(self, every: int) -> bool:
@@ -192,7 +200,9 @@ class _Trainer:
 
     def _take_negatives(self, numbers: Sequence[int]) -> list[BatchNegatives]:
         assert self.negatives is not None
-        self.log.seconds -= self.negatives.refresh(self.state, self.encoder.weights)  # a wait is no training
+        waited_s = self.negatives.refresh(self.state, self.encoder.weights)
+        self.log.seconds -= waited_s  # it is no training
+        self._add_seconds("waiting for the index", waited_s)
         return self.negatives.take(numbers, self.state)
 
     def _write_log(self) -> None:
@@ -213,13 +223,17 @@ class _Trainer:
     def _measure(self, encode: Encode, split: Split) -> Measured:
         """Score on all ranks; what the first has found counts, as the last bits differ from processor to processor."""
         error: HncseError | None = None
-        measured = Measured({}, {})
+        measured, started = Measured({}, {}), time.perf_counter()
         try:
             measured = self.sets.measure(encode, split, self.settings.evaluation.metric if split == "dev" else "")
         except HncseError as caught:
             error = caught
         raise_together(error)
+        self._add_seconds("scoring", time.perf_counter() - started)
         return from_first(lambda: measured)
+
+    def _add_seconds(self, phase: str, seconds: float) -> None:
+        self.state.seconds[phase] = self.state.seconds.get(phase, 0.0) + seconds
 
     def _tell(self, event: Event) -> None:
         from_first(lambda: self.emit(event))
@@ -254,7 +268,9 @@ class _Trainer:
                 index=None if self.negatives is None else self.negatives.index_weights,
             ),
         )
-        self._tell(CheckpointSaved(self.state.step, time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        self._add_seconds("checkpoints", seconds)
+        self._tell(CheckpointSaved(self.state.step, seconds))
 
     def _begin(self, job: TrainJob, resumed: Resumed, stack: ExitStack) -> None:
         for line in resumed.passed_over:
@@ -313,6 +329,9 @@ class _Trainer:
         if after["test"]:
             metric = self.settings.evaluation.metric
             self._tell(Evaluated(state.best_step, "test", after["test"], metric, is_best=True))
+        if self.looks is not None:
+            self.looks.last(state.step, self.encode, self.negatives, self.views)
+        started = time.perf_counter()
         from_first(
             lambda: self.store.export(
                 lambda folder: write_model(
@@ -326,6 +345,7 @@ class _Trainer:
                 )
             )
         )
+        self._add_seconds("export", time.perf_counter() - started)
         return from_first(
             lambda: RunFinished(
                 step=state.step,
@@ -335,6 +355,7 @@ class _Trainer:
                 before=state.before,
                 after=after,
                 verdict=verdict,
+                seconds={"training": state.train_seconds} | state.seconds,
             )
         )
 

@@ -69,7 +69,7 @@ class _Window:
         selection = looked_up.selection
         self.version = looked_up.negatives.version
         self._waited += waited
-        self._partial += not looked_up.complete
+        self._partial += not looked_up.hits.complete
         self._search_s.append(looked_up.search_s)
         self._removed.update(selection.removed)
         self._slots += selection.mask_Bm.size
@@ -221,6 +221,13 @@ class GlobalNegatives:
             "failed_builds": float(status.failed_builds),
         }
         return {f"negatives/{name}": value for name, value in facts.items()}
+
+    def look_up_again(self, number: int) -> LookedUp | None:
+        """Look the rows of a batch up in what the index holds now; None if it does not answer."""
+        try:
+            return self._look_up(number)
+        except SourceUnavailable:
+            return None
 
     @property
     def index_weights(self) -> Weights | None:

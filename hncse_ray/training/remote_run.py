@@ -1,7 +1,8 @@
 """A run that is kept at a URL: it works in a local folder, and what is finished is copied to the URL and back.
 
 At the URL are ``settings.yaml``, ``lease.json`` (who is at work), ``checkpoints/``, ``model/``, ``metrics.jsonl``,
-``log.txt``, ``tensorboard/`` and at last ``result.json``. The driver looks after the lease, the settings, the log and
+``samples.jsonl``, ``log.txt``, ``tensorboard/`` and at last ``result.json``. The driver looks after the lease, the
+settings, the log and
 the result; the first rank, on whichever node it is, sends the rest; every node fetches for itself what it needs.
 """
 
@@ -21,6 +22,7 @@ from hncse_ray.config import Settings
 from hncse_ray.corpus.cache import cache_folder
 from hncse_ray.errors import StorageError
 from hncse_ray.reporting.events import RunFinished
+from hncse_ray.reporting.records import METRICS, SAMPLES
 from hncse_ray.storage import (
     Damaged,
     Lease,
@@ -204,7 +206,7 @@ def bring_run(remote: Remote, work: Path, notify: Callable[[str], None]) -> None
             except Damaged as error:
                 notify(f"passed over: {error}")
                 continue
-            if name > newest_here or not (work / "metrics.jsonl").exists():
+            if name > newest_here or not (work / METRICS).exists():
                 _fetch_records(remote, work)
             return
 
@@ -212,7 +214,7 @@ def bring_run(remote: Remote, work: Path, notify: Callable[[str], None]) -> None
 def _fetch_records(remote: Remote, work: Path) -> None:
     shutil.rmtree(work / "tensorboard", ignore_errors=True)
     for name in remote.names():
-        if name == "metrics.jsonl" or name.startswith("tensorboard/"):
+        if name in (METRICS, SAMPLES) or name.startswith("tensorboard/"):
             partial = work / ".record"
             remote.download(name, partial)
             (work / name).parent.mkdir(parents=True, exist_ok=True)
@@ -220,7 +222,7 @@ def _fetch_records(remote: Remote, work: Path) -> None:
 
 
 def _send_records(remote: Remote, work: Path) -> None:
-    files = [work / "metrics.jsonl", *sorted((work / "tensorboard").rglob("*"))]
+    files = [work / METRICS, work / SAMPLES, *sorted((work / "tensorboard").rglob("*"))]
     for file in files:
         if file.is_file():
             remote.upload(file, str(file.relative_to(work)))

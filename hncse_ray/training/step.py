@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,23 @@ class StepNegatives:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What a step has compared, of this rank's rows; detached.
+
+    Attributes:
+        z1_bD: first views.
+        z2_bD: second views.
+        mask_bb: which of these rows may repel each other; None: all.
+        neighbours: of the rows, or None.
+    """
+
+    z1_bD: Tensor
+    z2_bD: Tensor
+    mask_bb: Tensor | None
+    neighbours: Neighbours | None
+
+
+@dataclass(frozen=True)
 class StepContext:
     """What a step needs besides the model and the batch."""
 
@@ -77,7 +94,7 @@ def train_step(
     context: StepContext,
     *,
     max_grad_norm: float,
-) -> tuple[Metrics, Tensor]:
+) -> tuple[Metrics, Seen]:
     """Take one optimiser step over one or several (accumulated) global batches.
 
     Args:
@@ -88,8 +105,8 @@ def train_step(
         max_grad_norm: the gradient's norm is clipped to it.
 
     Returns:
-        Metrics as 0-d tensors, averaged over ``batches`` (among them ``loss`` and ``grad_norm``), and this rank's first
-        view ``[b, D]`` of the last global batch, detached.
+        Metrics as 0-d tensors, averaged over ``batches`` (among them ``loss`` and ``grad_norm``), and what was
+        compared of this rank's rows in the last global batch.
     """
     model.train()
     optimizer.zero_grad(set_to_none=True)
@@ -97,27 +114,27 @@ def train_step(
     for i, batch in enumerate(batches):
         accumulate = i < len(batches) - 1
         backward = _backward_cached if context.chunk_size else _backward_whole
-        metrics, z1_bD = backward(model, batch, context, scale=world_size() / len(batches), accumulate=accumulate)
+        metrics, seen = backward(model, batch, context, scale=world_size() / len(batches), accumulate=accumulate)
         collected.append(metrics)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step()
     averaged = {key: torch.stack([m[key] for m in collected]).mean() for key in collected[0]}
-    return averaged | {"grad_norm": grad_norm.detach()}, z1_bD.detach()
+    return averaged | {"grad_norm": grad_norm.detach()}, seen
 
 
 def _backward_whole(
     model: Any, batch: LocalBatch, context: StepContext, *, scale: float, accumulate: bool
-) -> tuple[Metrics, Tensor]:
+) -> tuple[Metrics, Seen]:
     with _no_sync(model, accumulate):
         local = _encode(model, batch, context, chunk=0, rows=slice(None))
-        loss, metrics = _loss(local, batch, context)
+        loss, metrics, seen = _loss(local, batch, context)
         (loss * scale).backward()  # type: ignore[no-untyped-call]
-    return metrics | {"loss": loss.detach()}, local[0]
+    return metrics | {"loss": loss.detach()}, seen
 
 
 def _backward_cached(
     model: Any, batch: LocalBatch, context: StepContext, *, scale: float, accumulate: bool
-) -> tuple[Metrics, Tensor]:
+) -> tuple[Metrics, Seen]:
     """Gradient caching (Gao et al. 2021, arXiv 2101.06983): memory of one chunk, gradient of the whole batch.
 
     Each chunk is encoded twice under the same seed, first without a graph, then to push the cached gradient of its
@@ -129,7 +146,7 @@ def _backward_cached(
     with torch.no_grad():
         parts = [_encode(encoder, batch, context, chunk=c, rows=rows) for c, rows in enumerate(chunks)]
     local = [torch.cat(part).requires_grad_() for part in zip(*parts, strict=True)]
-    loss, metrics = _loss(local, batch, context)
+    loss, metrics, seen = _loss(local, batch, context)
     (loss * scale).backward()  # type: ignore[no-untyped-call]
     for c, rows in enumerate(chunks):
         with _no_sync(model, accumulate or c < len(chunks) - 1):
@@ -140,10 +157,10 @@ def _backward_cached(
                 if z.grad is not None and z_c.requires_grad
             ]
             torch.autograd.backward([z_c for z_c, _ in pairs], [grad for _, grad in pairs])
-    return metrics | {"loss": loss.detach()}, local[0]
+    return metrics | {"loss": loss.detach()}, seen
 
 
-def _loss(embedded: list[Tensor], batch: LocalBatch, context: StepContext) -> tuple[Tensor, Metrics]:
+def _loss(embedded: list[Tensor], batch: LocalBatch, context: StepContext) -> tuple[Tensor, Metrics, Seen]:
     views, fresh = embedded[: context.objective.views], embedded[context.objective.views :]
     device, share = views[0].device, RankShare.of(batch.sizes)
     own = slice(share.start, share.start + len(views[0]))
@@ -156,14 +173,21 @@ def _loss(embedded: list[Tensor], batch: LocalBatch, context: StepContext) -> tu
         columns_mask = None if negatives.columns_mask is None else to_device(negatives.columns_mask[own], device)
         teacher_bL = None if negatives.teacher_BL is None else to_device(negatives.teacher_BL[own], device)
         neighbours = Neighbours(vectors_bmD, to_device(negatives.mask_Bm[own], device), columns_mask, teacher_bL)
-    return context.objective(
+    mask_bB = None if batch.mask_BB is None else to_device(batch.mask_BB[own], device)
+    loss, metrics = context.objective(
         views,
         neighbours,
-        batch_mask=None if batch.mask_BB is None else to_device(batch.mask_BB[own], device),
+        batch_mask=mask_bB,
         share=share,
         step=context.step,
         total_steps=context.total_steps,
         generator=generator,
+    )
+    found = None if neighbours is None else replace(neighbours, vectors_BmD=neighbours.vectors_BmD.detach())
+    return (
+        loss,
+        metrics,
+        Seen(views[0].detach(), views[1].detach(), None if mask_bB is None else mask_bB[:, own], found),
     )
 
 

@@ -98,7 +98,7 @@ def test_of_something_else(tmp_path: Path, run_folder: Path) -> None:
     assert_refused(hncse("report", run_folder / "settings.yaml"), "no such folder")
     assert_refused(hncse("report", tmp_path), "holds neither a run nor a sweep")
     (run_folder / "metrics.jsonl").write_text("{\n{\n")
-    assert_refused(hncse("report", run_folder), "line 1 is not a row of metrics")
+    assert_refused(hncse("report", run_folder), "line 1 is not a row of a step")
     assert not (run_folder / "report.html").exists()
 
 

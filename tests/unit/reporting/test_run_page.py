@@ -6,67 +6,18 @@ import html
 import json
 import re
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from left_runs import METRIC, POOL, leave_run, leave_samples
 from page_text import figures, loads, table
 
 from hncse_ray.config import load_settings
 from hncse_ray.errors import SettingsError, StorageError
-from hncse_ray.reporting import MetricsFile, RunFinished, RunStarted
-from hncse_ray.reporting.events import Evaluated, StepsLogged, Verdict
 from hncse_ray.reporting.run_page import write_run_page
 from hncse_ray.storage import locked
-
-METRIC = "python-docs/recall@10"
-POOL = {
-    "negative_similarity": 0.5,
-    "negatives/index_age_steps": 20.0,
-    "negatives/index_step": 80.0,
-    "negatives/usable": 1.0,
-    "negatives/waited": 0.25,
-    "negatives/missing": 0.0,
-    "negatives/partial": 0.0,
-    "negatives/index_similarity": 0.625,
-    "negatives/search_ms_p50": 30.0,
-    "negatives/search_ms_p99": 90.0,
-    "negatives/removed_itself": 16.0,
-    "negatives/removed_max_score": 0.0,
-    "negatives/shards_alive": 2.0,
-    "negatives/build_seconds": 0.5,
-    "negatives/build_rows_per_s": 1234.0,
-    "negatives/failed_builds": 0.0,
-}
-
-
-def leave_run(folder: Path, *, finished: bool = True, steps: int = 3, extra: dict[str, float] | None = None) -> None:
-    """Leave what the real reporter writes: scores 0.5, 0.75, 0.625 at steps 0, 10, 20."""
-    evaluation = {"suites": ["python-docs"], "metric": METRIC}
-    settings = load_settings({"run": {"name": "small"}, "corpus": {"source": "python-docs"}, "evaluation": evaluation})
-    folder.mkdir(exist_ok=True)
-    (folder / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
-    reporter = MetricsFile(folder / "metrics.jsonl")
-    reporter.on(RunStarted("small", 0, 30, 100, 16, 1, "cpu", "fp32", resumed=False))
-    for i, score in enumerate((0.5, 0.75, 0.625)[:steps]):
-        if i:
-            metrics = {
-                "loss": 1 / i,
-                "positive_similarity": 0.9,
-                "hardest_negative_similarity": 0.5,
-                "uniformity": -2.0,
-            }
-            reporter.on(StepsLogged(10 * i, metrics | (extra or {}), 1e-4 / i, 250.0))
-        reporter.on(Evaluated(10 * i, "dev", {METRIC: score, "python-docs/mrr": 0.25}, METRIC, i < 2))
-    if finished:
-        before = {"dev": {METRIC: 0.5}, "test": {METRIC: 0.625}}
-        after = {"dev": {METRIC: 0.75}, "test": {METRIC: 0.5, "python-docs/mrr": 76.5}}
-        verdict = Verdict(10, 0.75, 0.0, METRIC, 0.5, 0.75, 0.1, 0.4, tried=3)
-        reporter.on(verdict)
-        result = RunFinished(20, 10, 240.5, False, before, after, verdict)
-        (folder / "result.json").write_text(json.dumps(asdict(result)), encoding="utf-8")
 
 
 def written(folder: Path) -> str:
@@ -262,7 +213,7 @@ class TestUnreadable:
         leave_run(tmp_path)
         path = tmp_path / "metrics.jsonl"
         path.write_text("{broken\n" + path.read_text())
-        with pytest.raises(StorageError, match="line 1 is not a row of metrics"):
+        with pytest.raises(StorageError, match="line 1 is not a row of a step"):
             write_run_page(tmp_path)
         assert not (tmp_path / "report.html").exists()
 
@@ -292,3 +243,64 @@ def test_the_page_names_what_the_run_trained_on(tmp_path: Path) -> None:
     settings = load_settings({"corpus": {"path": ["notes/my <texts>", "more.jsonl"]}, "evaluation": {"suites": []}})
     (tmp_path / "run" / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
     assert "on my &lt;texts&gt;, more.jsonl, from" in re.sub(r"<wbr>|&#8203;|\u200b", "", written(tmp_path / "run"))
+
+
+# ------------------------------------------------------------------------------------------------ what people look at
+
+
+class TestSamples:
+    @pytest.fixture
+    def page(self, tmp_path: Path) -> str:
+        leave_run(tmp_path)
+        leave_samples(tmp_path)
+        return written(tmp_path)
+
+    def test_neighbours_before_and_after_stand_side_by_side(self, page: str) -> None:
+        assert "75 of 100 are still among its ten nearest" in page
+        moved = page[page.index('id="moved"') : page.index("A map of the sample")]
+        assert moved.count("<section>") == 1 and "How to sort a list." in moved
+        assert "Return &lt;b&gt;sorted&lt;/b&gt; values. <small>0.90</small>" in moved
+        assert "Open a file. <small>0.70, <b>new</b></small>" in moved
+        queries = page[page.index('id="queries"') : page.index('id="moved"')]
+        assert queries.count("<b>right</b>") == 2 and "sort a list" in queries
+
+    def test_anchors_show_what_the_rules_do(self, page: str) -> None:
+        anchors = page[page.index('id="anchors"') : page.index("<h2>Training")]
+        assert "dropped: max_score" in anchors and "<b>taken as a negative</b>" in anchors and "0.950" in anchors
+        assert "index of step 8" in page and page.index('id="answer"') < page.index('id="anchors"')
+
+    def test_cosines_at_the_start_in_the_middle_and_at_the_end(self, page: str) -> None:
+        assert {name for name in figures(page) if name.startswith("cosines")} == {
+            "cosines-1",
+            "cosines-10",
+            "cosines-20",
+        }
+        assert points(page, "cosines-1")["positives"] == ([-0.75, -0.25, 0.25, 0.75], [0.0, 0.0, 0.0, 1.0])
+        assert points(page, "cosines-1")["in the batch"][1] == [0.0, 0.5, 0.5, 0.0]
+
+    def test_the_map_after_is_turned_onto_the_map_before(self, page: str) -> None:
+        (old,), (new,) = (points(page, f"map-{name}").values() for name in ("before", "after"))
+        assert new[0] == pytest.approx(old[0], abs=2e-3) and new[1] == pytest.approx(old[1], abs=2e-3)
+
+    def test_alignment_against_uniformity(self, page: str) -> None:
+        assert points(page, "plane")["batches"] == ([-2.0, -2.0], pytest.approx([0.2, 0.2]))
+
+    def test_without_samples_it_says_so(self, tmp_path: Path) -> None:
+        leave_run(tmp_path)
+        assert "has kept none" in text_of(written(tmp_path), "no-sentences")
+        leave_run(tmp_path, finished=False)
+        (tmp_path / "result.json").unlink()
+        assert "when the run has ended" in text_of(written(tmp_path), "no-sentences")
+
+    def test_samples_of_another_version_are_told(self, tmp_path: Path) -> None:
+        leave_run(tmp_path)
+        leave_samples(tmp_path, after={"other": 1})
+        with pytest.raises(StorageError, match=r"samples.jsonl: holds samples of another version"):
+            write_run_page(tmp_path)
+
+    def test_seconds_by_phase(self, tmp_path: Path) -> None:
+        leave_run(tmp_path)
+        result = json.loads((tmp_path / "result.json").read_text()) | {"seconds": {"starting": 8.0, "training": 60.5}}
+        (tmp_path / "result.json").write_text(json.dumps(result))
+        ((trace,), _) = figures(written(tmp_path))["phases"]
+        assert dict(zip(trace["y"], trace["x"], strict=True)) == {"starting": 8.0, "training": 60.5}

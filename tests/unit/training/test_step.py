@@ -15,6 +15,7 @@ from hncse_ray.encoder import SentenceEncoder, load_encoder
 from hncse_ray.training.objective import Objective
 from hncse_ray.training.step import (
     LocalBatch,
+    Seen,
     StepContext,
     StepNegatives,
     train_step,
@@ -51,7 +52,7 @@ def take(
     chunk: int | None = None,
     max_grad_norm: float = 1e9,
     texts: list[str] = SENTENCES[:8],
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> tuple[dict[str, Tensor], Seen]:
     rows = encoder.tokenize(texts)
     batches = [LocalBatch(number, rows, (len(rows),)) for number in numbers]
     context = StepContext(objective=objective, seed=seed, step=0, total_steps=10, chunk_size=chunk)
@@ -126,12 +127,12 @@ def test_accumulated_batches_are_averaged(tiny_model: Path, chunk: int | None) -
         metrics, _ = take(encoder, watched, number, chunk=chunk)
         losses.append(float(metrics["loss"]))
         gradients.append(gradient(encoder))
-    metrics, z1 = take(encoder, watched, 0, 1, 2, chunk=chunk)
+    metrics, seen = take(encoder, watched, 0, 1, 2, chunk=chunk)
     assert float(metrics["loss"]) == pytest.approx(np.mean(losses), rel=1e-6)
     mean = torch.stack(gradients).mean(0)
     assert (gradient(encoder) - mean).norm() <= 1e-5 * mean.norm()
     assert metrics["grad_norm"] == pytest.approx(float(mean.norm()), rel=1e-5)
-    assert torch.equal(z1, watched.seen[-1][0])  # of the last batch
+    assert torch.equal(seen.z1_bD, watched.seen[-1][0])  # of the last batch
 
 
 def test_a_step_forgets_the_gradient_before_it(tiny_model: Path) -> None:
@@ -153,8 +154,8 @@ def test_a_step_trains_though_the_encoder_was_evaluating(tiny_model: Path) -> No
 def test_what_a_step_returns_holds_no_graph(tiny_model: Path) -> None:
     encoder, watched = build(tiny_model, "objective.name=hybrid", "objective.k=4")
     for chunk in (None, 3):
-        metrics, z1 = take(encoder, watched, 0, chunk=chunk)
-        assert not z1.requires_grad
+        metrics, seen = take(encoder, watched, 0, chunk=chunk)
+        assert not seen.z1_bD.requires_grad and not seen.z2_bD.requires_grad
         assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())
         assert {"loss", "grad_norm"} <= metrics.keys()
 

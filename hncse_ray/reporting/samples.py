@@ -1,0 +1,214 @@
+"""What a run kept to be looked at (``samples.jsonl``), as the page of the run shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from hncse_ray.errors import StorageError
+from hncse_ray.reporting.page import SCALE, draw, line_figure
+
+Row = Mapping[str, Any]
+Figure = dict[str, Any]
+
+_MOVED, _SHOWN = 8, 3  # sentences that moved most; neighbours of each
+_PAIRS = {"positive": "positives", "in batch": "in the batch", "global": "global negatives"}
+_FATES = {
+    "taken": "taken as a negative",
+    "left": "left over",
+    "same_content": "dropped: the same text",
+    "same_document": "dropped: the same document",
+    "in_batch": "dropped: in the batch",
+    "max_score": "dropped: max_score",
+    "relative_margin": "dropped: relative_margin",
+    "skip_hardest": "dropped: skip_hardest",
+}
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A sentence near another; ``mark`` says what is to be said of it."""
+
+    text: str
+    cosine: float
+    mark: str
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A sentence or query with its nearest before training and after."""
+
+    text: str
+    before: Sequence[Neighbour]
+    after: Sequence[Neighbour]
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A row of the last batch, what belongs to it, and what the index found for it: texts, cosines, fates."""
+
+    text: str
+    target: str | None
+    hits: Sequence[tuple[str, float, str, bool]]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What there is to look at; nothing where the run has kept nothing."""
+
+    queries: Sequence[Compared] = ()
+    moved: Sequence[Compared] = ()
+    kept: float | None = None
+    anchors: Sequence[Anchor] = ()
+    index_step: int | None = None
+    histograms: Sequence[Figure] = ()
+    maps: Sequence[Figure] = field(default_factory=tuple)
+
+    @property
+    def has_sentences(self) -> bool:
+        """Whether the run came to its end and kept its sentences."""
+        return self.kept is not None
+
+
+def show_samples(rows: Sequence[Row], path: Path) -> Samples:
+    """Return what the page shows of the rows of ``samples.jsonl``.
+
+    Raises:
+        StorageError: they are of another version.
+    """
+    latest = {kind: row[kind] for row in rows for kind in ("before", "after", "negatives") if kind in row}
+    try:
+        histograms = _histograms([(row["step"], row["similarities"]) for row in rows if "similarities" in row])
+        before, after, negatives = (latest.get(kind) for kind in ("before", "after", "negatives"))
+        found = Samples(histograms=histograms)
+        if before is not None and after is not None:
+            found = _compared(before, after, histograms)
+        if negatives is None:
+            return found
+        anchors = [
+            Anchor(each["anchor"], each["target"],
+                   [(hit["text"], hit["cosine"], _FATES[hit["fate"]], hit["is_target"]) for hit in each["hits"]])
+            for each in negatives["anchors"]
+        ]  # fmt: skip
+        return Samples(**{**vars(found), "anchors": anchors, "index_step": int(negatives["index_step"])})
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        problem = f"holds samples of another version ({type(error).__name__}: {error})"
+        raise StorageError(problem, str(path), "Delete it: the page does without") from error
+
+
+def _compared(before: Row, after: Row, histograms: Sequence[Figure]) -> Samples:
+    texts, right = after["texts"], after["right"]
+    pairs = list(zip(before["neighbours"], after["neighbours"], strict=True))
+    shared = [_shared(old, new) for old, new in pairs]
+    by_change = [i for i in np.argsort(shared, kind="stable").tolist() if shared[i] < 1][:_MOVED]
+    moved = [_both(texts[i], pairs[i], texts, ()) for i in by_change]
+    query_pairs = zip(before["query_neighbours"], after["query_neighbours"], strict=True)
+    queries = [
+        _both(query, both, texts, places)
+        for query, both, places in zip(after["queries"], query_pairs, right, strict=True)
+    ]
+    kept = float(np.mean(shared)) if shared else 1.0
+    return Samples(queries, moved, kept, histograms=histograms, maps=_maps(before, after))
+
+
+def _shared(old: Sequence[Any], new: Sequence[Any]) -> float:
+    """The share of the nearest that are the same."""
+    return len({i for i, _ in old} & {i for i, _ in new}) / max(len(old), 1)
+
+
+def _both(text: str, both: tuple[Any, Any], texts: Sequence[str], right: Sequence[int]) -> Compared:
+    old, new = both
+
+    def shown(own: Sequence[Any], other: Sequence[Any], only_here: str) -> list[Neighbour]:
+        there = {i for i, _ in other[:_SHOWN]}
+        return [
+            Neighbour(texts[i], cosine, "right" if i in right else only_here if i not in there else "")
+            for i, cosine in own[:_SHOWN]
+        ]
+
+    return Compared(text, shown(old, new, ""), shown(new, old, "new"))
+
+
+def _histograms(looks: Sequence[tuple[int, Row]]) -> list[Figure]:
+    """Draw the cosines of pairs at the first look, the middle one and the last, on one scale."""
+    chosen = [looks[i] for i in sorted({0, len(looks) // 2, len(looks) - 1})] if looks else []
+    used = [
+        i
+        for _, found in chosen
+        for counts in (found[name] for name in _PAIRS if name in found)
+        for i, count in enumerate(counts)
+        if count
+    ]
+    figures = []
+    for step, found in chosen:
+        low, high = max(min(used) - 1, 0), max(used) + 2
+        edges = np.array(found["bins"])
+        centres = np.round((edges[:-1] + edges[1:]) / 2, 3).tolist()[low:high]
+        series = {
+            label: (centres, [round(count / max(sum(found[name]), 1), 4) for count in found[name]][low:high])
+            for name, label in _PAIRS.items()
+            if name in found
+        }
+        figure = line_figure(series, x_title="cosine", y_title="share of the pairs")
+        figure.update_traces(mode="lines")
+        figures.append({"caption": f"Step {step}", "figure": draw(figure, f"cosines-{step}", height=230, width=340)})
+    return figures
+
+
+def _maps(before: Row, after: Row) -> list[Figure]:
+    """Draw the two principal components before and after, the latter turned onto the former."""
+    old_n2, new_n2 = np.array(before["map"]), np.array(after["map"])
+    if len(old_n2) < 3:
+        return []
+    left, _, right = np.linalg.svd(new_n2.T @ old_n2)
+    places = {"Before": (old_n2, before["explained"]), "After": (new_n2 @ left @ right, after["explained"])}
+    shades = np.round(old_n2[:, 0], 3).tolist()
+    figures = []
+    for caption, (places_n2, explained) in places.items():
+        marker = {"size": 7, "color": shades, "colorscale": SCALE}
+        x, y = np.round(places_n2, 3).T.tolist()
+        figure = go.Figure(go.Scatter(x=x, y=y, mode="markers", marker=marker, name="second component"))
+        figure.update_layout(xaxis_title="first component", yaxis_title="second component", showlegend=False)
+        note = f"{explained:.0%} of the variance"
+        figures.append({"caption": caption, "note": note, "figure": draw(figure, f"map-{caption.lower()}", height=320)})
+    return figures
+
+
+def plane_figure(rows: Sequence[Row]) -> dict[str, Figure]:
+    """Draw alignment against uniformity over the run (Wang & Isola 2020); nothing without these."""
+    points = [
+        (row["step"], row["uniformity"], 2 - 2 * row["positive_similarity"])
+        for row in rows
+        if isinstance(row.get("uniformity"), float) and isinstance(row.get("positive_similarity"), float)
+    ]
+    if len(points) < 2:
+        return {}
+    points = [points[i] for i in np.unique(np.linspace(0, len(points) - 1, 200).astype(int)).tolist()]
+    steps, x, y = (list(column) for column in zip(*points, strict=True))
+    figure = go.Figure(
+        go.Scatter(x=x, y=y, mode="lines", line={"width": 1}, opacity=0.5, name="", hoverinfo="skip"),
+    )
+    figure.add_scatter(
+        x=x, y=y, mode="markers", marker={"size": 7, "color": steps, "colorscale": SCALE}, name="batches"
+    )
+    for i, place in ((0, "start"), (-1, "end")):
+        figure.add_annotation(x=x[i], y=y[i], text=place, xanchor="left", xshift=7)
+    figure.update_layout(xaxis_title="uniformity (lower is more spread out)", yaxis_title="alignment", showlegend=False)
+    caption = "Alignment against uniformity"
+    return {"plane": {"caption": caption, "figure": draw(figure, "plane", height=280)}}
+
+
+def phases_figure(seconds: Mapping[str, float]) -> dict[str, Figure]:
+    """Draw where the time went; nothing of a run that has not told."""
+    told = {name: value for name, value in seconds.items() if value > 0}
+    if not told:
+        return {}
+    names, values = list(reversed(told)), [round(value, 1) for value in reversed(told.values())]
+    figure = go.Figure(go.Bar(x=values, y=names, orientation="h", name="seconds"))
+    figure.update_layout(xaxis_title="seconds", showlegend=False)
+    return {"phases": {"caption": "Seconds by phase", "figure": draw(figure, "phases", height=40 + 34 * len(names))}}
