@@ -1,4 +1,4 @@
-"""``hncse data``: evaluation sets."""
+"""``hncse data``: evaluation sets, and the sentences that the papers train on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from rich.console import Console
 from hncse_ray.cli.app import JsonOption, app, command, console_reporter
 from hncse_ray.storage import check_outlasts_job
 
-data = typer.Typer(no_args_is_help=True, help="Fetch evaluation sets.", rich_markup_mode=None)
+data = typer.Typer(
+    no_args_is_help=True, help="Fetch evaluation sets, and the papers' sentences.", rich_markup_mode=None
+)
 app.add_typer(data, name="data")
 
 
@@ -35,6 +37,29 @@ def sts(
         console.print(f"{verb}: {', '.join(found.tasks)} ({found.files} files) -> {found.folder}", markup=False)
         if Path(found.folder).absolute() != default_folder():
             console.print(f"hncse evaluate takes them with --senteval {found.folder}", markup=False)
+        return asdict(found)
+
+    command(run, as_json, resumes=True)
+
+
+@data.command()
+def wiki1m(
+    out: Annotated[Path, typer.Option(help="The file to make; the papers' recipes look for this one.")] = Path(
+        "wiki1m_for_simcse.txt"
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch the million Wikipedia sentences of SimCSE, HNCSE and IS-CSE from the Hugging Face hub, checked."""
+
+    def run(console: Console) -> dict[str, Any]:
+        from hncse_ray.reporting import StageProgress
+        from hncse_ray.training.simcse_files import fetch_wiki1m
+
+        check_outlasts_job(out, "--out")
+        with console_reporter(console) as reporter:
+            found = fetch_wiki1m(out, tell=lambda *facts: reporter.on(StageProgress(*facts)))
+        verb = "fetched" if found.fetched else "there already"
+        console.print(f"{verb}: {found.path}", markup=False)
         return asdict(found)
 
     command(run, as_json, resumes=True)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from waits import seconds
 
 from hncse_ray.cli import app
-from hncse_ray.config import EncoderSettings, EvaluationSettings
+from hncse_ray.config import EncoderSettings, EvaluationSettings, load_settings
 from hncse_ray.encoder import load_encoder
 from hncse_ray.evaluation.sts import sts_files
 from hncse_ray.evaluation.transfer import transfer_files
@@ -263,3 +263,36 @@ class TestDataSts:
         (tmp_path / "file").write_text("x")
         assert_refused(hncse("data", "sts", "--out", tmp_path / "file"), "is there already")
         assert_refused(hncse("data", "sts", "--out", tmp_path / "file" / "sets"), "cannot be written")
+
+
+# ------------------------------------------------------------------------------------------------ data wiki1m
+
+SENTENCES = "wiki1m_for_simcse.txt"
+
+
+class TestDataWiki1m:
+    def test_the_sentences_arrive_where_the_recipes_look(
+        self, hub: Callable[..., LocalHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        one = hub(files={SENTENCES: b"One sentence.\nAnother.\n"})
+        result = hncse("data", "wiki1m", "--json")
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout.splitlines()[-1]) == {"path": SENTENCES, "fetched": True}
+        assert load_settings("simcse_bert_base").corpus.path == (SENTENCES,)
+        assert (tmp_path / SENTENCES).read_bytes() == b"One sentence.\nAnother.\n"
+        assert not (tmp_path / "cache" / "downloads").exists()
+        asked = len(one.asked)
+        again = hncse("data", "wiki1m")
+        assert again.exit_code == 0 and "there already" in again.stdout and len(one.asked) == asked
+
+    def test_what_goes_wrong_leaves_nothing(
+        self, hub: Callable[..., LocalHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert_refused(hncse("data", "wiki1m"), "cannot be reached", SENTENCES, "corpus.path=FILE")
+        hub(files={SENTENCES: b"x"}, sha256="1" * 64)
+        assert_refused(hncse("data", "wiki1m"), "SHA-256")
+        (tmp_path / "folder").mkdir()
+        assert_refused(hncse("data", "wiki1m", "--out", tmp_path / "folder"), "is no file")
+        assert not (tmp_path / SENTENCES).exists()
