@@ -1,7 +1,7 @@
 # make demo        install, train the quickstart recipe, compare old and new model (about 2 minutes after installing)
 # make test        install, run the test suite
 # make test-slow   the tests that take minutes: lost nodes and trainers, runs compared
-# make check       formatting, lint, types, import layers
+# make check       formatting, lint, types, import layers, documents
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,6 +25,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
@@ -41,5 +42,6 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(INSTALL) -e '.[cpu,demo,dev,report]'
+	$(INSTALL) -e '.[cpu,demo,dev,report,docs]'
+	$(INSTALL) --no-deps axe-playwright-python  # its script alone; it would bring a browser's driver
 	@touch $@

@@ -114,7 +114,7 @@ class Distillation(_Objective):
 
 
 class OwnObjective(_Objective):
-    """A function of the user's, named as ``module:function``; docs/objectives.md says what it is given."""
+    """A function of the user's, named as ``module:function``; docs/own-objective.md says what it is given."""
 
     name: str
     settings: dict[str, JsonValue] = Field({}, description="handed to the function as keywords")

@@ -72,7 +72,7 @@ class OwnFunction:
         return f"{os.path.basename(frame.filename)}, line {frame.lineno}"
 
     def _error(self, what: str, hint: str = "") -> SettingsError:
-        return SettingsError(what, self.where, hint or "docs/objectives.md shows how one is written")
+        return SettingsError(what, self.where, hint or "docs/own-objective.md shows how one is written")
 
     def _check_signature(self, given: Sequence[str]) -> frozenset[str]:
         """See that the function can be called with the views, its settings and what a run gives; name the latter."""
