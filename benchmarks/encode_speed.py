@@ -1,7 +1,7 @@
 """What does encoding cost beside SentenceTransformer.encode at its defaults, and beside the matrix products alone?
 
 Both encode the first lines of ``$HNCSE_DATA/wiki1m_sample.txt.gz`` in fp32, with one model and the same number of
-threads, and take turns in going first; vectors are compared. The products alone are those of the linear layers, on
+threads, and take turns in going first; vectors are compared. The products alone are those of our linear layers, on
 random numbers: for each batch as many rows as it has tokens. They are the floor: packed rows leave nothing else out.
 
     HNCSE_DATA=/path/to/data python benchmarks/encode_speed.py --sentences 5000 --rounds 3 --out result.json
@@ -88,7 +88,7 @@ def multiply(encoder: SentenceEncoder, tokens: list[int]) -> None:
     for count in tokens:
         inputs = {width: torch.randn(count, width) for width in {layer.in_features for layer in layers}}
         for layer in layers:
-            torch.nn.functional.linear(inputs[layer.in_features], layer.weight, layer.bias)
+            layer(inputs[layer.in_features])
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -29,7 +29,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from hncse_ray.encoder.dropout import kept_by_dropout
+from hncse_ray.encoder.layers import kept_by_dropout
 
 _ATTENTION = "sdpa_of_packed_rows"
 # A run with so many attention weights or fewer is computed in fp32: for a bf16 product of a new shape oneDNN makes a

@@ -17,9 +17,9 @@ from transformers import AutoConfig
 
 from hncse_ray.config import EncoderSettings
 from hncse_ray.encoder.adapters import add_adapters
-from hncse_ray.encoder.dropout import replace_dropout
 from hncse_ray.encoder.encoder import SentenceEncoder
 from hncse_ray.encoder.head import add_head
+from hncse_ray.encoder.layers import use_fast_layers
 from hncse_ray.encoder.quiet import quiet
 from hncse_ray.encoder.resolve import resolve_model
 from hncse_ray.errors import ModelError
@@ -51,12 +51,12 @@ def load_encoder(
     backbone: Any = loaded.transformers_model
     _check_stages(loaded, backbone, name)
     _check_complete(loaded, backbone, name)
-    replace_dropout(loaded[0])
     _set_pooling(loaded, settings.pooling, told=(folder / "modules.json").is_file(), name=name)
     if settings.head == "tanh":
         add_head(loaded, training_only=settings.head_in_training_only, seed=seed)
     if settings.lora is not None:
         add_adapters(loaded, settings.lora, seed=seed, name=name)
+    use_fast_layers(loaded)
     if settings.gradient_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
     return SentenceEncoder(
