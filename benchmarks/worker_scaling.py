@@ -66,6 +66,7 @@ def train(folder: Path, name: str, workers: int, steps: int) -> tuple[list[float
     """Sentences a second of each logged stretch but the first, and the duration of each checkpoint."""
     command = Command(
         "train", "quickstart", f"run.name={name}", f"run.storage_path={folder}", f"cluster.num_workers={workers}",
+        "cluster.engine=ray",
         "cluster.cpus_per_worker=" + ("1" if workers <= 2 else "0.5"), "negatives.source=none",
         f"train.max_steps={steps}", "train.log_every_steps=5", "train.evaluate_every_steps=1000",
         f"train.checkpoint_every_steps={INTERVAL}",

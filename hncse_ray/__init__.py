@@ -7,8 +7,7 @@ The command ``hncse`` and these functions do the same things::
     vectors = hncse_ray.load_encoder(result.model).encode(["A sentence."])
     board = hncse_ray.evaluate([settings.encoder.model, result.model])
 
-    settings = hncse_ray.load_settings("quickstart", ["cluster.engine=local"])  # without Ray, as in a notebook
-    result = hncse_ray.train(settings, sentences=["A sentence.", "Another one.", ...])
+    result = hncse_ray.train(settings, sentences=["A sentence.", "Another one.", ...])  # no file is needed
 
     sweep = hncse_ray.load_sweep("quickstart", "hncse_full", trials=8)
     found = hncse_ray.tune(sweep, "runs/quickstart-hncse_full")

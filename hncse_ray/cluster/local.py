@@ -1,17 +1,18 @@
-"""The engine that trains in this process, without Ray: for notebooks, debugging, and machines that have no Ray."""
+"""The engine that trains in this process: without Ray, or with the actors of a negative pool beside it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from joblib import cpu_count
 
-from hncse_ray.cluster.resources import Resources, WorkerPlan, plan_pool, plan_workers
+from hncse_ray.cluster.resources import Resources, WorkerPlan, plan_pool, plan_workers, pool_advice
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
+from hncse_ray.negatives import NegativeSource
 from hncse_ray.negatives.in_process import InProcessSource
 from hncse_ray.reporting import Event, Notice, Reporter, RunFinished, StageProgress
 from hncse_ray.reporting.records import Unfailing, run_log, run_records
@@ -27,7 +28,12 @@ _PART_OF_MEMORY = 0.7  # that an index may take, as Ray reckons
 
 
 def train_here(
-    settings: Settings, folder: RunFolder, reporter: Reporter, sentences: Sequence[str] | None
+    settings: Settings,
+    folder: RunFolder,
+    reporter: Reporter,
+    sentences: Sequence[str] | None,
+    *,
+    join_ray: Callable[[], None] | None = None,
 ) -> RunFinished:
     """Check a run and train it in this process, from its newest checkpoint if it has one.
 
@@ -36,6 +42,7 @@ def train_here(
         folder: claimed for it.
         reporter: receives the run's events.
         sentences: of a run whose ``corpus.source`` is ``memory``.
+        join_ray: returns when there is Ray, for the actors of a pool; None = a pool is an index in this process.
 
     Raises:
         HncseError: the run is refused, or fails for a known cause.
@@ -49,12 +56,17 @@ def train_here(
     def notify(text: str) -> None:
         told.on(Notice(text))
 
-    with run_log(folder.path), _threads(plan.threads):
+    with run_log(folder.path), ExitStack() as stack:
         if mirror is not None:
             keep_trying(lambda: bring_run(mirror.remote, folder.path, notify), timeout_s=PATIENCE_S)
-        source = None
-        if settings.negatives.source != "none":
-            source = _source(settings, corpus, encoder.dimension, machine, plan, device, told)
+        source: NegativeSource | None = None
+        if settings.negatives.source == "pool" and join_ray is not None:
+            reporter.on(StageProgress("starting Ray", 0, None))
+            join_ray()
+            plan, source = stack.enter_context(_pool(settings, corpus, encoder.dimension, folder, told))
+        elif settings.negatives.source != "none":
+            source = _index_here(settings, corpus, encoder.dimension, machine, plan, device, told)
+        stack.enter_context(_threads(plan.threads))
         with folder_store(folder.path, mirror, notify) as store, run_records(folder.path) as files:
 
             def emit(event: Event) -> None:
@@ -67,7 +79,26 @@ def train_here(
         return finished
 
 
-def _source(
+@contextmanager
+def _pool(
+    settings: Settings, corpus: Corpus, dimension: int, folder: RunFolder, reporter: Reporter
+) -> Iterator[tuple[WorkerPlan, NegativeSource]]:
+    """Have the actors of a pool beside this process; what is not theirs of the machine is its share."""
+    from hncse_ray.cluster.placement import place, survey  # Ray, which other runs do without
+    from hncse_ray.cluster.pool import PoolClient, negative_pool
+
+    plan, pool = place(settings, survey(), rows=len(corpus), dimension=dimension)
+    assert pool is not None
+    reporter.on(StageProgress(pool.describe(), 0, None))
+    if advice := pool_advice(plan, pool):
+        reporter.on(Notice(advice))
+    with negative_pool(settings, pool, corpus, folder.path.absolute() / "index") as handles:
+        handles.wait_until_ready(lambda text: reporter.on(Notice(text)))
+        client = PoolClient(handles, timeout_s=settings.negatives.timeout_s)
+        yield plan, client
+
+
+def _index_here(
     settings: Settings,
     corpus: Corpus,
     dimension: int,
@@ -76,7 +107,7 @@ def _source(
     device: torch.device,
     reporter: Reporter,
 ) -> InProcessSource:
-    """Make the source of global negatives: in this process, where the settings ask for a pool of actors too."""
+    """Make the source of global negatives in this process, where the settings ask for a pool of actors too."""
     if settings.negatives.source == "pool":
         reporter.on(Notice("cluster.engine is local: the index of negatives.source=pool is made in this process, and"
                            " training waits while it is renewed"))  # fmt: skip

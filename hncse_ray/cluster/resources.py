@@ -274,10 +274,15 @@ class SweepPlan:
     Attributes:
         concurrent: trials side by side.
         cpus_per_worker: reserved for each of a trial's workers.
+        gpus_per_worker: likewise; 0 = they train on CPUs.
+        in_one_process: whether a trial trains in its own process, which then takes up the next one; else Ray Train
+            starts workers for each.
     """
 
     concurrent: int
     cpus_per_worker: float
+    gpus_per_worker: float
+    in_one_process: bool
 
 
 def plan_sweep(trials: Sequence[Settings], nodes: Sequence[Resources], *, max_concurrent: int | None) -> SweepPlan:
@@ -321,4 +326,5 @@ def plan_sweep(trials: Sequence[Settings], nodes: Sequence[Resources], *, max_co
             )
     most = max(1, int((cpus / concurrent - pool_cpus) // workers))
     share = given or largest_share(concurrent * workers, most, nodes, gpus=gpus_each)
-    return SweepPlan(concurrent=concurrent, cpus_per_worker=share)
+    in_one_process = len(nodes) == 1 and all(trial.fits_one_process for trial in trials)
+    return SweepPlan(concurrent, cpus_per_worker=share, gpus_per_worker=gpus_each, in_one_process=in_one_process)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import time
+>>>>>>> 4cd951e (perf(cluster): one worker on one machine is the command's own process; a sweep's trials share one)
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -49,8 +52,8 @@ def train(settings: Settings, *, sentences: Sequence[str] | None = None, reporte
 
     Everything that can be checked is checked before the training begins; a run that is refused leaves no folder.
 
-    With ``cluster.engine=local`` it trains in this process, without Ray: for notebooks, debugging, and machines that
-    have no Ray. Folder, checkpoints and records are the same, and a run begun so can be gone on with by Ray.
+    One worker on this machine is this process, which needs Ray for a negative pool only; ``cluster.engine`` says how to
+    have it otherwise. Folder, checkpoints and records are the same, and a run may go on with another engine.
 
     Args:
         settings: see :func:`hncse_ray.load_settings`.
@@ -61,8 +64,14 @@ def train(settings: Settings, *, sentences: Sequence[str] | None = None, reporte
     Raises:
         HncseError: bad settings, data, model, cluster or storage; or training failed for a known cause.
     """
-    start = _Start()
-    settings, engine = _located(_with_sentences(settings, sentences)), _engine(settings)
+    return train_by(_engine(settings), settings, sentences=sentences, reporter=reporter)
+
+
+def train_by(
+    engine: Engine, settings: Settings, *, sentences: Sequence[str] | None = None, reporter: Reporter | None = None
+) -> RunResult:
+    """Train as :func:`train` does, by an engine that the caller chooses."""
+    start, settings = _Start(), _located(_with_sentences(settings, sentences))
     trackers = chosen_trackers(settings.run.trackers)
     with claim_run(settings) as folder:
         result = folder.finished()
@@ -112,27 +121,50 @@ def _engine(settings: Settings) -> Engine:
             raise SettingsError(
                 f"{LOCAL_IS_ONE}, and a job is on a cluster", "cluster.engine", "Set cluster.engine=ray"
             )
-        return _train_here
-    return _train_on_ray
+        return train_here
+    on_a_cluster = is_job() or os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+    if settings.fits_one_process and not (on_a_cluster or _is_connected()):
+        return train_beside_pool if settings.negatives.source == "pool" else train_here
+    return train_on_ray
 
 
-def _train_here(
+def _is_connected() -> bool:
+    """Say whether this process has a Ray already."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
+def train_here(
     settings: Settings, folder: RunFolder, reporter: Reporter, sentences: Sequence[str] | None
 ) -> RunFinished:
-    from hncse_ray.cluster.local import train_here
+    """The engine of one process, without Ray: see :func:`hncse_ray.cluster.local.train_here`."""
+    from hncse_ray.cluster import local
 
-    return train_here(settings, folder, reporter, sentences)
+    return local.train_here(settings, folder, reporter, sentences)
 
 
-def _train_on_ray(
+def train_beside_pool(
     settings: Settings, folder: RunFolder, reporter: Reporter, sentences: Sequence[str] | None
 ) -> RunFinished:
+    """The engine of one process, with the actors of a negative pool on a Ray that starts meanwhile."""
     from hncse_ray.cluster.session import ray_meanwhile
 
     with ray_meanwhile() as join_ray:
-        from hncse_ray.cluster.launch import train_on_ray  # the encoder's libraries take seconds, as Ray does
+        from hncse_ray.cluster import local
 
-        return train_on_ray(settings, folder, reporter, sentences, join_ray)
+        return local.train_here(settings, folder, reporter, sentences, join_ray=join_ray)
+
+
+def train_on_ray(
+    settings: Settings, folder: RunFolder, reporter: Reporter, sentences: Sequence[str] | None
+) -> RunFinished:
+    """The engine of Ray Train: see :func:`hncse_ray.cluster.launch.train_on_ray`."""
+    from hncse_ray.cluster.session import ray_meanwhile
+
+    with ray_meanwhile() as join_ray:
+        from hncse_ray.cluster import launch  # the encoder's libraries take seconds, as Ray does
+
+        return launch.train_on_ray(settings, folder, reporter, sentences, join_ray)
 
 
 def _with_sentences(settings: Settings, sentences: Sequence[str] | None) -> Settings:

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ _QUIET = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the last report of a trial has no score
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a sweep as it ends any command
 }
-_RETRIES = 1  # of a run whose process died: it goes on from its checkpoint
+_RETRIES = 1  # of a run whose driver died: it goes on from its checkpoint
 
 
 @dataclass(frozen=True)
@@ -168,13 +169,7 @@ def _run_trials(
         return {"name": str(task.number), "number": task.number, "values": task.values, "settings": settings}
 
     searcher = _NextTrial(study, job)
-    _fit(
-        plan,
-        TuneConfig(
-            search_alg=searcher, scheduler=_StudyScheduler(study, reporter, folder), num_samples=left,
-            max_concurrent_trials=plan.concurrent,
-        ),
-    )  # fmt: skip
+    _fit(sweep, plan, _StudyScheduler(study, reporter, folder), search_alg=searcher, num_samples=left)
     if searcher.error is not None:
         raise searcher.error
 
@@ -194,8 +189,7 @@ def _run_seeds(
             jobs.append({"name": f"{trial.number} seed {seed}", "values": values, "settings": settings})
     if jobs:
         reporter.tell(f"training the best {len(top)} with {sweep.options.seeds} further seeds each")
-        config = TuneConfig(scheduler=_Watcher(reporter), max_concurrent_trials=plan.concurrent)
-        _fit(plan, config, {"job": ray.tune.grid_search(jobs)})
+        _fit(sweep, plan, _Watcher(reporter), {"job": ray.tune.grid_search(jobs)})
         for run in (folder / "seeds").iterdir():  # the models stay: with more seeds another may turn out the best
             _free_room([run], but_the_model_of=run)
 
@@ -214,21 +208,38 @@ def _run_settings(sweep: Sweep, values: Values, plan: SweepPlan, place: Path, na
     return apply_values(sweep.settings, values, **fixed).model_dump(mode="json")
 
 
-def _fit(plan: SweepPlan, config: TuneConfig, param_space: Mapping[str, Any] | None = None) -> ResultGrid:
-    """Let Ray Tune run, with each run's driver on this node, beside the sweep's folder."""
+def _fit(
+    sweep: Sweep,
+    plan: SweepPlan,
+    scheduler: TrialScheduler,
+    param_space: Mapping[str, Any] | None = None,
+    **trials: Any,
+) -> ResultGrid:
+    """Let Ray Tune run, with each run's process on this node, beside the sweep's folder."""
     here = next(n for n in ray.nodes() if n["NodeID"] == ray.get_runtime_context().get_node_id())
     place = next(name for name in here["Resources"] if name.startswith("node:") and "internal" not in name)
     os.environ.update(_QUIET)
     scratch = tempfile.mkdtemp(prefix="hncse-tune-")  # Ray Tune's own state is of no use to us: the study has it all
     try:
+        # A run in one process is taken up as often as Ray Train would start its worker again.
+        retries = sweep.settings.cluster.max_failures if plan.in_one_process else _RETRIES
         run_config = RunConfig(
-            name="sweep", storage_path=scratch, verbose=0, failure_config=FailureConfig(max_failures=_RETRIES)
+            name="sweep", storage_path=scratch, verbose=0, failure_config=FailureConfig(max_failures=retries)
         )
+        share = {"CPU": plan.cpus_per_worker} | ({"GPU": plan.gpus_per_worker} if plan.gpus_per_worker else {})
         with without_orphaned_groups():
             return Tuner(
-                ray.tune.with_resources(run_trial, {place: 0.001}),
+                ray.tune.with_resources(
+                    partial(run_trial, in_one_process=plan.in_one_process),
+                    {place: 0.001} | (share if plan.in_one_process else {}),
+                ),
                 param_space=None if param_space is None else dict(param_space),
-                tune_config=config,
+                tune_config=TuneConfig(
+                    scheduler=scheduler,
+                    max_concurrent_trials=plan.concurrent,
+                    reuse_actors=plan.in_one_process,
+                    **trials,
+                ),
                 run_config=run_config,
             ).fit()
     except ray.tune.TuneError as error:
@@ -294,7 +305,9 @@ class _Watcher(FIFOScheduler):
         self._end(trial.config["job"], state, {"reason": "it ended without a result"} | result)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Note that the process of a run died."""
+        """Note that the process of a run died; Ray Tune tells of one that it starts again, too."""
+        if trial.status == trial.ERROR and trial.should_recover():
+            return
         lines = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines() if trial.error_file else []
         self._end(trial.config["job"], "failed", {"reason": lines[-1] if lines else "its process died"})
 

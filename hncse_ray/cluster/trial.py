@@ -1,25 +1,29 @@
-"""One run of a sweep: what Ray Tune executes in an actor of its own."""
+"""One run of a sweep: what Ray Tune executes in an actor, and after it the next one in the same."""
 
 from __future__ import annotations
 
 import fcntl
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import ray.tune
 
-from hncse_ray.cluster.run import train
+from hncse_ray.cluster.metrics import RayMetrics
+from hncse_ray.cluster.run import train_beside_pool, train_by, train_here, train_on_ray
 from hncse_ray.config import Settings
 from hncse_ray.errors import HncseError
+from hncse_ray.reporting import Reporter, Reporters
 from hncse_ray.reporting.events import Evaluated, Event, RunStarted
 
+_END_S = 60  # a run that is stopped may take so long to leave its files, or its process is not used again
 _LOCK_PATIENCE_S = 60.0  # what a killed sweep's processes may take to let go of a run
 
 
-def run_trial(config: dict[str, Any]) -> None:
-    """Train once, with a Ray Train run and a negative pool of its own, and report to Ray Tune.
+def run_trial(config: dict[str, Any], *, in_one_process: bool) -> None:
+    """Train once, with a negative pool of its own, and report to Ray Tune, which ends a poor run by that call.
 
     Reported are ``step`` and ``score`` of every evaluation on dev, with ``total_steps``, or 0 where the run had got
     beyond it before an interruption; and at the end ``outcome`` (``finished`` or ``failed``) with ``best_step`` and
@@ -27,14 +31,20 @@ def run_trial(config: dict[str, Any]) -> None:
 
     Args:
         config: ``job`` with the run's ``settings`` as a tree.
+        in_one_process: whether it trains in this one; else Ray Train starts workers.
     """
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(_END_S)
     settings = Settings.model_validate(config["job"]["settings"])
+    engine, metrics = train_on_ray, list[Reporter]()
+    if in_one_process:
+        metrics = [RayMetrics(settings.run.name)]
+        engine = train_beside_pool if settings.negatives.source == "pool" else train_here
     metric = settings.evaluation.metric
     try:
         _wait_until_free(Path(settings.run_dir))
         scores = _Scores(metric)
         scores.read(Path(settings.run_dir) / "metrics.jsonl")  # of a run that is gone on with
-        result = train(settings, reporter=scores)
+        result = train_by(engine, settings, reporter=Reporters([*metrics, scores]))
     except HncseError as error:
         ray.tune.report({"outcome": "failed", "reason": str(error)})
         return

@@ -274,8 +274,11 @@ class EvaluationSettings(Section):
 class ClusterSettings(Section):
     """What trains a run, and what Ray is asked for."""
 
-    engine: Literal["ray", "local"] = Field(
-        "ray", description="local = one worker in the command's own process, without Ray: for notebooks and debugging"
+    engine: Literal["auto", "ray", "local"] = Field(
+        "auto",
+        description="local = one worker in the command's own process, without Ray; ray = workers are processes of Ray,"
+        " which starts them again if they die; auto = as local where one worker on this machine is all that is asked"
+        " for, but with the actors of a pool",
     )
     num_workers: int = Field(1, ge=1, le=4096, description="trainers, each a process (DDP)")
     min_workers: int | None = Field(
@@ -410,6 +413,13 @@ class Settings(Section):
     def smallest_batch(self) -> int:
         """Rows that the last batch of an epoch must have, or it is left out."""
         return max(2, self.cluster.num_workers)
+
+    @property
+    def fits_one_process(self) -> bool:
+        """Whether one process may train it all; a shard of a pool on a GPU needs Ray to keep the trainer from that."""
+        cluster, negatives = self.cluster, self.negatives
+        is_placed = cluster.trainer_labels or cluster.pool_labels or negatives.gpus_per_shard
+        return cluster.engine != "ray" and cluster.num_workers == 1 and cluster.min_workers is None and not is_placed
 
     @property
     def run_dir(self) -> str:

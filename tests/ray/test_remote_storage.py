@@ -99,6 +99,7 @@ def recipe(runs: str, tiny_model: Path, corpus_file: Path, pairs_file: Path, tmp
             "evaluate_every_steps": 20,
             "checkpoint_every_steps": 5,
         },
+        "cluster": {"engine": "ray"},
         "evaluation": {
             "suites": ["pairs"],
             "metric": "pairs/recall@1",

@@ -45,6 +45,7 @@ def recipe(
             "evaluate_every_steps": 20,
             "checkpoint_every_steps": 10,
         },
+        "cluster": {"engine": "ray"},
         "evaluation": {
             "suites": ["pairs"],
             "metric": "pairs/recall@1",
@@ -162,3 +163,20 @@ def test_a_run_goes_on_with_the_other_engine(recipe: Path, reference: tuple[Path
     }
     assert lines_of(run) == lines_of(reference[0])
     assert weights_of(run) == weights_of(reference[0])
+
+
+def test_beside_a_pool_the_command_trains_itself_and_killed_it_goes_on_with_the_same_losses(recipe: Path) -> None:
+    pool = ["negatives.source=pool", "negatives.refresh=sync", "negatives.refresh_every_steps=20", "run.name=beside"]
+    begun = Command("train", str(recipe), *pool, "cluster.engine=auto")
+    soon(checkpoint(recipe, "beside", 30), within_s=240, what="a checkpoint")
+    names = " ".join(" ".join(p.cmdline()) for p in begun.processes())
+    assert "ShardActor" in names and "TrainWorker" not in names and "TrainController" not in names
+    begun.process.kill()
+    assert begun.is_gone(), begun.processes()
+    again = Command("train", str(recipe), *pool, "cluster.engine=auto")
+    again.finish()
+    assert again.is_gone(), again.processes()
+    Command("train", str(recipe), *pool, "cluster.engine=local", "run.name=here").finish()  # the same index
+    runs = recipe.parent / "runs"
+    assert (runs / "beside/log.txt").read_text().count("resumes at step") == 1
+    assert weights_of(runs / "beside") == weights_of(runs / "here")

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import csv
 import signal
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from commands import Command
 from optuna.trial import FrozenTrial, TrialState
 from waits import soon
 
+import hncse_ray
 from hncse_ray.config import load_settings
 from hncse_ray.tuning import open_study
 
-pytestmark = pytest.mark.timeout(1500)  # every trial starts six processes, some seconds each on two busy cores
+pytestmark = pytest.mark.timeout(1500)
 SPACE = {
     "parameters": {
         "encoder.max_length": {"categorical": [24, 128]},  # the model takes 64: the latter fails
@@ -54,11 +57,17 @@ def recipe(tiny_model: Path, corpus_file: Path, pairs_file: Path, tmp_path_facto
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(tree))
     (folder / "space.yaml").write_text(yaml.safe_dump(SPACE))
+    one = {"parameters": {"objective.temperature": {"uniform": [0.01, 1.0]}}}
+    (folder / "one.yaml").write_text(yaml.safe_dump(one))
     return path
 
 
 def trials_of(folder: Path) -> list[FrozenTrial]:
     return open_study(folder).get_trials() if (folder / "study.db").exists() else []
+
+
+def trials_at_work(command: Command) -> list[psutil.Process]:
+    return [p for p in command.processes() if "ray::ImplicitFunc" in " ".join(p.cmdline())]
 
 
 def ended(folder: Path) -> dict[int, tuple[TrialState, float | None]]:
@@ -76,9 +85,14 @@ def test_a_sweep_leaves_the_best_and_says_why_a_trial_failed(recipe: Path, sourc
         "tune", str(recipe), f"negatives.source={source}", "negatives.max_score=null", "negatives.refresh=sync",
         "--space", str(recipe.parent / "space.yaml"), "--trials", "3", "--stopping", "none", "--out", str(out),
     )  # fmt: skip
-    result = command.finish(within_s=1200)
+    trainers = set[int]()
+    while command.process.poll() is None:
+        trainers |= {process.pid for process in trials_at_work(command)}
+        time.sleep(0.2)
+    result = command.finish()
     assert command.is_gone(), command.processes()
     assert result["trials"] == {"finished": 2, "failed": 1}
+    assert len(trainers) == 1  # one process after another trial
 
     rows = list(csv.DictReader((out / "trials.csv").open()))
     assert [row["state"] for row in rows] == ["finished", "failed", "finished"]
@@ -94,8 +108,29 @@ def test_a_sweep_leaves_the_best_and_says_why_a_trial_failed(recipe: Path, sourc
         run = out / "trials" / f"trial-{int(row['trial']):04d}"
         assert not (run / "checkpoints").exists()
         assert (run / "model").exists() == (row is best)
+    run, again = out / "trials" / f"trial-{result['best_trial']:04d}", recipe.parent / f"again-{source}"
+    here = ["cluster.engine=local", f"run.storage_path={again}"]
+    hncse_ray.train(load_settings(run / "settings.yaml", here))
+    weights = [(place / "model" / "model.safetensors").read_bytes() for place in (run, again / run.name)]
+    assert weights[0] == weights[1]  # nothing of the trials before is left in that process
     metrics = (out / "trials" / "trial-0000" / "metrics.jsonl").read_text()
     assert '"split": "dev"' in metrics and '"split": "test"' not in metrics
+
+
+def test_a_trial_whose_process_is_killed_goes_on_in_another(recipe: Path) -> None:
+    out = recipe.parent / "lost"
+    command = Command(
+        "tune", str(recipe), "train.max_steps=200", "--trials", "2", "--stopping", "none", "--out", str(out),
+        "--space", str(recipe.parent / "one.yaml"),
+    )  # fmt: skip
+    soon((out / "trials/trial-0000/checkpoints/step_000000020").exists, within_s=240, what="a checkpoint")
+    (trainer,) = trials_at_work(command)
+    trainer.kill()
+    assert command.finish(within_s=600)["trials"] == {"finished": 2}
+    assert command.is_gone(), command.processes()
+    logs = [(out / f"trials/trial-000{number}/log.txt").read_text() for number in range(2)]
+    assert [log.count(" starts: ") for log in logs] == [1, 1]
+    assert [log.count("resumes at step") for log in logs] == [1, 0]
 
 
 @pytest.mark.slow

@@ -49,8 +49,7 @@ def test_encode_imports_the_encoder_alone(tiny_model: Path, corpus_file: Path, t
     assert found == {"sentence_transformers", "torch"}
 
 
-def test_a_local_run_imports_no_ray_and_no_faiss(small_run: dict[str, object], tmp_path: Path) -> None:
-    small_run["cluster"] = {"engine": "local"}
+def test_one_worker_on_one_machine_imports_no_ray_and_no_faiss(small_run: dict[str, object], tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(small_run))
     found = imported(COMMAND, "train", tmp_path / "recipe.yaml")
     assert found == {"plotly", "sentence_transformers", "tensorboardX", "torch"}  # the first for its page

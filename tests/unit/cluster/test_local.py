@@ -1,4 +1,4 @@
-"""Training in one process without Ray: `cluster.engine=local`, and sentences that are handed over."""
+"""Training in one process without Ray, as one worker on one machine does, and sentences that are handed over."""
 
 from __future__ import annotations
 
@@ -48,7 +48,6 @@ class Heard:
 
 @pytest.fixture
 def local(small_run: Tree) -> Tree:
-    small_run["cluster"] |= {"engine": "local"}
     small_run["negatives"] = {"source": "in_process", "refresh": "sync", "refresh_every_steps": 4}
     return small_run
 
@@ -118,6 +117,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(local: Tree, tmp_path:
 def test_a_pool_becomes_an_index_in_this_process_and_the_user_is_told(local: Tree) -> None:
     heard = Heard()
     local["negatives"] |= {"source": "pool", "num_shards": 2, "cpus_per_shard": 1}
+    local["cluster"]["engine"] = "local"
     hncse_ray.train(load_settings(local), reporter=heard)
     assert [notice.text for notice in heard.of(Notice) if "made in this process" in notice.text]
     here = hncse_ray.train(load_settings(local, ["negatives.source=in_process", "negatives.num_shards=1",
@@ -144,11 +144,13 @@ def test_a_reporter_that_fails_does_not_end_the_run(local: Tree) -> None:
     [("cluster.num_workers=2", "num_workers needs engine: ray"), ("cluster.min_workers=1", "min_workers needs engine")],
 )
 def test_several_workers_are_refused(local: Tree, override: str, said: str) -> None:
+    local["cluster"]["engine"] = "local"
     with pytest.raises(SettingsError, match=f"one worker in the command's own process; {said}"):
         load_settings(local, [override])
 
 
 def test_a_sweep_and_a_job_are_refused(local: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local["cluster"]["engine"] = "local"
     recipe, space = write(local, tmp_path / "recipe.yaml"), tmp_path / "space.yaml"
     space.write_text("parameters:\n  train.learning_rate:\n    loguniform: [1.0e-5, 1.0e-3]\n")
     tuned = hncse("tune", recipe, "--space", space, "--out", tmp_path / "sweep")
