@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 import time
->>>>>>> 4cd951e (perf(cluster): one worker on one machine is the command's own process; a sweep's trials share one)
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
