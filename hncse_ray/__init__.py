@@ -28,12 +28,15 @@ if TYPE_CHECKING:
     from hncse_ray.training.scoring import Scoreboard, evaluate
     from hncse_ray.tuning import Sweep, load_sweep
 
-# OpenMP's threads (GNU's, in PyTorch's wheels) spin for long before they sleep: two trainers, or a trainer and a
-# shard, on the same cores wait for each other's spinning, at a ninth of their speed. It is read when torch is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# Batches have ever new numbers of tokens: on a GPU PyTorch's allocator lets blocks grow then, and asks for no others.
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+# Read by torch when it is loaded, and by its allocator: set here, and for the processes of a Ray that is joined.
+PROCESS_VARIABLES = {
+    # OpenMP's threads (GNU's, in PyTorch's wheels) spin for long before they sleep: two trainers, or a trainer and a
+    # shard, on the same cores wait for each other's spinning, at a ninth of their speed.
+    "GOMP_SPINCOUNT": "1000",
+    # Batches have ever new numbers of tokens: blocks of PyTorch's allocator on a GPU grow then, and do not pile up.
+    "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
+}
+PROCESS_VARIABLES |= {name: os.environ.setdefault(name, value) for name, value in PROCESS_VARIABLES.items()}
 
 __version__ = "0.1.0"
 __all__ = [

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import ray
 
+from hncse_ray import PROCESS_VARIABLES
 from hncse_ray.cluster.address import find_head
 from hncse_ray.errors import ClusterError
 
@@ -59,7 +60,10 @@ def ray_session() -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         if address:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+            # Where this is a job with an environment of its own, both are joined; a variable of both is the same.
+            os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+            environment = {"env_vars": PROCESS_VARIABLES}
+            ray.init(address=address, runtime_env=environment, logging_level=logging.ERROR, log_to_driver=False)
         else:
             ray.init(
                 address="local",

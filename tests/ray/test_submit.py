@@ -22,6 +22,8 @@ import requests
 import yaml
 from waits import seconds, soon, within
 
+import hncse_ray
+
 pytestmark = pytest.mark.timeout(400)
 
 
@@ -58,7 +60,8 @@ class Head:
 
     def environment(self, **changes: str) -> dict[str, str]:
         """What a client needs, and no more: neither another token of this machine nor another cluster."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        left_out = ("RAY_", *hncse_ray.PROCESS_VARIABLES)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
         return kept | {"HOME": str(self.home), "RAY_AUTH_TOKEN": self.token} | changes
 
     def list(self, what: str) -> list[dict[str, Any]]:
@@ -147,14 +150,21 @@ def test_a_submitted_run_leaves_its_model_and_nothing_else(head: Head, recipe: P
 def test_an_objective_in_the_uploaded_folder_is_found_by_the_job_and_its_workers(
     head: Head, recipe: Path, tmp_path: Path
 ) -> None:
-    code = "def loss(z1, z2, *, margin):\n    return (1 - margin - (z1 * z2).sum(1)).mean(), {'margin': margin}\n"
+    """And the workers begin with the variables that torch reads when it is loaded, the job's own as they are."""
+    code = (
+        "from pathlib import Path\n\ndef loss(z1, z2, *, margin):\n"
+        "    given = Path('/proc/self/environ').read_text().split('\\0')\n"
+        "    told = {'GOMP_SPINCOUNT=1000', 'PYTORCH_ALLOC_CONF=pinned_use_background_threads:False'} <= set(given)\n"
+        "    return (1 - margin - (z1 * z2).sum(1)).mean(), {'margin': margin, 'told': float(told)}\n"
+    )
     (recipe.parent / "losses_of_the_job.py").write_text(code)
     own = "objective={name: losses_of_the_job:loss, settings: {margin: 0.5}}"
-    process = submit(head, recipe, "train", "small.yaml", own)
+    variable = {"PYTORCH_ALLOC_CONF": "pinned_use_background_threads:False"}
+    process = submit(head, recipe, "--env", *variable, "train", "small.yaml", own, **variable)
     out, err = process.communicate(timeout=seconds(300))
     assert process.returncode == 0, out + err
     metrics = (tmp_path / "runs" / "small" / "metrics.jsonl").read_text()
-    assert metrics.count('"margin": 0.5') == 12
+    assert metrics.count('"margin": 0.5') == metrics.count('"told": 1.0') == 12
     soon(head.is_idle, within_s=30, what=lambda: (head.list("actors"), head.list("placement_groups")))
 
 
