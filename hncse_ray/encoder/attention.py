@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -162,74 +162,60 @@ def _attend(
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)  # as in transformers
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    how: dict[str, Any] = {"dropout": dropout, "scale": scale, "causal": causal}
-    if query.device.type == "cpu":
-        return _attend_grouped(q, k, v, cu_seq_lens_q, **how)[None], None
-    assert max_length_q is not None
+    on_cpu = query.device.type == "cpu"
+    rows = Rows(cu_seq_lens_q, max_length_q or query.shape[2], dropout, scale, causal)
     is_flash = q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] == v.shape[2] <= 256 and q.shape[2] % 8 == 0
-    attend = _attend_flash if is_flash else _attend_nested
-    return attend(q, k, v, cu_seq_lens_q, longest=max_length_q, **how)[None], None
+    attend = _attend_grouped if on_cpu else _attend_flash if is_flash else _attend_nested
+    return attend(q, k, v, rows)[None], None
 
 
-def _attend_flash(
-    q_THW: Tensor,
-    k_THW: Tensor,
-    v_THW: Tensor,
-    bounds: Tensor,
-    *,
-    longest: int,
-    dropout: float,
-    scale: float,
-    causal: bool,
-) -> Tensor:
+class Rows(NamedTuple):
+    """Where packed rows begin, how long the longest is, and how they attend."""
+
+    bounds: Tensor
+    longest: int
+    dropout: float = 0.0
+    scale: float = 1.0
+    causal: bool = False
+
+
+def _attend_flash(q_THW: Tensor, k_THW: Tensor, v_THW: Tensor, rows: Rows) -> Tensor:
     """Attend by flash attention for ragged rows, as PyTorch's nested tensors and ``varlen_attn`` call it."""
+    begin, longest, dropout, scale, causal = rows
     attend: Any = torch.ops.aten._flash_attention_forward
-    z_THW: Tensor = attend(
-        q_THW, k_THW, v_THW, bounds, bounds, longest, longest, dropout, causal, return_debug_mask=False, scale=scale
-    )[0]
+    z_THW: Tensor
+    z_THW, *_ = attend(q_THW, k_THW, v_THW, begin, begin, longest, longest, dropout, causal, False, scale=scale)
     return z_THW
 
 
-def _attend_nested(
-    q_THW: Tensor,
-    k_THW: Tensor,
-    v_THW: Tensor,
-    bounds: Tensor,
-    *,
-    longest: int,
-    dropout: float,
-    scale: float,
-    causal: bool,
-) -> Tensor:
+def _attend_nested(q_THW: Tensor, k_THW: Tensor, v_THW: Tensor, rows: Rows) -> Tensor:
     """Attend by PyTorch's kernels for jagged nested tensors; told how long rows are, it need not ask the GPU."""
-    offsets = bounds.long()
+    offsets = rows.bounds.long()
     q, k, v = (
-        torch.nested.nested_tensor_from_jagged(x, offsets, min_seqlen=1, max_seqlen=longest).transpose(1, 2)
+        torch.nested.nested_tensor_from_jagged(x, offsets, min_seqlen=1, max_seqlen=rows.longest).transpose(1, 2)
         for x in (q_THW, k_THW, v_THW)
     )
-    z = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, scale=scale)
+    z = F.scaled_dot_product_attention(q, k, v, dropout_p=rows.dropout, is_causal=rows.causal, scale=rows.scale)
     values: Tensor = z.transpose(1, 2).values()
     return values
 
 
-def _attend_grouped(
-    q_THW: Tensor, k_THW: Tensor, v_THW: Tensor, bounds: Tensor, *, dropout: float, scale: float, causal: bool
-) -> Tensor:
+def _attend_grouped(q_THW: Tensor, k_THW: Tensor, v_THW: Tensor, rows: Rows) -> Tensor:
     """Attend by products over rows of equal length, or of like length where weights are dropped."""
-    layout, q_THW = _layout(tuple(bounds.tolist())), q_THW * scale
-    heads, width = q_THW.shape[1:]
-    if dropout:  # scaled_dot_product_attention would hold the weights in memory too, and draw a mask for every length
-        mask_M, inverse = _draw_mask(layout.blocks, heads, dropout, q_THW.dtype)
+    layout, q_THW = _layout(tuple(rows.bounds.tolist())), q_THW * rows.scale
+    heads = q_THW.shape[1]
+    if rows.dropout:  # PyTorch's would hold the weights in memory too, and draw a mask for every length
+        mask_M, inverse = _draw_mask(layout.blocks, heads, rows.dropout, q_THW.dtype)
         apply: Any = _DroppedAttention.apply
-        z_THW: Tensor = apply(q_THW, k_THW, v_THW * inverse, mask_M, layout.blocks, causal)
+        z_THW: Tensor = apply(q_THW, k_THW, v_THW * inverse, mask_M, layout.blocks, rows.causal)
         return z_THW
     # One split and one concatenation: slices would each have a gradient of the whole tensor's size.
-    parts = (torch.split(x, [rows * length for rows, length in layout.runs]) for x in (q_THW, k_THW, v_THW))
+    parts = (torch.split(x, [number * length for number, length in layout.runs]) for x in (q_THW, k_THW, v_THW))
     attended = []
-    for (rows, length), q, k, v in zip(layout.runs, *parts, strict=True):
-        q, k, v = (x.reshape(rows, length, heads, -1).transpose(1, 2) for x in (q, k, v))
-        z = F.scaled_dot_product_attention(q, k, v, scale=1.0, is_causal=causal)
-        attended.append(z.transpose(1, 2).reshape(rows * length, heads, -1))
+    for (number, length), q, k, v in zip(layout.runs, *parts, strict=True):
+        q, k, v = (x.reshape(number, length, heads, -1).transpose(1, 2) for x in (q, k, v))
+        z = F.scaled_dot_product_attention(q, k, v, scale=1.0, is_causal=rows.causal)
+        attended.append(z.transpose(1, 2).reshape(number * length, heads, -1))
     return torch.cat(attended)
 
 

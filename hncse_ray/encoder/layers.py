@@ -70,8 +70,9 @@ def kept_by_dropout(n: int, p: float) -> tuple[Tensor, float]:
 def use_fast_layers(model: nn.Module) -> None:
     """Turn a model's layers into those of this module; the linear ones where MKL would run on a processor of AMD."""
     fast: dict[type, type] = {nn.Dropout: BitDropout}
-    is_amd = "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
-    if is_amd and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available():
+    on_amd = "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
+    has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if on_amd and has_both:
         fast[nn.Linear] = OneDnnLinear
     for layer in model.modules():
         layer.__class__ = fast.get(type(layer), type(layer))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from hncse_ray.config import EncoderSettings
 from hncse_ray.encoder import SentenceEncoder, attention, load_encoder
 from hncse_ray.encoder.attention import (
     Block,
+    Rows,
     _attend_flash,
     _attend_grouped,
     _attend_nested,
@@ -201,7 +201,7 @@ def test_attention_drops_as_many_weights_as_asked_for_and_scales_the_rest() -> N
     bounds = torch.tensor([0, *np.cumsum([9] * 20 + [17] * 20)], dtype=torch.int32)
     zero, ones = torch.zeros(int(bounds[-1]), 4, 2), torch.ones(int(bounds[-1]), 4, 2)
     torch.manual_seed(0)
-    z = _attend_grouped(zero, zero, ones, bounds, dropout=0.3, scale=1.0, causal=False)  # all weights are equal
+    z = _attend_grouped(zero, zero, ones, Rows(bounds, 17, dropout=0.3))  # all weights are equal
     weights = 4 * (20 * 9 * 9 + 20 * 17 * 17)
     assert z.mean().item() == pytest.approx(1, abs=5 * (0.3 / 0.7 / weights) ** 0.5 * 2)
     torch.testing.assert_close(z[:180] * 9 * 0.7, (z[:180] * 9 * 0.7).round(), atol=1e-3, rtol=0)
@@ -219,10 +219,10 @@ def test_the_seed_decides_which_weights_are_dropped(tiny_model: Path) -> None:
 def test_the_kernels_of_cpu_and_gpu_agree() -> None:  # PyTorch has the second on CPUs too, but not causal
     bounds = torch.tensor([0, 3, 6, 10, 11, 20], dtype=torch.int32)
     found = []
-    for attend in (_attend_grouped, partial(_attend_nested, longest=9)):
+    for attend in (_attend_grouped, _attend_nested):
         torch.manual_seed(0)
         qkv = [torch.randn(20, HEADS, 8, requires_grad=True) for _ in range(3)]
-        z = attend(*qkv, bounds, dropout=0.0, scale=0.3, causal=False)
+        z = attend(*qkv, Rows(bounds, 9, scale=0.3))
         found.append([z, *torch.autograd.grad(z.square().sum(), qkv)])
     for grouped, nested in zip(*found, strict=True):
         torch.testing.assert_close(nested, grouped, atol=1e-5, rtol=1e-4)
@@ -231,6 +231,6 @@ def test_the_kernels_of_cpu_and_gpu_agree() -> None:  # PyTorch has the second o
 def test_flash_attention_is_called_as_pytorch_declares_it() -> None:  # shapes and gradient's; no CPU has the kernel
     bounds = torch.tensor([0, 4, 10], dtype=torch.int32, device="meta")
     q, k, v = (torch.empty(10, HEADS, 16, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3))
-    z = _attend_flash(q, k, v, bounds, longest=6, dropout=0.1, scale=0.25, causal=True)
+    z = _attend_flash(q, k, v, Rows(bounds, 6, dropout=0.1, scale=0.25, causal=True))
     assert z.shape == q.shape and z.dtype == q.dtype
     assert all(grad.shape == q.shape for grad in torch.autograd.grad(z.sum(), (q, k, v)))
