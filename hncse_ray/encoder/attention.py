@@ -78,34 +78,20 @@ class Block:
             torch.index_select(places, 0, self.place_t, out=out)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How rows lie in a packed ``[1, T]`` on a CPU.
-
-    Attributes:
-        runs: (rows, length) of each run of rows of equal length.
-        blocks: the runs, those of few rows joined with others of like length.
-    """
-
-    runs: tuple[tuple[int, int], ...]
-    blocks: tuple[Block, ...]
-
-
-@lru_cache(maxsize=8)  # every layer of a forward asks for the same one
-def _layout(bounds: tuple[int, ...]) -> Layout:
-    """Find the runs in rows between these tokens, 0 and T among them."""
+@lru_cache(maxsize=8)  # every layer of a forward asks for the same ones
+def _blocks(bounds: tuple[int, ...], *, joined: bool) -> tuple[Block, ...]:
+    """Divide rows between these tokens, 0 and T among them, by length; ``joined``: few with others of like length."""
     lengths_N = np.diff(bounds)
     starts = np.flatnonzero(np.diff(lengths_N, prepend=-1))
     counts = np.diff(starts, append=len(lengths_N))
-    runs = tuple(zip(counts.tolist(), lengths_N[starts].tolist(), strict=True))
-    joined: list[list[tuple[int, int]]] = []
-    for rows, length in runs:
-        last = joined[-1] if joined else [(_MANY_ROWS, 0)]
+    blocks: list[list[tuple[int, int]]] = []
+    for rows, length in zip(counts.tolist(), lengths_N[starts].tolist(), strict=True):
+        last = blocks[-1] if blocks and joined else [(_MANY_ROWS, 0)]
         if max(rows, last[-1][0]) < _MANY_ROWS and last[0][1] <= length <= _STRETCH * last[0][1] + 1:
             last.append((rows, length))
         else:
-            joined.append([(rows, length)])
-    return Layout(runs, tuple(_block(block) for block in joined))
+            blocks.append([(rows, length)])
+    return tuple(map(_block, blocks))
 
 
 def _block(runs: Sequence[tuple[int, int]]) -> Block:
@@ -202,20 +188,20 @@ def _attend_nested(q_THW: Tensor, k_THW: Tensor, v_THW: Tensor, rows: Rows) -> T
 
 def _attend_grouped(q_THW: Tensor, k_THW: Tensor, v_THW: Tensor, rows: Rows) -> Tensor:
     """Attend by products over rows of equal length, or of like length where weights are dropped."""
-    layout, q_THW = _layout(tuple(rows.bounds.tolist())), q_THW * rows.scale
-    heads = q_THW.shape[1]
+    q_THW, heads = q_THW * rows.scale, q_THW.shape[1]
+    blocks = _blocks(tuple(rows.bounds.tolist()), joined=rows.dropout > 0)
     if rows.dropout:  # PyTorch's would hold the weights in memory too, and draw a mask for every length
-        mask_M, inverse = _draw_mask(layout.blocks, heads, rows.dropout, q_THW.dtype)
+        mask_M, inverse = _draw_mask(blocks, heads, rows.dropout, q_THW.dtype)
         apply: Any = _DroppedAttention.apply
-        z_THW: Tensor = apply(q_THW, k_THW, v_THW * inverse, mask_M, layout.blocks, rows.causal)
+        z_THW: Tensor = apply(q_THW, k_THW, v_THW * inverse, mask_M, blocks, rows.causal)
         return z_THW
     # One split and one concatenation: slices would each have a gradient of the whole tensor's size.
-    parts = (torch.split(x, [number * length for number, length in layout.runs]) for x in (q_THW, k_THW, v_THW))
+    parts = (torch.split(x, [block.tokens for block in blocks]) for x in (q_THW, k_THW, v_THW))
     attended = []
-    for (number, length), q, k, v in zip(layout.runs, *parts, strict=True):
-        q, k, v = (x.reshape(number, length, heads, -1).transpose(1, 2) for x in (q, k, v))
+    for block, q, k, v in zip(blocks, *parts, strict=True):
+        q, k, v = (x.reshape(block.rows, block.length, heads, -1).transpose(1, 2) for x in (q, k, v))
         z = F.scaled_dot_product_attention(q, k, v, scale=1.0, is_causal=rows.causal)
-        attended.append(z.transpose(1, 2).reshape(number * length, heads, -1))
+        attended.append(z.transpose(1, 2).reshape(block.tokens, heads, -1))
     return torch.cat(attended)
 
 

@@ -20,9 +20,9 @@ from hncse_ray.encoder.attention import (
     _attend_grouped,
     _attend_nested,
     _block,
+    _blocks,
     _draw_mask,
     _DroppedAttention,
-    _layout,
 )
 
 SENTENCES = [*make_sentences(12, seed=3), "one", "one river", "river " * 40]
@@ -174,9 +174,9 @@ def test_attention_with_dropout_in_bf16_is_near_that_in_fp64(
 def test_few_rows_of_like_length_are_joined_and_many_are_left_alone() -> None:
     runs = ((1, 4), (15, 5), (1, 6), (1, 7), (16, 8), (2, 9), (1, 12), (1, 13))
     lengths = [length for rows, length in runs for _ in range(rows)]
-    layout = _layout(tuple(np.cumsum([0, *lengths]).tolist()))
-    blocks = layout.blocks
-    assert layout.runs == runs
+    bounds = tuple(np.cumsum([0, *lengths]).tolist())
+    blocks, even = _blocks(bounds, joined=True), _blocks(bounds, joined=False)
+    assert tuple((block.rows, block.length) for block in even) == runs
     assert [(block.rows, block.length) for block in blocks] == [(17, 6), (1, 7), (16, 8), (3, 12), (1, 13)]
     assert [block.is_token_NL is not None for block in blocks] == [True, False, False, True, False]
     assert sum(block.tokens for block in blocks) == sum(lengths)
