@@ -98,6 +98,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, help="folder of the result and the profiles")
+    parser.set_defaults(cpu_seconds=False)
     return parser.parse_args()
 
 

@@ -74,13 +74,13 @@ def main() -> None:
     """Measure, print the table and, if asked to, write the result."""
     args = parse_arguments()
     quiet()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(args.threads)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     with tempfile.TemporaryDirectory() as folder:
         corpus, about = make_corpus(args, Path(folder))
         texts = corpus.texts(range(len(corpus)))
         contestants: dict[str, Contestant] = {}
-        for precision in precisions(args.device):
+        for precision in args.precisions or precisions(args.device):
             contestants[f"hncse_ray, {precision}"] = Ours(args, corpus, precision)
             contestants[f"sentence-transformers, {precision}"] = Theirs(args, texts, folder, precision, args.max_length)
         contestants["sentence-transformers, defaults"] = Theirs(args, texts, folder, "fp32", None)
@@ -97,7 +97,7 @@ def main() -> None:
         "settings": {name: value for name, value in vars(args).items() if name not in ("out", "device")},
         "corpus": about,
         "contestants": summarise(measured),
-        "ratios": ratios(measured, precisions(args.device)),
+        "ratios": ratios(measured, args.precisions or precisions(args.device)),
     }
     print_table(result)
     if args.out:
@@ -116,6 +116,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--chunk-size", type=int, default=None, help="rows at a time, by gradient caching")
     parser.add_argument("--max-length", type=int, default=32, help="tokens, special tokens included")
     parser.add_argument("--sentences", type=int, default=20_000, help="size of the corpus")
+    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], help="default: all that this device has")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--cpu-seconds", action="store_true", help="count those instead of the clock's: on a busy machine"
+    )
     parser.add_argument("--out", type=Path, default=None, help="write the result here, as JSON")
     args = parser.parse_args()
     if min(args.rounds, args.steps, args.warm_up) < 1 or not 2 <= args.batch_size <= args.sentences:
@@ -191,7 +196,7 @@ class Ours:
         for step, number in enumerate(numbers):
             if step == self.args.warm_up:
                 synchronise(self.args.device)
-                start = time.perf_counter()
+                start = now(self.args)
             rows = self.corpus.token_rows(self.plan.batch(number))
             batch = LocalBatch(number, rows, (len(rows),))
             context = StepContext(
@@ -201,7 +206,7 @@ class Ours:
             schedule.step()
             widths.append(max(map(len, rows)))
         synchronise(self.args.device)
-        seconds = time.perf_counter() - start
+        seconds = now(self.args) - start
         return Measured(
             sentences_per_s=self.args.steps * self.args.batch_size / seconds,
             padded_tokens=statistics.mean(widths[self.args.warm_up :]),
@@ -241,7 +246,7 @@ class Theirs:
 
     def run(self, round_number: int) -> Measured:
         """Train on random batches, as the trainer draws them."""
-        clock = Clock(self.args.device, self.args.warm_up)
+        clock = Clock(self.args)
         trainer = SentenceTransformerTrainer(
             model=self.model,
             args=SentenceTransformerTrainingArguments(
@@ -276,17 +281,22 @@ class Theirs:
 class Clock(TrainerCallback):
     """Times a trainer from the end of its warm-up to the end of its last step, tokenisation included."""
 
-    def __init__(self, device: torch.device, warm_up: int) -> None:
-        self.device, self.warm_up = device, warm_up
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
         self.start = self.seconds = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step in (self.warm_up, state.max_steps):
-            synchronise(self.device)
-        if state.global_step == self.warm_up:
-            self.start = time.perf_counter()
+        if state.global_step in (self.args.warm_up, state.max_steps):
+            synchronise(self.args.device)
+        if state.global_step == self.args.warm_up:
+            self.start = now(self.args)
         if state.global_step == state.max_steps:
-            self.seconds = time.perf_counter() - self.start
+            self.seconds = now(self.args) - self.start
+
+
+def now(args: argparse.Namespace) -> float:
+    """Seconds of the clock, or of CPU."""
+    return time.process_time() if args.cpu_seconds else time.perf_counter()
 
 
 def summarise(measured: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
