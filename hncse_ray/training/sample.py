@@ -22,7 +22,7 @@ from hncse_ray.corpus import Corpus
 from hncse_ray.evaluation import Encode, RetrievalSet, encode_unit, on_side
 from hncse_ray.negatives import FATES
 from hncse_ray.reporting.events import Event, Sampled
-from hncse_ray.training.distributed import from_first, rank
+from hncse_ray.training.distributed import from_first
 from hncse_ray.training.evaluator import EvaluationSets
 from hncse_ray.training.lookup import LookedUp
 from hncse_ray.training.negatives import GlobalNegatives
@@ -129,8 +129,8 @@ class Looks:
 
     def step(self, step: int, seen: Seen) -> None:
         """After a step: at the start, a few times on the way, and at the end."""
-        if rank() == 0 and (step == 1 or step * _LOOKS // self._total > (step - 1) * _LOOKS // self._total):
-            self._emit(Sampled(step, "similarities", similarities(seen)))
+        if step == 1 or step * _LOOKS // self._total > (step - 1) * _LOOKS // self._total:
+            from_first(lambda: self._emit(Sampled(step, "similarities", similarities(seen))))
 
     def last(self, step: int, encode: Encode, negatives: GlobalNegatives | None, views: BatchViews | None) -> None:
         """At the end, with what is exported; ``negatives`` are the first rank's."""

@@ -129,8 +129,8 @@ def test_a_run_leaves_all_of_itself_at_the_url(reference: Remote) -> None:
     names = reference.names()
     top = {name.partition("/")[0] for name in names}
     assert top == {
-        "settings.yaml", "result.json", "metrics.jsonl", "log.txt", "tensorboard", "checkpoints", "model",
-        "model.manifest.json",
+        "settings.yaml", "result.json", "metrics.jsonl", "samples.jsonl", "log.txt", "tensorboard", "checkpoints",
+        "model", "model.manifest.json",
     }  # fmt: skip
     assert whole_folders(reference, "checkpoints")[0] == f"step_{STEPS:09d}"
     assert b"finished after" in (reference.read("log.txt") or b"")

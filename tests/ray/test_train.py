@@ -82,7 +82,7 @@ def test_a_run_leaves_a_model_checkpoints_settings_metrics_and_a_log(reference: 
     visible = {path.name for path in run.iterdir() if not path.name.startswith(".")}
     assert visible == {
         "model", "checkpoints", "settings.yaml", "metrics.jsonl", "log.txt", "result.json", "report.html",
-        "tensorboard",
+        "tensorboard", "samples.jsonl",
     }  # fmt: skip
     assert sorted(p.name for p in (run / "checkpoints").glob("step_*")) == ["step_000000090", "step_000000100"]
     assert load_settings(run / "model" / "settings.yaml") == load_settings(run / "settings.yaml")

@@ -83,7 +83,7 @@ def test_a_run_leaves_the_folder_that_one_with_ray_leaves(local: Tree) -> None:
     run = Path(settings.run_dir)
     assert {path.name for path in run.iterdir() if not path.name.startswith(".")} == {
         "model", "checkpoints", "settings.yaml", "metrics.jsonl", "log.txt", "result.json", "report.html",
-        "tensorboard",
+        "tensorboard", "samples.jsonl",
     }  # fmt: skip
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_000000008", "step_000000012"]
     assert "finished after 12 steps" in (run / "log.txt").read_text()
