@@ -98,3 +98,12 @@ def test_a_picture_that_is_shown_exists_and_is_small(page: Path) -> None:
 def test_the_site_has_every_page() -> None:
     named = set(re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
     assert named == {page.name for page in (ROOT / "docs").glob("*.md")} | {"measured.md"}
+
+
+def test_the_messages_of_the_troubleshooting_page_are_said() -> None:
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "hncse_ray").rglob("*.py"))
+    source = re.sub(r'"\s*f?"', "", source)  # a text that goes on in the next line
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    told = [code for row in re.findall(r"^\|([^|]*`[^|]*)\|", page, re.M) for code in INLINE.findall(row)]
+    assert len(told) > 30
+    assert [text for text in told if text not in source and text not in set(setting_paths())] == []
