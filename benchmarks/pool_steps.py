@@ -16,6 +16,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,10 @@ from hncse_ray.encoder import SentenceEncoder, load_encoder
 from hncse_ray.reporting import LineReporter
 from hncse_ray.training.checkpoint import TrainState
 from hncse_ray.training.checks import prepare
+from hncse_ray.training.host_copy import HostCopier
 from hncse_ray.training.negatives import GlobalNegatives, to_step
 from hncse_ray.training.objective import Objective
+from hncse_ray.training.publish import to_arrays
 from hncse_ray.training.schedule import build_optimizer
 from hncse_ray.training.step import LocalBatch, StepContext, StepNegatives, train_step
 
@@ -113,15 +116,16 @@ def measure(
         )
         for name in ("info_nce", "three_view")
     ]
-    client.publish({name: tensor.numpy() for name, tensor in encoder.weights().items()}, step=0)
+    client.publish(to_arrays(encoder.weights()), step=0, key="0")
     client.wait(3600)
+    copy = partial(HostCopier(optimizer).copy, encoder.trained())
     states = {use: TrainState(step=1) for use in settings}
     sources = {
         use: GlobalNegatives(s, corpus=corpus, plan=plan, dimension=encoder.dimension, source=client, notify=print)
         for use, s in settings.items()
     }
     for use, source in sources.items():
-        source.refresh(states[use], encoder.weights)
+        source.refresh(states[use], copy)
     client.wait(3600)
     known = [to_step(sources["fresh"].take([number], states["fresh"])[0], corpus) for number in range(args.batches + 2)]
     seconds = {mode: np.zeros((args.rounds, args.batches)) for mode in MODES}
@@ -133,7 +137,7 @@ def measure(
             started = time.perf_counter()
             taken = None
             if mode in sources:
-                sources[mode].refresh(states[mode], encoder.weights)
+                sources[mode].refresh(states[mode], copy)
                 taken = to_step(sources[mode].take([number], states[mode])[0], corpus)
                 if not taken.mask_Bm.any():
                     raise RuntimeError("no negatives came")

@@ -58,7 +58,7 @@ class NoStore:
     def checkpoints(self) -> list[Path]:
         return []
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
+    def save(self, step: int, write: Callable[[Path], None] | None) -> None:
         pass
 
     def wish(self) -> Wish:

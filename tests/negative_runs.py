@@ -58,7 +58,8 @@ class FolderStore:
     def checkpoints(self) -> list[Path]:
         return sorted((self.root / "checkpoints").glob("step_*"), reverse=True)
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
+    def save(self, step: int, write: Callable[[Path], None] | None) -> None:
+        assert write is not None
         write_folder(self.checkpoint(step), write)
 
     def wish(self) -> Wish:
@@ -81,11 +82,12 @@ class WatchedSource:
         self.calls = {"publish": 0, "wait": 0, "status": 0}
         self._numbers = {tuple(plan.batch(n).tolist()): n for n in range(batches)}
         self._looking_up = threading.local()
+        self.builds_elsewhere = False  # True has the loop publish in a thread, as it does with a pool
 
-    def publish(self, weights: Any, *, step: int) -> bool:
+    def publish(self, weights: Any, *, step: int, key: str) -> bool:
         self._count("publish")
         self.published[step] = {name: array.copy() for name, array in weights.items()}
-        return self.inner.publish(weights, step=step)
+        return self.inner.publish(weights, step=step, key=key)
 
     def wait(self, timeout_s: float) -> None:
         self._count("wait")
@@ -172,6 +174,7 @@ def carry_out(
     run: Run | None = None,
     source: Any = None,
     sets: EvaluationSets | None = None,
+    store: FolderStore | None = None,
     also: Callable[[Event], None] = lambda event: None,
 ) -> Run:
     """Fit to the end, or until ``also`` raises :class:`Stopped`."""
@@ -184,7 +187,7 @@ def carry_out(
     sets = sets or load_evaluation_sets(settings.evaluation, settings.corpus)
     job = TrainJob(settings, run.corpus, run.encoder, sets, source=source or run.source)
     try:
-        run.finished = fit(job, FolderStore(root), emit)
+        run.finished = fit(job, store or FolderStore(root), emit)
     except Stopped:
         pass
     return run

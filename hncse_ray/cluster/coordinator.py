@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,10 +20,9 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from hncse_ray.negatives import BuildReport, IndexVersion, SourceStatus, Weights, weights_digest
+from hncse_ray.negatives import BuildReport, IndexVersion, SourceStatus, Weights
 from hncse_ray.storage import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -51,8 +51,9 @@ class PoolCoordinator:
     """Owns the versions: keeps published weights, has all shards build, commits, and brings lost shards back.
 
     A version is served once every shard has built it, but for shards that are lost: those build it when they come back.
-    A build that fails or takes too long leaves the version before. After a restart of its own the coordinator goes on
-    from the weights in its folder.
+    A build that fails or takes too long leaves the version before. Shards build from the object of the rank that has
+    published it, which is gone with that rank, and come back from the file that is written meanwhile. A restart of the
+    coordinator itself goes on from that file too.
 
     Args:
         shards: the names of the shard actors.
@@ -67,7 +68,9 @@ class PoolCoordinator:
     ) -> None:
         self._shards, self._folder = [ray.get_actor(name) for name in shards], Path(folder)
         self._corpus_digest, self._rows, self._build_timeout_s = corpus_digest, rows, build_timeout_s
-        self._weights: dict[IndexVersion, Any] = {}  # references; owned here, so they outlive the trainers
+        self._weights: dict[IndexVersion, Any] = {}  # references: a publisher's while a version is made, later our own
+        self._files: dict[IndexVersion, Path] = {}
+        self._reading = asyncio.Lock()
         self._holding: dict[int, list[IndexVersion]] | None = None  # None = not yet asked
         self._commits = 0
         self._making: IndexVersion | None = None
@@ -78,18 +81,18 @@ class PoolCoordinator:
         self._status = SourceStatus(shards=len(shards))
         self._recover()
 
-    async def publish(self, weights: Weights, step: int) -> bool:
-        """Begin to make the version of these weights; False if another is being made."""
+    async def publish(self, weights: Sequence[Any], step: int, key: str) -> bool:
+        """Begin to make the version of weights, given as one reference to them; False if another is being made."""
         self._watch()
         if not self._idle.is_set():
             return False
-        version = IndexVersion(step, weights_digest(weights), self._corpus_digest, self._rows)
+        version = IndexVersion(step, key, self._corpus_digest, self._rows)
         if version == self._status.version:
             return True
         self._idle.clear()
         self._status, self._making = replace(self._status, building=True), version
-        self._weights[version] = ray.put(weights)
-        self._spawn(self._make(version, weights))
+        (self._weights[version],) = weights
+        self._spawn(self._make(version))
         return True
 
     async def wait(self, timeout_s: float) -> bool:
@@ -113,13 +116,14 @@ class PoolCoordinator:
 
     # ---- building
 
-    async def _make(self, version: IndexVersion, weights: Weights) -> None:
+    async def _make(self, version: IndexVersion) -> None:
         """Have every shard build a version; commit, or give it up."""
         started = time.monotonic()
+        file = self._files[version] = self._folder / f"{uuid.uuid4().hex}.safetensors"
         try:
-            file = self._folder / _weights_name(version)
-            await asyncio.to_thread(_save_weights, file, weights)
+            saving = self._spawn(asyncio.to_thread(_save_weights, file, self._weights[version]))
             outcomes = await self._build_all(version, started + self._build_timeout_s)
+            await saving
             reports = {i: outcome for i, outcome in outcomes.items() if isinstance(outcome, BuildReport)}
             failures = [outcome for outcome in outcomes.values() if isinstance(outcome, BaseException)]
             failures.sort(key=lambda failure: isinstance(failure, ShardLost))
@@ -128,7 +132,6 @@ class PoolCoordinator:
             await asyncio.to_thread(self._commit, version, file)
         except Exception as error:  # whatever it was, the version before stays, and the run's log says why
             logger.warning("the index of step %d was given up", version.step, exc_info=error)
-            self._weights.pop(version, None)
             failed = self._status.failed_builds + 1
             self._status = replace(self._status, failed_builds=failed, last_failure=_reason(error))
         else:
@@ -142,8 +145,8 @@ class PoolCoordinator:
                 build_seconds=time.monotonic() - started,
                 rows_per_s=sum(r.rows for r in reports.values()) / encode_s,
             )
-            self._weights = {version: self._weights[version]}
         finally:
+            self._weights = {}  # a shard that comes back gets what the file holds
             self._status, self._making = replace(self._status, building=False), None
             await asyncio.to_thread(self._drop_unserved)
             await self._look()
@@ -175,7 +178,8 @@ class PoolCoordinator:
                 continue
             seen, left = time.monotonic(), deadline - time.monotonic()
             try:
-                call = shard.build.options(concurrency_group="build").remote(version, self._weights[version])
+                weights = await self._weights_of(version)
+                call = shard.build.options(concurrency_group="build").remote(version, weights)
                 return await asyncio.wait_for(_result(call), max(left, 0.01))
             except TimeoutError:
                 ray.kill(shard, no_restart=False)
@@ -183,16 +187,23 @@ class PoolCoordinator:
             except (ActorUnavailableError, ActorDiedError):
                 await asyncio.sleep(_PING_S)
 
+    async def _weights_of(self, version: IndexVersion) -> Any:
+        """Return a reference to a version's weights, read from its file if their publisher's is given up."""
+        async with self._reading:
+            if version not in self._weights:
+                self._weights[version] = await asyncio.to_thread(lambda: ray.put(load_file(self._files[version])))
+            return self._weights[version]
+
     def _commit(self, version: IndexVersion, file: Path) -> None:
         content = {"version": asdict(version), "file": file.name}
         write_atomically(self._folder / "served.json", json.dumps(content))
 
     def _drop_unserved(self) -> None:
         """Delete all weights but those of the served version: of the one before, or of a build that was given up."""
-        served = None if self._status.version is None else _weights_name(self._status.version)
+        self._files = {version: file for version, file in self._files.items() if version == self._status.version}
         try:
             for file in self._folder.glob("*.safetensors*"):
-                if file.name != served:
+                if file not in self._files.values():
                     file.unlink(missing_ok=True)
         except OSError as error:  # tried again after the next build
             logger.warning("old weights of the index could not be deleted (%s)", error)
@@ -207,8 +218,8 @@ class PoolCoordinator:
         try:
             content = json.loads(served.read_text(encoding="utf-8"))
             version = IndexVersion(**content["version"])
-            self._weights[version] = ray.put(load_file(self._folder / content["file"]))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            self._files[version] = self._folder / content["file"]
+        except (OSError, ValueError, KeyError, TypeError):
             logger.warning("%s cannot be read; the next refresh makes a new index", served, exc_info=True)
             return
         self._status = replace(self._status, version=version)
@@ -270,11 +281,8 @@ def _result(call: Any) -> Any:
     return asyncio.wrap_future(call.future())
 
 
-def _weights_name(version: IndexVersion) -> str:
-    return f"{version.weights_digest}.safetensors"
-
-
-def _save_weights(file: Path, weights: Weights) -> None:
+def _save_weights(file: Path, reference: Any) -> None:
+    weights: Weights = ray.get(reference)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.partial")
     save_file({name: np.ascontiguousarray(array) for name, array in weights.items()}, partial)

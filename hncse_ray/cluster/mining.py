@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 import time
+import uuid
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from hncse_ray.reporting import LineReporter, Reporter, StageProgress
 from hncse_ray.storage import check_outlasts_job, write_atomically
 from hncse_ray.training.checks import prepare
 from hncse_ray.training.negatives import check_candidates
+from hncse_ray.training.publish import to_arrays
 
 _BLOCK_ROWS, _IN_FLIGHT = 2048, 4
 _RETRY_S = 1.0
@@ -169,7 +171,7 @@ class _Parts:
 
 def _build(source: NegativeSource, encoder: SentenceEncoder, settings: Settings) -> None:
     try:
-        source.publish({name: tensor.numpy() for name, tensor in encoder.weights().items()}, step=0)
+        source.publish(to_arrays(encoder.weights()), step=0, key=uuid.uuid4().hex)
         source.wait(settings.negatives.build_timeout_s)
         status = source.status()
     except SourceUnavailable as error:
@@ -252,7 +254,7 @@ def _columns(per_anchor: int) -> list[str]:
 
 
 def _fingerprint(settings: Settings, encoder: SentenceEncoder, corpus: Corpus) -> str:
-    weights = weights_digest({name: tensor.numpy() for name, tensor in encoder.weights().items()})
+    weights = weights_digest(to_arrays(encoder.weights()))
     rules = settings.negatives.model_dump(
         include={
             "per_anchor", "candidates", "max_score", "relative_margin", "skip_hardest", "sampling",

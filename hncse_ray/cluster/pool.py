@@ -184,9 +184,21 @@ class PoolClient:
         self._poll()
         threading.Thread(target=self._keep_polling, name="pool-state", daemon=True).start()
 
-    def publish(self, weights: Weights, *, step: int) -> bool:
-        """Hand weights to the coordinator."""
-        accepted = self._control(lambda: self._coordinator.publish.remote(dict(weights), step), _PUBLISH_TIMEOUT_S)
+    @property
+    def builds_elsewhere(self) -> bool:
+        """The shards make the versions."""
+        return True
+
+    def publish(self, weights: Weights, *, step: int, key: str) -> bool:
+        """Put weights into the object store of this node, from where the shards fetch them; returns when that is done.
+
+        The coordinator gets a reference to them.
+        """
+
+        def call() -> Any:
+            return self._coordinator.publish.remote([ray.put(dict(weights))], step, key)
+
+        accepted = self._control(call, _PUBLISH_TIMEOUT_S)
         self._poll()
         return bool(accepted)
 

@@ -318,13 +318,30 @@ class SentenceEncoder(nn.Module):
             if isinstance(stage, TrainingHead):
                 stage.always = always
 
-    def weights(self) -> dict[str, Tensor]:
-        """Copy to the CPU what training changes: all weights, or adapters and head where the rest stands still."""
+    def trained(self) -> dict[str, Tensor]:
+        """Return what training changes, where it is: all weights, or adapters and head where the rest stands still."""
         return {
-            name: value.detach().to("cpu", copy=True).contiguous()
+            name: value.detach()
             for name, value in self.state_dict().items()
             if not has_adapters(self.model) or "lora_" in name or name.startswith("model.head.")
         }
+
+    def weights(self) -> dict[str, Tensor]:
+        """Copy to the CPU what training changes."""
+        return {name: value.to("cpu", copy=True).contiguous() for name, value in self.trained().items()}
+
+    def seen_rounded(self) -> set[str]:
+        """Name the weights that training itself sees in the autocast's dtype only: nothing hangs on their other digits.
+
+        Under autocast a linear layer multiplies by weights and adds biases that are rounded first; tables, norms and
+        what follows the transformer are computed in fp32.
+        """
+        if self.autocast is None:
+            return set()
+        linear = {module for module in self.model[0].modules() if isinstance(module, nn.Linear)}
+        others = {p for module in self.modules() if module not in linear for p in module.parameters(recurse=False)}
+        own = {p for module in linear for p in module.parameters(recurse=False)} - others
+        return {name for name, parameter in self.named_parameters(remove_duplicate=False) if parameter in own}
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take what :meth:`weights` of the same kind of encoder returned.

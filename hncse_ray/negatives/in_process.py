@@ -17,7 +17,6 @@ from hncse_ray.negatives.source import (
     TokenRow,
     Weights,
     share_anchors,
-    weights_digest,
 )
 
 
@@ -34,9 +33,14 @@ class InProcessSource:
         self._shard, self._corpus_digest, self._rows = shard, corpus_digest, rows
         self._status = SourceStatus()
 
-    def publish(self, weights: Weights, *, step: int) -> bool:
+    @property
+    def builds_elsewhere(self) -> bool:
+        """It makes its versions here."""
+        return False
+
+    def publish(self, weights: Weights, *, step: int, key: str) -> bool:
         """Make and serve the version of these weights."""
-        version = IndexVersion(step, weights_digest(weights), self._corpus_digest, self._rows)
+        version = IndexVersion(step, key, self._corpus_digest, self._rows)
         report = self._shard.build(version, weights)
         self._shard.retire([version])
         self._status = replace(self._status, version=version, shards_alive=1)

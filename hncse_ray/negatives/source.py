@@ -39,13 +39,13 @@ class IndexVersion:
 
     Attributes:
         step: optimiser steps behind the weights.
-        weights_digest: of the weights.
+        key: tells it from all other versions of that step.
         corpus_digest: of the prepared corpus.
         rows: rows of the corpus, N.
     """
 
     step: int
-    weights_digest: str
+    key: str
     corpus_digest: str
     rows: int
 
@@ -102,8 +102,18 @@ class NegativeSource(Protocol):
     Every method may be called from several threads.
     """
 
-    def publish(self, weights: Weights, *, step: int) -> bool:
-        """Have a version made from the weights of a step; returns at once where it is made elsewhere.
+    @property
+    def builds_elsewhere(self) -> bool:
+        """Whether a version is made outside of this process, so that :meth:`publish` does not wait for it."""
+        ...
+
+    def publish(self, weights: Weights, *, step: int, key: str) -> bool:
+        """Have a version made from the weights of a step; one that is served already is not made again.
+
+        Args:
+            weights: as :func:`hncse_ray.training.publish.to_arrays` returns them; not changed afterwards.
+            step: which they are of.
+            key: tells the version from others of that step.
 
         Returns:
             False if another version is being made: then nothing is done.

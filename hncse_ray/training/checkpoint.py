@@ -14,8 +14,10 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +30,7 @@ from hncse_ray.config import Settings
 from hncse_ray.encoder import SentenceEncoder
 from hncse_ray.errors import StorageError
 from hncse_ray.training.distributed import gather_values
+from hncse_ray.training.host_copy import HostCopier
 from hncse_ray.training.objective import Objective
 
 logger = logging.getLogger(__name__)
@@ -107,11 +110,15 @@ class RunStore(Protocol):
         """Yield the folders of complete checkpoints, newest first."""
         ...
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Keep what ``write(folder)`` puts into an empty folder; ``write`` runs on rank 0 only.
+    def save(self, step: int, write: Callable[[Path], None] | None) -> None:
+        """Keep a checkpoint, and remove old ones from this rank's node.
+
+        Args:
+            step: which it is of.
+            write: on rank 0, which calls this in a thread: puts it into an empty folder. None on the others.
 
         Raises:
-            StorageError: on every rank, if it could not be written.
+            StorageError: it could not be written.
         """
         ...
 
@@ -128,42 +135,66 @@ class RunStore(Protocol):
         ...
 
 
-def write_checkpoint(
-    folder: Path,
-    *,
-    settings: Settings,
-    state: TrainState,
-    encoder: SentenceEncoder,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    objective: Objective,
-    best: Weights | None,
-    index: Weights | None = None,
-) -> None:
-    """Write everything that going on needs.
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that going on needs, as it was when it was taken; on the host, or on its way there.
 
-    Args:
-        folder: an empty folder.
-        settings: the resolved settings.
-        state: where the run stands.
-        encoder: the present weights.
-        optimizer: its moments.
-        schedule: its position.
-        objective: its state.
-        best: weights of the best dev score; None if they are the present ones.
-        index: weights that the global negatives in use were made from; None if going on does not need them.
+    Attributes:
+        parts: weights and moments by file, those that training changes next as copies.
+        content: where the run stands, and the progress of optimiser and schedule, for JSON.
+        settings: the resolved settings, as YAML.
     """
-    parts = {"encoder": encoder.weights(), "best": best, "index": index, "training": _moments(optimizer, objective)}
-    files = {f"{name}.safetensors": part for name, part in parts.items() if part is not None}
-    (folder / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
-    with ThreadPoolExecutor(len(files)) as threads:  # the system fills its file cache with one core a file
-        list(threads.map(lambda name: save_file(files[name], folder / name), files))
-        paths = sorted(folder.iterdir())
-        listed = {path.name: facts for path, facts in zip(paths, threads.map(_facts, paths), strict=True)}
-    progress = {"groups": optimizer.state_dict()["param_groups"], "schedule": schedule.state_dict()}
-    content = {"state": asdict(state), "files": listed, "progress": progress}
-    text = json.dumps(content | {"digest": _text_digest(content)}, indent=1)
-    (folder / "state.json").write_text(text, encoding="utf-8")
+
+    parts: dict[str, Callable[[], Weights]]
+    content: dict[str, Any]
+    settings: str
+
+    @classmethod
+    def take(
+        cls,
+        *,
+        settings: Settings,
+        state: TrainState,
+        encoder: SentenceEncoder,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        objective: Objective,
+        copier: HostCopier,
+        best: Weights | None,
+        index: Weights | None = None,
+    ) -> Snapshot:
+        """Begin to copy what training changes.
+
+        Args:
+            settings: the resolved settings.
+            state: where the run stands.
+            encoder: the present weights.
+            optimizer: its moments.
+            schedule: its position.
+            objective: its state.
+            copier: of the optimiser.
+            best: weights of the best dev score; None if they are the present ones.
+            index: weights that the global negatives in use were made from; None if going on does not need them.
+        """
+        parts = {
+            "encoder": copier.copy(encoder.trained()).wait,
+            "training": copier.copy(_moments(optimizer, objective)).wait,
+        }
+        parts |= {name: partial(dict, part) for name, part in (("best", best), ("index", index)) if part is not None}
+        progress = {"groups": optimizer.state_dict()["param_groups"], "schedule": schedule.state_dict()}
+        return cls(parts, {"state": asdict(state), "progress": deepcopy(progress)}, settings.to_yaml())
+
+    def write(self, folder: Path) -> None:
+        """Write all of it into an empty folder; from any thread."""
+        files = {f"{name}.safetensors": part() for name, part in self.parts.items()}
+        (folder / "settings.yaml").write_text(self.settings, encoding="utf-8")
+        with ThreadPoolExecutor(len(files)) as threads:  # the system fills its file cache with one core a file
+            list(threads.map(lambda name: save_file(files[name], folder / name), files))
+            paths = sorted(folder.iterdir())
+            listed = {path.name: facts for path, facts in zip(paths, threads.map(_facts, paths), strict=True)}
+        content = self.content | {"files": listed}
+        text = json.dumps(content | {"digest": _text_digest(content)}, indent=1)
+        (folder / "state.json").write_text(text, encoding="utf-8")
 
 
 def read_newest(
@@ -213,11 +244,11 @@ def read_newest(
 
 
 def _moments(optimizer: torch.optim.Optimizer, objective: Objective) -> Weights:
-    """Return the tensors that the optimiser and the objective remember, on the CPU."""
-    found = {f"objective.{name}": value for name, value in objective.state_dict().items()}
+    """Return the tensors that the optimiser remembers, and copies of the objective's, which a loss changes already."""
+    found = {f"objective.{name}": value.clone() for name, value in objective.state_dict().items()}
     for parameter, moments in optimizer.state_dict()["state"].items():
         found |= {f"optimizer.{parameter}.{name}": value for name, value in moments.items()}
-    return {name: value.cpu().contiguous() for name, value in found.items()}
+    return found
 
 
 def _take_moments(

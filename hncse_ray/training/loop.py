@@ -18,7 +18,6 @@ from hncse_ray.errors import HncseError, StorageError
 from hncse_ray.evaluation import Encode
 from hncse_ray.negatives import NegativeSource
 from hncse_ray.reporting.events import (
-    CheckpointSaved,
     Evaluated,
     Event,
     Notice,
@@ -29,17 +28,26 @@ from hncse_ray.reporting.events import (
     Verdict,
 )
 from hncse_ray.training.batch import local_batch
-from hncse_ray.training.checkpoint import Resumed, RunStore, Wish, read_newest, write_checkpoint
+from hncse_ray.training.checkpoint import Resumed, RunStore, Snapshot, Wish, read_newest
 from hncse_ray.training.choice import Candidate, ExportChoice
 from hncse_ray.training.cloze import cloze_dev, hold_out
-from hncse_ray.training.distributed import ShardedEncode, from_first, gather_rows, raise_together, world_size
+from hncse_ray.training.distributed import (
+    ShardedEncode,
+    from_first,
+    gather_rows,
+    raise_together,
+    rank,
+    world_size,
+)
 from hncse_ray.training.evaluator import EvaluationSets, Measured, Split
 from hncse_ray.training.export import write_model
 from hncse_ray.training.guards import Guards, batch_uniformity
+from hncse_ray.training.host_copy import HostCopier, HostCopy
 from hncse_ray.training.lookup import BatchNegatives
 from hncse_ray.training.negatives import GlobalNegatives
 from hncse_ray.training.objective import Metrics, Objective
 from hncse_ray.training.sample import Looks
+from hncse_ray.training.saving import Saving
 from hncse_ray.training.schedule import build_optimizer, build_schedule, count_steps, plan_batches
 from hncse_ray.training.step import LocalBatch, StepContext, train_step
 from hncse_ray.training.views import BatchViews, Views, batch_views
@@ -91,12 +99,14 @@ class _Trainer:
         if gaps is not None:
             cloze = cloze_dev(self.settings, self.corpus, gaps)
             self.sets = EvaluationSets({**self.sets.sets, ("cloze", "dev"): cloze})
-        self.store, self.emit = store, emit
+        self.store, self.emit, self.saving = store, emit, Saving()
+        stack.callback(self.saving.close)
         train = self.settings.train
         self.plan = plan_batches(self.settings, self.corpus.view_lengths, left_out=None if gaps is None else gaps.rows)
         self.total_steps = count_steps(train, self.plan)
         freeze_unused(self.encoder)
         self.optimizer = build_optimizer(self.encoder, train)
+        self.copier = HostCopier(self.optimizer)
         self.schedule = build_schedule(self.optimizer, train, self.total_steps)
         self.objective = Objective(
             self.settings.objective,
@@ -157,6 +167,8 @@ class _Trainer:
             if saved_step != state.step and (last or wish or self._due(train.checkpoint_every_steps)):
                 self._checkpoint()
                 saved_step = state.step
+            if last or wish is Wish.PAUSE:
+                from_first(lambda: self._settle(block=True))
             if last:
                 return self._finish(stopped_early)
             if wish is Wish.PAUSE:
@@ -200,12 +212,17 @@ class _Trainer:
 
     def _take_negatives(self, numbers: Sequence[int]) -> list[BatchNegatives]:
         assert self.negatives is not None
-        waited_s = self.negatives.refresh(self.state, self.encoder.weights)
+        waited_s = self.negatives.refresh(self.state, self._copy_weights)
         self.log.seconds -= waited_s  # it is no training
         self._add_seconds("waiting for the index", waited_s)
         return self.negatives.take(numbers, self.state)
 
+    def _copy_weights(self) -> HostCopy:
+        """Begin to copy what an index is made from."""
+        return self.copier.copy(self.encoder.trained(), rounded=self.encoder.seen_rounded())
+
     def _write_log(self) -> None:
+        self._settle(block=False)
         started = time.perf_counter()
         means = self.log.means()  # waits for the device
         self.log.seconds += time.perf_counter() - started
@@ -253,24 +270,31 @@ class _Trainer:
         self._tell(Evaluated(state.step, "dev", scores, metric, is_best))
 
     def _checkpoint(self) -> None:
-        started = time.perf_counter()
-        self.store.save(
-            self.state.step,
-            lambda folder: write_checkpoint(
-                folder,
-                settings=self.settings,
-                state=self.state,
-                encoder=self.encoder,
-                optimizer=self.optimizer,
-                schedule=self.schedule,
-                objective=self.objective,
-                best=None if self.state.best_step == self.state.step else self.best,
-                index=None if self.negatives is None else self.negatives.index_weights,
-            ),
+        """Begin to write a checkpoint, once the one before is whole."""
+        step, started = self.state.step, time.perf_counter()
+        from_first(lambda: self._settle(block=True))
+        if rank() != 0:
+            self.store.save(step, None)
+            return
+        snapshot = Snapshot.take(
+            settings=self.settings,
+            state=self.state,
+            encoder=self.encoder,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            objective=self.objective,
+            copier=self.copier,
+            best=None if self.state.best_step == step else self.best,
+            index=None if self.negatives is None else self.negatives.index_weights,
         )
-        seconds = time.perf_counter() - started
-        self._add_seconds("checkpoints", seconds)
-        self._tell(CheckpointSaved(self.state.step, seconds))
+        self.saving.begin(step, lambda: self.store.save(step, snapshot.write))
+        self._add_seconds("checkpoints", time.perf_counter() - started)
+
+    def _settle(self, *, block: bool) -> None:
+        """Tell of the checkpoint that has been written meanwhile, or raise why it was not; on the first rank."""
+        saved = self.saving.settle(block=block)
+        if saved is not None:
+            self.emit(saved)
 
     def _begin(self, job: TrainJob, resumed: Resumed, stack: ExitStack) -> None:
         for line in resumed.passed_over:

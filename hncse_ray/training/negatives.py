@@ -27,8 +27,10 @@ from hncse_ray.negatives import (
     decide,
 )
 from hncse_ray.training.checkpoint import TrainState, Weights
+from hncse_ray.training.host_copy import HostCopy
 from hncse_ray.training.lookup import BatchNegatives, LookedUp, LookUp
 from hncse_ray.training.prefetch import Prefetch
+from hncse_ray.training.publish import Publisher
 from hncse_ray.training.views import BatchViews
 
 _UNUSED_BATCHES = 50
@@ -134,7 +136,7 @@ class GlobalNegatives:
             settings, corpus=corpus, plan=plan, dimension=dimension, source=source, views=views, taught=taught
         )
         self._prefetch: Prefetch[LookedUp] = Prefetch(s.timeout_s)
-        self._published_step: int | None = None
+        self._publisher = Publisher(source)
         self._published: Weights | None = None
         self._positive_similarity = 1.0
         self._served, self._in_reach = False, True
@@ -156,20 +158,21 @@ class GlobalNegatives:
             return  # the next step begins with a new version
         step = int(state.index_version["step"])
         self._positive_similarity = float(state.index_version["positive_similarity"])
-        self._publish(index_weights, step, wait=True)
+        self._publish(lambda: index_weights, step, key=state.index_version.get("key"), wait=True)
 
-    def refresh(self, state: TrainState, copy_weights: Callable[[], Weights]) -> float:
+    def refresh(self, state: TrainState, copy_weights: Callable[[], HostCopy]) -> float:
         """Publish the present weights if they are due, and wait if training must. Before each step.
 
         Returns:
             How many seconds training has waited for an index to be made.
         """
+        self._hear(wait=False)
         status = self._status()
         facts = RefreshFacts(
             step=state.step,
-            published_step=self._published_step,
+            published_step=self._publisher.step,
             served_step=None if status is None or status.version is None else status.version.step,
-            building=status is not None and status.building,
+            building=self._publisher.under_way or (status is not None and status.building),
             available=status is not None,
         )
         decision = decide(facts, rules=self._refresh_rules)
@@ -177,9 +180,11 @@ class GlobalNegatives:
             self._notify(decision.notice)
         if decision.publish and (decision.wait or not facts.building):
             self._positive_similarity = state.positive_similarity
-            weights = copy_weights()  # which waits for the device, so for steps that are training
+            copy = copy_weights()
+            if decision.wait:
+                copy.wait()  # for the device, so for steps that are training
             started = time.perf_counter()
-            self._publish(weights, state.step, wait=decision.wait)
+            self._publish(copy.wait, state.step, wait=decision.wait)
         else:
             started = time.perf_counter()
             if decision.wait:
@@ -236,6 +241,7 @@ class GlobalNegatives:
 
     def close(self) -> None:
         """Stop looking ahead and let go of the source."""
+        self._publisher.close()
         self._prefetch.close()
         self._source.close()
 
@@ -266,24 +272,33 @@ class GlobalNegatives:
         self._failed_builds = status.failed_builds
         return status
 
-    def _publish(self, weights: Weights, step: int, *, wait: bool) -> None:
-        arrays = {name: tensor.numpy() for name, tensor in weights.items()}
+    def _publish(self, weights: Callable[[], Weights], step: int, *, key: str | None = None, wait: bool) -> None:
+        self._hear(wait=wait)  # of the last; where training does not wait, that is heard of already
+        self._publisher.begin(weights, step=step, key=key)
+        taken = self._hear(wait=wait)
+        if not wait:
+            return
+        if taken is False:  # another is being made
+            self._wait()
+            self._publisher.begin(weights, step=step, key=key)
+            taken = self._hear(wait=True)
+        if taken:
+            self._published = weights() if self._sync else None
+            self._wait()
+
+    def _hear(self, *, wait: bool) -> bool | None:
+        """Hear whether weights were taken, once that is known; None if it is not, or the source is out of reach."""
         try:
-            if not self._source.publish(arrays, step=step):
-                if not wait:
-                    return
-                self._wait()
-                self._source.publish(arrays, step=step)
+            taken = self._publisher.hear(wait=wait)
         except SourceUnavailable as error:
             self._out_of_reach(error)
-            return
-        self._in_reach = True
-        self._published_step, self._published = step, weights if self._sync else None
-        if wait:
-            self._wait()
+            return None
+        self._in_reach |= bool(taken)
+        return taken
 
     def _wait(self) -> None:
         """Wait for the version that is being made; what was looked up in the one before is forgotten."""
+        self._hear(wait=True)
         try:
             self._source.wait(self._settings.negatives.build_timeout_s)
         except SourceUnavailable as error:

@@ -13,10 +13,11 @@ from hncse_ray.corpus import Corpus
 from hncse_ray.corpus.cache import cache_folder
 from hncse_ray.encoder import load_encoder
 from hncse_ray.errors import StorageError
-from hncse_ray.negatives import IndexPlan, Weights, plan_index
+from hncse_ray.negatives import IndexPlan, plan_index
 from hncse_ray.negatives.in_process import InProcessSource
 from hncse_ray.negatives.lexical import LexicalIndex
 from hncse_ray.negatives.shard import IndexShard
+from hncse_ray.training.publish import from_arrays
 
 _ENCODE_BATCH = (128, 1024)  # rows encoded at a time on CPUs, and on a GPU
 _PART_BESIDE_TRAINER = 0.5  # of its GPU, for an index in the trainer's process
@@ -68,9 +69,6 @@ def build_shard(
 
     side: Side | None = "document" if corpus.has_pairs or corpus.has_passages else None
 
-    def load_weights(weights: Weights) -> None:
-        model.load_weights({name: torch.tensor(np.asarray(array)) for name, array in weights.items()})
-
     def keys(ids: NDArray[np.int64]) -> NDArray[np.int64]:
         documents = [] if corpus.documents is None else [corpus.documents[ids][:, None]]
         return np.concatenate([corpus.contents(ids), *documents], axis=1)
@@ -85,7 +83,7 @@ def build_shard(
         count=count,
         lengths=corpus.target_lengths,
         encode=lambda ids: model.encode_rows(corpus.targets(ids), side=side, unit_norm=True),
-        load_weights=load_weights,
+        load_weights=lambda weights: model.load_weights(from_arrays(weights)),
         encode_anchors=lambda rows: model.encode_rows(rows, side="query", unit_norm=True),
         read_words=read_words,
         keys=keys,

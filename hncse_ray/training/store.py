@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hncse_ray.errors import StorageError
 from hncse_ray.storage import write_folder
 from hncse_ray.training.checkpoint import Wish
-from hncse_ray.training.distributed import from_first, raise_together, rank
+from hncse_ray.training.distributed import from_first, rank
 from hncse_ray.training.remote_run import MirrorPlan, RunMirror
 from hncse_ray.training.run_folder import KEPT_CHECKPOINTS, RunFolder
 
@@ -32,28 +31,25 @@ class FolderStore:
         """Return the checkpoints on disk, newest first."""
         return sorted(self._folder.checkpoints.glob("step_*"), reverse=True)
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
+    def save(self, step: int, write: Callable[[Path], None] | None) -> None:
         """Write on rank 0, begin to send it if there is a mirror, and remove old ones.
 
         Raises:
-            StorageError: on every rank, if it could not be written, or another process has taken the run over.
+            StorageError: it could not be written, or another process has taken the run over.
         """
         path = self._folder.checkpoints / f"step_{step:09d}"
-        failure: StorageError | None = None
-        if rank() == 0:
-            try:
-                write_folder(path, write)
-                if self._mirror is not None:
-                    self._mirror.send_checkpoint(path)
-            except StorageError as error:
-                failure = error
-        raise_together(failure)
+        if write is not None:
+            write_folder(path, write)
+            if self._mirror is not None:
+                self._mirror.send_checkpoint(path)
         if self._cleans:
             past = [found for found in self.checkpoints() if found.name <= path.name]
             sending = None if self._mirror is None else self._mirror.sending
             for old in self.checkpoints():
                 if old not in past[:KEPT_CHECKPOINTS] and old.name != sending:
                     shutil.rmtree(old, ignore_errors=True)
+            for half in self._folder.checkpoints.glob(".step_*"):  # of a process that was killed while it wrote
+                shutil.rmtree(half, ignore_errors=True)
 
     def export(self, write: Callable[[Path], None]) -> None:
         """Put the model in place; with a mirror it is sent at the end."""

@@ -22,6 +22,7 @@ from hncse_ray.encoder import load_encoder
 from hncse_ray.negatives import IndexVersion, plan_index
 from hncse_ray.reporting import Reporters
 from hncse_ray.training.checks import prepare
+from hncse_ray.training.host_copy import HostCopier
 from hncse_ray.training.objective import Objective
 from hncse_ray.training.shard import build_shard
 from hncse_ray.training.step import LocalBatch, StepContext, StepNegatives, train_step
@@ -89,6 +90,20 @@ def test_mixes_of_other_pairs_cost_about_the_same(still_model: Path, objective: 
     """Pairs are drawn by the device's own generator, so only the size of the loss can be compared."""
     losses = [one_step(still_model, device, objective=objective, use="stored", chunk=None)[0] for device in (GPU, CPU)]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_a_copy_to_the_host_is_of_before_the_step_that_follows_it() -> None:
+    """As large as the weights of a model of 400 million; the host goes on at once, the step of the device waits."""
+    weight = torch.nn.Parameter(torch.zeros(400_000_000, device=GPU))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    copier = HostCopier(optimizer)
+    weight.grad = torch.full_like(weight, -1.0)
+    for step in range(4):
+        copies = [copier.copy({"weight": weight.detach()}, rounded=rounded) for rounded in ((), ("weight",))]
+        optimizer.step()
+        for copy in copies:
+            found = copy.wait()["weight"]
+            assert found.is_pinned() and torch.stack(torch.aminmax(found)).tolist() == [step, step]
 
 
 def test_bf16_is_close_to_fp32(still_model: Path) -> None:

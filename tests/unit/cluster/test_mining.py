@@ -281,7 +281,7 @@ def test_a_source_that_stays_incomplete_ends_the_run(world: World, tmp_path: Pat
 
 def test_an_index_that_cannot_be_made_is_said(world: World) -> None:
     class Broken:
-        def publish(self, weights: Any, *, step: int) -> bool:
+        def publish(self, weights: Any, *, step: int, key: str) -> bool:
             return True
 
         def wait(self, timeout_s: float) -> None: ...

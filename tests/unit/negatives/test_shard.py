@@ -378,10 +378,10 @@ def test_nothing_is_found_before_something_is_published() -> None:
 def test_publishing_serves_neighbours_of_these_weights() -> None:
     source: NegativeSource = make_source()
     for step in (0, 7):
-        assert source.publish(weights(step), step=step)
+        assert source.publish(weights(step), step=step, key=str(step))
         source.wait(1.0)
         status = source.status()
-        assert status.version == IndexVersion(step, weights_digest(weights(step)), "corpus", ROWS)
+        assert status.version == IndexVersion(step, str(step), "corpus", ROWS)
         assert (status.building, status.shards, status.shards_alive, status.failed_builds) == (False, 1, 1, 0)
         assert status.build_seconds > 0 and status.rows_per_s >= ROWS / status.build_seconds
         row_ids = np.array([4, 60, 0])
@@ -396,7 +396,7 @@ def test_publishing_serves_neighbours_of_these_weights() -> None:
 
 def test_anchors_are_searched_with_in_place_of_the_rows() -> None:
     source: NegativeSource = make_source()
-    source.publish(weights(2), step=2)
+    source.publish(weights(2), step=2, key="c")
     row_ids, asked = np.arange(40), np.arange(40)[::-1]
     hits = source.search(row_ids, k=6, anchors=anchors_of(asked))
     vectors = vectors_of(2).astype(np.float64)
@@ -406,31 +406,31 @@ def test_anchors_are_searched_with_in_place_of_the_rows() -> None:
 
 def test_the_version_before_is_gone_once_the_next_is_published() -> None:
     source = make_source()
-    source.publish(weights(0), step=0)
+    source.publish(weights(0), step=0, key="a")
     before = source.search(np.arange(2), k=2).version
-    source.publish(weights(1), step=1)
+    source.publish(weights(1), step=1, key="b")
     with pytest.raises(SourceUnavailable, match="step 0"):
         source.vectors(np.arange(2), version=before)
 
 
-def test_the_same_weights_of_the_same_step_are_not_built_twice() -> None:
+def test_a_version_that_is_served_is_not_built_twice() -> None:
     encoder = Encoder()
     source = make_source(encoder)
-    source.publish(weights(0), step=0)
+    source.publish(weights(0), step=0, key="a")
     status, calls = source.status(), len(encoder.calls)
-    assert source.publish(weights(0), step=0)
+    assert source.publish(weights(0), step=0, key="a")
     assert len(encoder.calls) == calls and source.status() == status
-    source.publish(weights(1), step=0)  # other weights are another version, whatever the step
+    source.publish(weights(1), step=0, key="b")  # a key of its own makes another version, whatever the step
     assert len(encoder.calls) == 2 * calls and source.status().version != status.version
     assert_close(source.vectors(np.arange(3), version=source.status().version), vectors_of(1)[:3])
 
 
 def test_a_build_that_fails_leaves_what_was_served() -> None:
     source = make_source()
-    source.publish(weights(0), step=0)
+    source.publish(weights(0), step=0, key="a")
     status = source.status()
     with np.errstate(invalid="ignore"), pytest.raises(DataError):
-        source.publish({"matrix": np.full((D, D), np.nan)}, step=1)
+        source.publish({"matrix": np.full((D, D), np.nan)}, step=1, key="b")
     assert source.status() == status
     np.testing.assert_array_equal(source.search(np.arange(5), k=1).ids_Bk[:, 0], np.arange(5))
 

@@ -110,7 +110,7 @@ def test_any_number_of_shards_finds_the_same_bits(count: int, alone: bool, kind:
 
 def test_scores_of_given_rows_are_those_of_the_search() -> None:
     source = InProcessSource(shard(), corpus_digest="corpus", rows=ROWS)
-    source.publish({}, step=0)
+    source.publish({}, step=0, key="key")
     words = WordQuery(QUERY_TEXTS, 0.3)
     hits = source.search(ANCHORS, k=20, words=words)
     given = np.arange(5, 60)
@@ -129,7 +129,7 @@ def test_an_own_row_counts_for_no_more_than_the_best_other_and_does_not_set_the_
     """It holds the anchor: with its BM25 as the measure, no other row would have any."""
     words = WordQuery(QUERY_TEXTS, 0.3)
     source = InProcessSource(shard(), corpus_digest="corpus", rows=ROWS)
-    source.publish({}, step=0)
+    source.publish({}, step=0, key="key")
     hits = source.search(ANCHORS, k=ROWS, words=words)
     found = source.scores(hits, np.arange(ROWS), words=words)
     cosines = source.scores(hits, np.arange(ROWS))

@@ -53,7 +53,8 @@ class FolderStore:
     def checkpoints(self) -> list[Path]:
         return sorted((self.root / "checkpoints").glob("step_*"), reverse=True)
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
+    def save(self, step: int, write: Callable[[Path], None] | None) -> None:
+        assert write is not None
         if step == self.stop_at_save:
             raise Stopped
 
@@ -220,24 +221,25 @@ def test_two_runs_of_the_same_settings_are_the_same_and_another_seed_is_not(tree
 def test_events_come_in_order(tree: Tree, tmp_path: Path) -> None:
     settings = load_settings(tree, ["train.log_every_steps=3", "train.max_steps=9"])
     events, finished = run(settings, FolderStore(tmp_path))
-    assert [
-        (type(event).__name__, getattr(event, "split", ""), event.step)
-        for event in events
-        if not isinstance(event, Sampled)
-    ] == [
+    events = [event for event in events if not isinstance(event, Sampled)]
+    order = [(type(event).__name__, getattr(event, "split", ""), event.step) for event in events]
+    # A checkpoint is told of when it is whole: at a line of the log, at the latest before the next, or the end.
+    told = [i for i, event in enumerate(events) if isinstance(event, CheckpointSaved)]
+    assert [order[i][2] for i in told] == [4, 8, 9]
+    at = order.index
+    assert at(("Evaluated", "dev", 4)) < told[0] < at(("StepsLogged", "", 9)) and at(("Evaluated", "dev", 8)) < told[1]
+    assert at(("Evaluated", "dev", 9)) < told[2] < next(i for i, found in enumerate(order) if found[0] == "Verdict")
+    assert [found for found in order if found[0] != "CheckpointSaved"] == [
         ("RunStarted", "", 0),
         ("Evaluated", "dev", 0),
         ("StepsLogged", "", 3),
         ("StepsLogged", "", 4),  # before an evaluation and a checkpoint, whatever log_every_steps says
         ("Evaluated", "dev", 4),
-        ("CheckpointSaved", "", 4),
         ("StepsLogged", "", 6),
         ("StepsLogged", "", 8),
         ("Evaluated", "dev", 8),
-        ("CheckpointSaved", "", 8),
         ("StepsLogged", "", 9),
         ("Evaluated", "dev", 9),
-        ("CheckpointSaved", "", 9),
         ("Verdict", "", finished.best_step if finished else -1),
         ("Evaluated", "test", finished.best_step if finished else -1),
     ]
@@ -521,15 +523,19 @@ def test_a_run_without_a_whole_checkpoint_starts_over(tree: Tree, tmp_path: Path
     assert_same_weights(weights(store), weights(expected_store))
 
 
-def test_a_full_disk_is_a_storage_error_and_leaves_the_checkpoint_before(tree: Tree, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("full_at", "before"), [(8, 4), (12, 8)])  # the last one is found full after the last step
+def test_a_full_disk_is_a_storage_error_and_leaves_the_checkpoint_before(
+    tree: Tree, tmp_path: Path, full_at: int, before: int
+) -> None:
     settings = load_settings(tree, BASE)
     _, _, expected_store = never_stopped(settings, tmp_path / "whole")
     with pytest.raises(StorageError, match="No space left"):
-        run(settings, FolderStore(tmp_path / "run", full_at=8))
+        run(settings, FolderStore(tmp_path / "run", full_at=full_at))
     store = FolderStore(tmp_path / "run")
-    assert [path.name for path in (store.root / "checkpoints").iterdir()] == ["step_000000004"]
+    kept = {path.name for path in store.root.glob("checkpoints/*")}
+    assert max(kept) == f"step_{before:09d}" and len(kept) == before // 4
     events, _ = run(settings, store)
-    assert of(events, RunStarted)[0].step == 4 and not of(events, Notice)
+    assert of(events, RunStarted)[0].step == before and not of(events, Notice)
     assert_same_weights(weights(store), weights(expected_store))
 
 

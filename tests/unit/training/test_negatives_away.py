@@ -204,9 +204,9 @@ class NeverRenewed:
         self._source = run.source
         self.steps: list[int] = []
 
-    def publish(self, weights: Any, *, step: int) -> bool:
+    def publish(self, weights: Any, *, step: int, key: str) -> bool:
         self.steps.append(step)
-        return len(self.steps) > 1 or self._source.publish(weights, step=step)
+        return len(self.steps) > 1 or self._source.publish(weights, step=step, key=key)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)

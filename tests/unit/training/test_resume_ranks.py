@@ -14,7 +14,8 @@ from tiny import make_model
 
 from hncse_ray.config import load_settings
 from hncse_ray.encoder import load_encoder
-from hncse_ray.training.checkpoint import TrainState, read_newest, write_checkpoint
+from hncse_ray.training.checkpoint import Snapshot, TrainState, read_newest
+from hncse_ray.training.host_copy import HostCopier
 from hncse_ray.training.objective import Objective
 
 STEPS = (4, 8, 12)
@@ -37,7 +38,10 @@ def node(folder: Path, model: Path, *steps: int) -> None:
     for step in steps:
         (folder / f"step_{step:09d}").mkdir(parents=True)
         settings, state = load_settings({"corpus": {"path": "x"}}), TrainState(step=step)
-        write_checkpoint(folder / f"step_{step:09d}", settings=settings, state=state, best=None, **parts(model))
+        own = parts(model)
+        copier = HostCopier(own["optimizer"])
+        snapshot = Snapshot.take(settings=settings, state=state, best=None, copier=copier, **own)
+        snapshot.write(folder / f"step_{step:09d}")
 
 
 # what the second node has, which of these is damaged there, the step that both take up, what is passed over
