@@ -56,7 +56,7 @@ class Places:
 
 
 class NoRoom(ClusterError):
-    """The workers could not be placed in time."""
+    """The workers could not be placed and started in time."""
 
 
 class Starts:
@@ -97,9 +97,9 @@ def fit_elastic(
 
     Args:
         attempt: trains with so many workers until they have finished, or, which returns None, have paused because
-            there is one of the missing places, or one of theirs will be taken away. Raises NoRoom when a lost worker
-            has no place any more. It asks for the missing ones when its own workers have their places, which Ray would
-            else give away.
+            there is one of the missing places, or one of theirs will be taken away. Raises NoRoom when workers cannot
+            be started, as a lost one that has no place any more. It asks for the missing ones when its own workers have
+            their places, which Ray would else give away.
         plan: the most workers, and what each gets.
         cluster: the least, the labels of their nodes, and how long to wait for these.
         starts: where the workers note that they have begun.
@@ -115,7 +115,7 @@ def fit_elastic(
             notify(f"{n} of {plan.num_workers} workers have room; the others join as soon as there is more")
         before = starts.last()
         try:
-            finished = attempt(n, Places(plan.num_workers - n, plan.each(), cluster.trainer_labels))
+            finished = attempt(n, Places(plan.num_workers - n, plan.each(), cluster.worker_labels))
         except NoRoom:
             in_vain = 0 if starts.last() != before else in_vain + 1
             if cluster.min_workers is None or in_vain == _MOST_IN_VAIN:
@@ -138,7 +138,7 @@ def _room(plan: WorkerPlan, cluster: ClusterSettings, least: int) -> int:
         ClusterError: there is no room for the least within ``start_timeout_s``.
     """
     begun = time.monotonic()
-    with Places(plan.num_workers, plan.each(), cluster.trainer_labels).asked_for() as groups:
+    with Places(plan.num_workers, plan.each(), cluster.worker_labels).asked_for() as groups:
         while (n := placed(groups)) < plan.num_workers:
             waited = time.monotonic() - begun
             if n >= least and waited > _GRACE_S:

@@ -18,7 +18,6 @@ from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from hncse_ray.cluster.channel import event_channel
 from hncse_ray.cluster.elastic import START_TIMEOUT_S, NoRoom, Starts, fit_elastic
@@ -66,7 +65,7 @@ def train_on_ray(
     join_ray()
     mirror = mirror_plan(folder)
     if mirror is None:
-        check_visible(folder.path, settings.cluster.trainer_labels)
+        check_visible(folder.path, settings.cluster.worker_labels)
     plan, pool = place(settings, survey(), rows=len(corpus), dimension=encoder.dimension)
     if pool is not None:
         reporter.on(StageProgress(pool.describe(), 0, None))
@@ -131,7 +130,7 @@ def _trainer(settings: Settings, plan: WorkerPlan, folder: Path, config: dict[st
             num_workers=plan.num_workers,
             use_gpu=plan.gpus > 0,
             resources_per_worker=plan.each(),
-            label_selector=cluster.trainer_labels or None,
+            label_selector=cluster.worker_labels or None,
         ),
         torch_config=NodeTorchConfig(),
         run_config=RunConfig(
@@ -157,8 +156,7 @@ def _fit(trainer: TorchTrainer) -> RunFinished | None:
                             hint="log.txt in the run's folder has the details; start the same command again to go on",
                             ) from error  # fmt: skip
     except ray.train.ControllerError as error:
-        kind = NoRoom if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError) else ClusterError
-        raise kind(f"Ray Train could not run the workers ({error.controller_failure})") from error
+        raise NoRoom(f"Ray Train could not run the workers ({error.controller_failure})") from error
     except RayActorError as error:
         advice = "Start the same command again: it goes on from the last checkpoint"
         raise ClusterError("the process that looks after the workers was lost", hint=advice) from error

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 
 import ray
 from ray._private.state import state
-from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from hncse_ray.cluster.resources import PoolPlan, WorkerPlan, plan_pool, plan_workers
-from hncse_ray.config import Settings
+from hncse_ray.config import ClusterSettings, Settings
+from hncse_ray.config.sections import ACCELERATOR_LABEL
 from hncse_ray.errors import ClusterError
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,9 @@ class Nodes:
             wanted = ", ".join(f"{key}={value}" for key, value in selector.items())
             there = Counter(
                 ", ".join(
-                    f"{key}={value}" for key, value in sorted(node.labels.items()) if not key.startswith("ray.io/")
+                    f"{key}={value}"
+                    for key, value in sorted(node.labels.items())
+                    if key == ACCELERATOR_LABEL or not key.startswith("ray.io/")
                 )
                 or "no label"
                 for node in self.alive
@@ -72,7 +75,7 @@ class Nodes:
 def survey() -> Nodes:
     """Return the nodes of the cluster that this process is connected to."""
     alive = tuple(Node(node["Labels"], node["Resources"]) for node in ray.nodes() if node["Alive"])
-    return Nodes(alive, growing=is_autoscaler_v2(fetch_from_server=True))
+    return Nodes(alive, growing=_internal_kv_get("__autoscaler_v2_enabled", namespace="__autoscaler") == b"1")
 
 
 def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
@@ -109,10 +112,9 @@ def place(settings: Settings, nodes: Nodes, *, rows: int, dimension: int) -> tup
         pool = place_pool(settings, nodes, rows=rows, dimension=dimension)
         return place_workers(settings, nodes, pool), pool
     workers = place_workers(settings, nodes, None)  # the index is in the first of them
-    allowed = nodes.labelled(settings.cluster.trainer_labels, "cluster.trainer_labels")
     index = plan_pool(
         settings.negatives,
-        [node.resources for node in allowed],
+        [node.resources for node in _for_workers(settings.cluster, nodes)],
         rows=rows,
         dimension=dimension,
         growing=nodes.growing,
@@ -124,12 +126,29 @@ def place(settings: Settings, nodes: Nodes, *, rows: int, dimension: int) -> tup
 def place_pool(settings: Settings, nodes: Nodes, *, rows: int, dimension: int) -> PoolPlan:
     """Plan the pool for the nodes that its labels allow.
 
+    Without labels of its own, shards that share the trainers' CPUs go to the trainers' nodes, if these hold them.
+
     Raises:
         ClusterError: it does not fit, and nothing can come that it would fit.
     """
-    allowed = nodes.labelled(settings.cluster.pool_labels, "cluster.pool_labels")
-    on_each = [node.resources for node in allowed]
-    return plan_pool(settings.negatives, on_each, rows=rows, dimension=dimension, growing=nodes.growing)
+    cluster, negatives = settings.cluster, settings.negatives
+
+    def planned(allowed: tuple[Node, ...], labels: Mapping[str, str]) -> PoolPlan:
+        on_each = [node.resources for node in allowed]
+        plan = plan_pool(negatives, on_each, rows=rows, dimension=dimension, growing=nodes.growing)
+        return replace(plan, labels=labels)
+
+    if cluster.worker_labels and not (cluster.pool_labels or negatives.cpus_per_shard or negatives.gpus_per_shard):
+        try:
+            return planned(_for_workers(cluster, nodes), cluster.worker_labels)
+        except ClusterError as error:
+            logger.info("the shards are not kept to the trainers' nodes: %s", error)
+    return planned(nodes.labelled(cluster.pool_labels, "cluster.pool_labels"), cluster.pool_labels)
+
+
+def _for_workers(cluster: ClusterSettings, nodes: Nodes) -> tuple[Node, ...]:
+    setting = "cluster.accelerator_type" if cluster.accelerator_type else "cluster.trainer_labels"
+    return nodes.labelled(cluster.worker_labels, setting)
 
 
 def place_workers(settings: Settings, nodes: Nodes, pool: PoolPlan | None) -> WorkerPlan:
@@ -141,11 +160,11 @@ def place_workers(settings: Settings, nodes: Nodes, pool: PoolPlan | None) -> Wo
         ClusterError: not even the least fit, and nothing can come that they would fit.
     """
     cluster = settings.cluster
-    allowed = nodes.labelled(cluster.trainer_labels, "cluster.trainer_labels")
+    allowed = _for_workers(cluster, nodes)
     there = Counter(total(allowed))
     if pool is not None:
-        apart = (n for n in nodes.alive if not matches(n.labels, cluster.trainer_labels))
-        elsewhere = total(tuple(n for n in apart if matches(n.labels, cluster.pool_labels)))
+        apart = (n for n in nodes.alive if not matches(n.labels, cluster.worker_labels))
+        elsewhere = total(tuple(n for n in apart if matches(n.labels, pool.labels)))
         for name, amount in (("CPU", pool.cpus), ("GPU", pool.gpus)):  # the pool takes these first
             there[name] += min(amount * pool.num_shards, elsewhere.get(name, 0.0))
     on_each = [node.resources for node in allowed]

@@ -102,10 +102,11 @@ def negative_pool(settings: Settings, plan: PoolPlan, corpus: Corpus, folder: Pa
     """
     group, shards, coordinator = None, [], None
     pool = f"hncse-{settings.run.name}-{uuid.uuid4().hex[:8]}"
-    labels = settings.cluster.pool_labels
     try:
         group = placement_group(
-            [plan.each()] * plan.num_shards, strategy=plan.strategy, bundle_label_selector=[labels] * plan.num_shards
+            [plan.each()] * plan.num_shards,
+            strategy=plan.strategy,
+            bundle_label_selector=[plan.labels] * plan.num_shards,
         )
         _wait_for_room(group, _request(plan), settings.cluster.start_timeout_s)
         for number in range(plan.num_shards):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from hncse_ray.config import ClusterSettings, NegativesSettings, Settings
@@ -50,6 +50,7 @@ class PoolPlan:
         memory: bytes of main memory reserved for each, for its index.
         threads: compute threads of each.
         index: the index of the largest; on a GPU each shard sees for itself what that has room for.
+        labels: of the nodes that they may be on.
     """
 
     num_shards: int
@@ -58,6 +59,7 @@ class PoolPlan:
     memory: int
     threads: int
     index: IndexPlan
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     def describe(self) -> str:
         """Return the pool in one line: shards, and the memory of each."""

@@ -38,6 +38,7 @@ Side = Literal["query", "document"]
 Suite = Literal["stsb", "pairs", "python-docs", "python-code", "retrieval", "cloze"]
 
 LOCAL_IS_ONE = "engine 'local' is one worker in the command's own process"
+ACCELERATOR_LABEL = "ray.io/accelerator-type"  # Ray sets it on nodes with GPUs
 LONGEST_S = 10_000_000  # that anything is waited for, 115 days
 
 RETRIEVAL_METRICS = ("recall@1", "recall@10", "mrr", "ndcg@10")
@@ -292,6 +293,9 @@ class ClusterSettings(Section):
     )
     cpus_per_worker: float | None = Field(None, gt=0, le=1024, description="default: the cluster's CPUs shared out")
     max_failures: int = Field(3, ge=0, le=MOST, description="worker group restarts before the run fails")
+    accelerator_type: str | None = Field(
+        None, min_length=1, description="GPU that workers must have, by Ray's names such as H100; default: any"
+    )
     trainer_labels: dict[str, str] = Field({}, description="nodes that workers may be on, by Ray's labels")
     pool_labels: dict[str, str] = Field({}, description="nodes that the negative pool may be on")
     start_timeout_s: float = Field(
@@ -303,6 +307,17 @@ class ClusterSettings(Section):
         if self.engine == "local" and (self.num_workers > 1 or self.min_workers is not None):
             name = "num_workers" if self.num_workers > 1 else "min_workers"
             raise ValueError(f"{LOCAL_IS_ONE}; {name} needs engine: ray")
+        return self
+
+    @property
+    def worker_labels(self) -> dict[str, str]:
+        """What nodes must have for workers, by Ray's labels; it sets that of the GPU itself."""
+        return self.trainer_labels | ({ACCELERATOR_LABEL: self.accelerator_type} if self.accelerator_type else {})
+
+    @model_validator(mode="after")
+    def _an_accelerator_is_used(self) -> ClusterSettings:
+        if self.accelerator_type and self.use_gpu is False:
+            raise ValueError(f"accelerator_type {self.accelerator_type} asks for GPUs, and use_gpu is false")
         return self
 
     @model_validator(mode="after")

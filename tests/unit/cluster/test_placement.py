@@ -8,7 +8,7 @@ import pytest
 
 from hncse_ray.cluster.placement import Node, Nodes, matches, place_pool, place_workers, total
 from hncse_ray.config import Settings, load_settings
-from hncse_ray.errors import ClusterError
+from hncse_ray.errors import ClusterError, SettingsError
 
 TRAINER, POOL = {"hncse-role": "trainer"}, {"hncse-role": "pool"}
 
@@ -91,6 +91,32 @@ def test_a_pool_without_labels_first_takes_what_the_trainers_may_not_have() -> N
     asked = settings(negatives=negatives, cluster={"num_workers": 2, "use_gpu": False, "trainer_labels": TRAINER})
     pool = place_pool(asked, FLEET, rows=1000, dimension=8)
     assert place_workers(asked, FLEET, pool).cpus == 6  # 16 + 4 of the pool's node, less 8
+
+
+def test_shards_that_share_the_trainers_cpus_are_beside_them_where_there_is_room() -> None:
+    def shards(cluster: dict[str, Any], memory: float) -> Any:
+        trainers = {True: memory, False: 1e9}
+        nodes = [Node(n.labels, {**n.resources, "memory": trainers[matches(n.labels, TRAINER)]}) for n in FLEET.alive]
+        asked = settings(negatives={"source": "pool", "num_shards": 2, "cpus_per_shard": 0}, cluster=cluster)
+        return place_pool(asked, Nodes(tuple(nodes)), rows=100_000, dimension=64).labels
+
+    assert shards({"trainer_labels": TRAINER}, 1e9) == TRAINER
+    assert shards({"trainer_labels": TRAINER, "pool_labels": POOL}, 1e9) == POOL
+    assert shards({}, 1e9) == {}
+    assert shards({"trainer_labels": TRAINER}, 1e6) == {}
+
+
+def test_workers_are_kept_to_an_accelerator() -> None:
+    nodes = Nodes(tuple(Node({"ray.io/accelerator-type": kind}, {"CPU": 8, "GPU": 1}) for kind in ("L4", "H100")))
+    asked = settings(cluster={"accelerator_type": "H100", "use_gpu": True})
+    assert asked.cluster.worker_labels == {"ray.io/accelerator-type": "H100"}
+    assert place_workers(asked, nodes, None).cpus == 8
+    with pytest.raises(ClusterError, match="2 workers x 1 GPU = 2, but the cluster has 1"):
+        place_workers(settings(cluster={"accelerator_type": "H100", "use_gpu": True, "num_workers": 2}), nodes, None)
+    with pytest.raises(ClusterError, match=r"cluster.accelerator_type.*accelerator-type=A100.*1 with .*type=H100"):
+        place_workers(settings(cluster={"accelerator_type": "A100", "use_gpu": True}), nodes, None)
+    with pytest.raises(SettingsError, match="asks for GPUs, and use_gpu is false"):
+        settings(cluster={"accelerator_type": "H100", "use_gpu": False})
 
 
 def test_a_worker_is_on_one_node() -> None:
