@@ -433,7 +433,7 @@ class Settings(Section):
     def fits_one_process(self) -> bool:
         """Whether one process may train it all; a shard of a pool on a GPU needs Ray to keep the trainer from that."""
         cluster, negatives = self.cluster, self.negatives
-        is_placed = cluster.trainer_labels or cluster.pool_labels or negatives.gpus_per_shard
+        is_placed = cluster.worker_labels or cluster.pool_labels or negatives.gpus_per_shard
         return cluster.engine != "ray" and cluster.num_workers == 1 and cluster.min_workers is None and not is_placed
 
     @property
