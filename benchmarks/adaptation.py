@@ -1,10 +1,11 @@
 """Does adapting an encoder to a corpus help those who search it? Six judged collections, controls and peers beside.
 
 Every method trains all-MiniLM-L6-v2 on the documents of a collection (``corpus.jsonl``) and is scored on its judged
-test queries. Nothing is chosen on test: the label-free score (suite ``cloze``: does a sentence find its document?) and
-the dev queries are written beside. Of every trained model four exports are scored: as trained and half way to the base
-(``export.merge`` 1 and 0.5), each without and with whitening (``export.whiten`` 0.125). ``base`` has whitening alone
-beside it; ``bm25 + base`` ranks by the sum of both scores, and needs a second index to search with.
+test queries. Nothing is chosen on test: the scores without labels (``pseudo-relevance``, and ``cloze``: does a sentence
+find its document?) and the dev queries are written beside. Of every trained model four exports are scored: as trained
+and half way to the base (``export.merge`` 1 and 0.5), each without and with whitening (``export.whiten`` 0.125).
+``base`` has whitening alone beside it; ``bm25 + base`` ranks by the sum of both scores, and needs a second index to
+search with.
 
     python benchmarks/adaptation.py run --data DOMAINS --out FOLDER --methods base simcse adapt@0,1,2
     python benchmarks/adaptation.py table FOLDER --out result.json
@@ -40,11 +41,12 @@ from hncse_ray.evaluation.retrieval import METRICS, query_scores
 from hncse_ray.negatives.lexical import LexicalIndex
 from hncse_ray.reporting import LineReporter
 from hncse_ray.training.checks import prepare
-from hncse_ray.training.cloze import cloze_dev, hold_out
+from hncse_ray.training.label_free import SUITES, hold_out, label_free_sets
 from hncse_ray.training.merging import merged
 
 COLLECTIONS = ("cran", "cisi", "med", "cacm", "npl", "lisa")
-PLAIN = ["objective={name: info_nce}", "negatives={source: none}", "train.batch_size=64"]  # in-batch InfoNCE
+# InfoNCE in the batch, at the learning rate that is usual for it
+PLAIN = ["objective={name: info_nce}", "negatives={source: none}", "train.batch_size=64", "train.learning_rate=2e-5"]
 INDEX = "negatives={source: in_process, refresh: sync, refresh_every_steps: 50, max_score: 0.7}"
 METHODS: dict[str, list[str]] = {
     "simcse": [*PLAIN, "views={mix: {dropout: 1}}"],
@@ -56,7 +58,8 @@ METHODS: dict[str, list[str]] = {
     "title + cloze": [*PLAIN],
     "title + cloze, hncse": [*PLAIN, "objective={name: hybrid}", INDEX],
     "adapt": [],
-    "adapt, fresh": ["negatives.use=fresh"],
+    "adapt, 2e-5": ["train.learning_rate=2e-5"],
+    "adapt, fresh, 100 steps": ["negatives.use=fresh", "train.max_steps=100"],
     "adapt, contrast": ["objective.contrast_weight=0.5"],
     "adapt, cosine alone": ["negatives.score=cosine"],
     "adapt, bm25 alone": ["negatives.score=lexical"],
@@ -94,6 +97,7 @@ def measure(
             f"run={{name: run, storage_path: {scratch}, seed: {seed}}}",
             "cluster={engine: local, cpus_per_worker: 2}",
             "export={merge: 1, whiten: none}",
+            f"evaluation.suites=[{', '.join(SUITES)}]",
             *METHODS.get(method, []),
             *overrides,
         ]
@@ -116,7 +120,8 @@ def measure(
         else:
             weights = base
         found["train_seconds"] = round(time.perf_counter() - started, 1)
-    scored = Scored(data / collection, settings, corpus)
+    encoder.load_weights(base)
+    scored = Scored(data / collection, settings, corpus, Encoded(encoder))
     exports: dict[str, Any] = {}
     if method == "bm25 + base":
         exports["0"] = with_bm25(encoder, scored.sets)
@@ -133,7 +138,7 @@ def measure(
 class Scored:
     """Scores an encoder on the judged queries of a collection and on what its documents ask of themselves."""
 
-    def __init__(self, folder: Path, settings: Settings, corpus: Corpus) -> None:
+    def __init__(self, folder: Path, settings: Settings, corpus: Corpus, base: Encoded) -> None:
         self.corpus = corpus
         self.plain: Encoded | None = None
         judged = read_collection(folder, ("dev", "test"))
@@ -142,8 +147,9 @@ class Scored:
         self.sets: dict[str, tuple[str, RetrievalSet]] = {
             "dev": ("ndcg@10", judged["dev"]),
             "test": ("ndcg@10", judged["test"]),
-            "cloze": ("mrr", cloze_dev(settings, corpus, gaps)),
         }
+        for suite, asked in label_free_sets(settings, corpus, gaps, base).items():
+            self.sets[suite] = ("mrr" if suite == "cloze" else "ndcg@10", asked)
 
     def __call__(self, encoder: SentenceEncoder, power: float) -> dict[str, list[float]]:
         """Return what each query earns."""
@@ -218,21 +224,21 @@ def tabulate(folder: Path, out: Path | None) -> None:
         own = [row for row in rows if row["method"] == method]
         for export in own[0]["exports"]:
             by: dict[str, dict[str, NDArray[Any]]] = {}
-            for name in ("test", "dev", "cloze", "recall@100"):
+            for name in ("test", "dev", *SUITES, "recall@100"):
                 for collection in base:
                     seeds = [row["exports"][export][name] for row in own
                              if row["collection"] == collection and name in row["exports"].get(export, ())]  # fmt: skip
                     if seeds:
                         before = base[collection][name]
-                        if name == "cloze":  # asked by other sentences where seed or token limit are others
+                        if name in SUITES:  # asked by other sentences where seed or token limit are others
                             before, seeds = [np.mean(before)], [[np.mean(scores)] for scores in seeds]
                         by.setdefault(name, {})[collection] = np.mean(seeds, axis=0) - np.array(before)
             found[f"{method} | {export}"] = summary(by, base, seeds=len({row["seed"] for row in own}))
             if method not in ("base", "bm25 + base") or export != "0, 0":
                 points += [
                     {"method": method, "export": export, "collection": c,
-                     "cloze": float(by["cloze"][c].mean()), "test": float(by["test"][c].mean())}
-                    for c in by["test"] if "cloze" in by
+                     **{name: float(by[name][c].mean()) for name in ("test", "dev", *SUITES)}}
+                    for c in by["test"] if SUITES[0] in by
                 ]  # fmt: skip
     result = {
         "question": "Does adapting an encoder to a corpus help those who search it?",
@@ -240,7 +246,10 @@ def tabulate(folder: Path, out: Path | None) -> None:
         "base": {c: {k: float(np.mean(v)) for k, v in row.items()} for c, row in base.items()},
         "changes": found,
         "label_free": {
-            "spearman": float(spearmanr([p["cloze"] for p in points], [p["test"] for p in points]).statistic),
+            "spearman with test": {
+                name: float(spearmanr([p[name] for p in points], [p["test"] for p in points]).statistic)
+                for name in ("dev", *SUITES)
+            },
             "points": points,
         },
     }
@@ -267,15 +276,17 @@ def summary(by: dict[str, dict[str, NDArray[Any]]], base: Any, *, seeds: int) ->
 def print_table(result: dict[str, Any]) -> None:
     """One line a method and export: change of test nDCG@10 against the base."""
     names = list(result["base"])
-    print(f"{'':44}" + "".join(f"{n:>8}" for n in names) + f"{'mean':>8}{'interval':>18}{'dev':>8}{'cloze':>8} seeds")
+    print(f"{'':44}" + "".join(f"{n:>8}" for n in names) + f"{'mean':>8}{'interval':>18}{'dev':>8}{'pseudo':>8} seeds")
     print(f"{'base':44}" + "".join(f"{result['base'][n]['test']:8.3f}" for n in names))
     for name, row in result["changes"].items():
         cells = "".join(f"{row['test'][n]:+8.3f}" if n in row["test"] else f"{'':8}" for n in names)
         low, high = row["test, interval of the mean"]
-        others = f"{row['dev, mean']:+8.3f}" + (f"{row['cloze, mean']:+8.3f}" if "cloze, mean" in row else f"{'':8}")
+        others = f"{row['dev, mean']:+8.3f}" + (
+            f"{row['pseudo-relevance, mean']:+8.3f}" if "pseudo-relevance, mean" in row else f"{'':8}"
+        )
         print(f"{name:44}{cells}{row['test, mean']:+8.3f}  {low:+7.3f} {high:+7.3f}{others} {row['seeds']}")
-    print(f"label-free score against test: Spearman {result['label_free']['spearman']:.2f}"
-          f" over {len(result['label_free']['points'])} points")  # fmt: skip
+    followed = ", ".join(f"{name} {value:+.2f}" for name, value in result["label_free"]["spearman with test"].items())
+    print(f"Spearman with test: {followed} over {len(result['label_free']['points'])} points")
 
 
 if __name__ == "__main__":

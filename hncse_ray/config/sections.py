@@ -35,7 +35,7 @@ Pooling = Literal[
 Precision = Literal["auto", "fp32", "bf16"]
 Tracker = Literal["mlflow", "wandb"]
 Side = Literal["query", "document"]
-Suite = Literal["stsb", "pairs", "python-docs", "python-code", "retrieval", "cloze"]
+Suite = Literal["stsb", "pairs", "python-docs", "python-code", "retrieval", "cloze", "pseudo-relevance"]
 
 LOCAL_IS_ONE = "engine 'local' is one worker in the command's own process"
 ACCELERATOR_LABEL = "ray.io/accelerator-type"  # Ray sets it on nodes with GPUs
@@ -50,6 +50,7 @@ SUITE_METRICS: dict[str, tuple[str, ...]] = {
     "python-code": RETRIEVAL_METRICS,
     "retrieval": COLLECTION_METRICS,
     "cloze": RETRIEVAL_METRICS,
+    "pseudo-relevance": COLLECTION_METRICS,
 }
 
 
@@ -234,10 +235,11 @@ class EvaluationSettings(Section):
     """Which sets are scored, and which dev metric chooses the checkpoint."""
 
     suites: Annotated[tuple[Suite, ...], BeforeValidator(as_tuple)] = Field(
-        ("stsb",), description="what is scored; default of a corpus of documents: cloze, which needs no labels"
+        ("stsb",), description="what is scored; of a corpus of documents pseudo-relevance, without labels"
     )
     metric: str = Field(
-        "stsb/spearman", description="the dev metric that chooses, as suite/metric; of documents cloze/mrr"
+        "stsb/spearman",
+        description="the dev metric that chooses, as suite/metric; pseudo-relevance/ndcg@10 of documents",
     )
     senteval_path: str | None = Field(None, description="default: $HNCSE_DATA/senteval")
     pairs_dev: str | None = Field(None, description="TSV, JSONL, CSV or Parquet file of query and answer")
@@ -253,9 +255,11 @@ class EvaluationSettings(Section):
     collection: StrTuple = Field(
         (), description="for retrieval: folders with corpus.jsonl, queries.jsonl and qrels/{dev,test}.tsv"
     )
-    cloze_queries: int = Field(300, ge=10, le=100_000, description="sentences that ask; their documents are held out")
-    cloze_candidates: int = Field(
-        5000, ge=100, le=MOST, description="rows that are searched; of a larger corpus a random sample"
+    held_out_queries: int = Field(
+        300, ge=10, le=100_000, description="cloze, pseudo-relevance: sentences that ask; their documents are held out"
+    )
+    held_out_candidates: int = Field(
+        5000, ge=100, le=MOST, description="of these suites: rows that are searched; of a larger corpus a random sample"
     )
     test: bool = Field(True, description="score the test sets too, before and after; the trials of a sweep do not")
     batch_size: int = Field(128, ge=1, le=65_536, description="sentences that are encoded at a time for scores")
@@ -362,7 +366,7 @@ class Settings(Section):
             return tree
         if not _are_documents(read_value(tree.get("corpus"), CorpusSettings)):
             return tree
-        return {**tree, "evaluation": {"suites": ("cloze",), "metric": "cloze/mrr", **given}}
+        return {**tree, "evaluation": {"suites": ("pseudo-relevance",), "metric": "pseudo-relevance/ndcg@10", **given}}
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Settings:

@@ -1,6 +1,6 @@
 """Scores of any ``encode(list[str]) -> ndarray [N, D]``: STS, transfer, retrieval, geometry; and their comparison."""
 
-from hncse_ray.evaluation.cloze import Gaps, cloze_set, draw_gaps
+from hncse_ray.evaluation.cloze import Gaps, cloze_set, draw_candidates, draw_gaps
 from hncse_ray.evaluation.collection import read_collection
 from hncse_ray.evaluation.compare import Difference, compare_earned, compare_retrieval, compare_sts, mean_and_spread
 from hncse_ray.evaluation.geometry import (
@@ -30,6 +30,7 @@ __all__ = [
     "alignment",
     "anisotropy",
     "cloze_set",
+    "draw_candidates",
     "compare_earned",
     "compare_retrieval",
     "compare_sts",

@@ -79,8 +79,8 @@ def draw_gaps(
     sentences = dict(gap for gap, _ in zip(turns, range(count), strict=False))
     if len(sentences) < _FEWEST:
         raise DataError(
-            f"only {len(sentences)} sentences can ask for the document that they are of, and suite 'cloze' needs"
-            f" {_FEWEST}: from documents of two sentences and more, and of a fifth of the corpus",
+            f"only {len(sentences)} sentences can ask for the document that they are of, and a score without labels"
+            f" needs {_FEWEST}: from documents of two sentences and more, and of a fifth of the corpus",
             where,
             "Give more documents, or set evaluation.suites",
         )
@@ -100,13 +100,7 @@ def cloze_set(texts: TextsOf, gaps: Gaps, *, rows: int, most_candidates: int, se
         most_candidates: how many rows are searched.
         seed: of the choice of them.
     """
-    asked = np.sort(np.fromiter(gaps.sentences, np.int64))
-    candidates = np.arange(rows)
-    if rows > most_candidates:
-        others = np.setdiff1d(candidates, asked)
-        rng = np.random.default_rng([seed, _OTHERS])
-        some = rng.choice(others, max(0, most_candidates - len(asked)), replace=False)
-        candidates = np.sort(np.concatenate([asked, some]))
+    candidates = draw_candidates(gaps, rows=rows, most=most_candidates, seed=seed)
     found, place = texts(candidates), {int(row): i for i, row in enumerate(candidates)}
     asking: list[tuple[int, str]] = []
     for row, sentence in gaps.sentences.items():
@@ -122,6 +116,16 @@ def cloze_set(texts: TextsOf, gaps: Gaps, *, rows: int, most_candidates: int, se
         grades=tuple({place[row]: 1} for row, _ in asking),
         metrics=RETRIEVAL_METRICS,
     )
+
+
+def draw_candidates(gaps: Gaps, *, rows: int, most: int, seed: int) -> Int64:
+    """Return the rows that are searched: all, or those that are asked about and others, ``most`` together."""
+    asked, found = np.sort(np.fromiter(gaps.sentences, np.int64)), np.arange(rows)
+    if rows <= most:
+        return found
+    others = np.setdiff1d(found, asked)
+    some = np.random.default_rng([seed, _OTHERS]).choice(others, max(0, most - len(asked)), replace=False)
+    return np.sort(np.concatenate([asked, some]))
 
 
 def _draw_sentence(body: str, split: Callable[[str], list[str]], rng: np.random.Generator) -> str:

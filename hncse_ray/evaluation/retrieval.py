@@ -35,6 +35,7 @@ class RetrievalSet:
         grades: for each query its right candidates, by position, and how right each is: a whole number from 1.
         metrics: those of :data:`METRICS` that are scored.
         sides: whether queries and candidates are of two kinds, so that they get the prompts of queries and documents.
+        own: for each query a candidate that is not ranked for it, as its text is of it; or nothing.
     """
 
     queries: tuple[str, ...]
@@ -42,6 +43,7 @@ class RetrievalSet:
     grades: tuple[Mapping[int, int], ...]
     metrics: tuple[str, ...] = COLLECTION_METRICS
     sides: bool = True
+    own: tuple[int, ...] = ()
 
 
 def paired_set(queries: Sequence[str], answers: Sequence[str], *, sides: bool = True) -> RetrievalSet:
@@ -135,6 +137,8 @@ def query_scores(encode: Encode, data: RetrievalSet, *, max_scores: int = 2**24)
     scores_Q: dict[str, list[float]] = {name: [] for name in data.metrics}
     for start in range(0, len(query_QD), chunk):
         score_CA = query_QD[start : start + chunk] @ candidate_AD.T
+        if data.own:
+            score_CA[np.arange(len(score_CA)), list(data.own[start : start + chunk])] = -np.inf
         for score_A, grades in zip(score_CA, data.grades[start:], strict=False):
             position_R, grade_R = (np.fromiter(part, np.int_) for part in (grades.keys(), grades.values()))
             rank_R = _ranks(score_A, position_R, grade_R)

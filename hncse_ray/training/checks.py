@@ -12,8 +12,8 @@ from hncse_ray.encoder import SentenceEncoder, has_dropout, load_encoder
 from hncse_ray.errors import DataError, ModelError
 from hncse_ray.reporting.events import Notice, StageProgress
 from hncse_ray.reporting.reporters import Reporter
-from hncse_ray.training.cloze import hold_out
 from hncse_ray.training.evaluator import EvaluationSets, load_evaluation_sets
+from hncse_ray.training.label_free import hold_out
 from hncse_ray.training.negatives import check_candidates
 from hncse_ray.training.objective_check import check_objective
 from hncse_ray.training.schedule import count_steps, plan_batches

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import SentenceEncoder
 from hncse_ray.evaluation import Encode
 from hncse_ray.training.checkpoint import TrainState, Weights
-from hncse_ray.training.distributed import ShardedEncode, from_first
+from hncse_ray.training.distributed import KnownEncode, ShardedEncode, from_first
 from hncse_ray.training.evaluator import Measured
 from hncse_ray.training.merging import merged
 from hncse_ray.training.whitening import Spread, add_whitening, whitening_stage
@@ -113,7 +112,7 @@ class ExportChoice:
 
     def _whiten(self, chosen: Candidate, spread: Spread) -> list[Candidate]:
         """What whitening makes of the present weights, which the encoder has."""
-        known, found = _Known(self._encode), []
+        known, found = KnownEncode(self._encode), []
         for power in self._settings.export.whitenings:
             encode = _Whitened(known, spread, power)
             found.append(Candidate(chosen.merge, power, self._scored_on_dev(encode)) if power else chosen)
@@ -143,24 +142,10 @@ class ExportChoice:
         return from_first(lambda: Spread.of(vectors_ND))  # the last bits differ from processor to processor
 
 
-class _Known:
-    """An encoder's vectors, each text embedded once."""
-
-    def __init__(self, encode: ShardedEncode) -> None:
-        self._encode = encode
-        self._vectors: dict[str, NDArray[np.float32]] = {}
-        self.on_side = cache(lambda side: _Known(encode.on_side(side)))
-
-    def __call__(self, texts: list[str]) -> NDArray[np.float32]:
-        if new := [text for text in dict.fromkeys(texts) if text not in self._vectors]:
-            self._vectors.update(zip(new, self._encode(new), strict=True))
-        return np.stack([self._vectors[text] for text in texts])
-
-
 class _Whitened:
     """The same behind the stage that whitens them."""
 
-    def __init__(self, known: _Known, spread: Spread, power: float) -> None:
+    def __init__(self, known: KnownEncode, spread: Spread, power: float) -> None:
         self._known, self._spread, self._power = known, spread, power
 
     def __call__(self, texts: list[str]) -> NDArray[np.float32]:

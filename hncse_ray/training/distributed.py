@@ -9,6 +9,7 @@ import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -160,6 +161,20 @@ class ShardedEncode:
     def on_side(self, side: Side) -> ShardedEncode:
         """Return the same with the prompt of queries, or of documents."""
         return ShardedEncode(self._encoder, self._batch_size, side)
+
+
+class KnownEncode:
+    """The same, each text embedded once: for as long as the weights stay as they are."""
+
+    def __init__(self, encode: ShardedEncode) -> None:
+        self._encode = encode
+        self._vectors: dict[str, NDArray[np.float32]] = {}
+        self.on_side = cache(lambda side: KnownEncode(encode.on_side(side)))
+
+    def __call__(self, texts: list[str]) -> NDArray[np.float32]:
+        if new := [text for text in dict.fromkeys(texts) if text not in self._vectors]:
+            self._vectors.update(zip(new, self._encode(new), strict=True))
+        return np.stack([self._vectors[text] for text in texts])
 
 
 def from_first(work: Callable[[], Value]) -> Value:

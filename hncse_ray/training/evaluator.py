@@ -148,8 +148,8 @@ def load_evaluation_sets(
                 packages = settings.code_dev if split == "dev" else settings.code_test
                 code = scored_code_pairs(split, packages, corpus, settings.code_pairs)
                 sets[suite, split] = paired_set([pair.summary for pair in code], [pair.code for pair in code])
-        elif suite == "cloze":
-            continue  # of the prepared corpus: cloze.py
+        elif suite in ("cloze", "pseudo-relevance"):
+            continue  # of the prepared corpus: label_free.py
         elif suite == "retrieval":
             sets |= _collections(settings.collection, splits, dev_needed=dev_needed)
         else:

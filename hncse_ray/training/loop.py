@@ -30,8 +30,8 @@ from hncse_ray.reporting.events import (
 from hncse_ray.training.batch import local_batch
 from hncse_ray.training.checkpoint import Resumed, RunStore, Snapshot, Wish, read_newest
 from hncse_ray.training.choice import Candidate, ExportChoice
-from hncse_ray.training.cloze import cloze_dev, hold_out
 from hncse_ray.training.distributed import (
+    KnownEncode,
     ShardedEncode,
     from_first,
     gather_rows,
@@ -43,6 +43,7 @@ from hncse_ray.training.evaluator import EvaluationSets, Measured, Split
 from hncse_ray.training.export import write_model
 from hncse_ray.training.guards import Guards, batch_uniformity
 from hncse_ray.training.host_copy import HostCopier, HostCopy
+from hncse_ray.training.label_free import hold_out, label_free_sets
 from hncse_ray.training.lookup import BatchNegatives
 from hncse_ray.training.negatives import GlobalNegatives
 from hncse_ray.training.objective import Metrics, Objective
@@ -95,10 +96,12 @@ class _Trainer:
 
     def __init__(self, job: TrainJob, store: RunStore, emit: Emit, stack: ExitStack) -> None:
         self.settings, self.encoder, self.sets, self.corpus = job.settings, job.encoder, job.sets, job.corpus
+        self.encode = ShardedEncode(self.encoder, self.settings.evaluation.batch_size)
+        self.untouched = KnownEncode(self.encode)  # these weights, until the first step or a checkpoint's
         gaps = hold_out(self.settings, self.corpus)
         if gaps is not None:
-            cloze = cloze_dev(self.settings, self.corpus, gaps)
-            self.sets = EvaluationSets({**self.sets.sets, ("cloze", "dev"): cloze})
+            found = label_free_sets(self.settings, self.corpus, gaps, self.untouched)
+            self.sets = EvaluationSets({**self.sets.sets, **{(suite, "dev"): data for suite, data in found.items()}})
         self.store, self.emit, self.saving = store, emit, Saving()
         stack.callback(self.saving.close)
         train = self.settings.train
@@ -114,7 +117,6 @@ class _Trainer:
             device=self.encoder.device,
             columns=self.settings.negatives.columns,
         )
-        self.encode = ShardedEncode(self.encoder, self.settings.evaluation.batch_size)
         self.guards = Guards(train)
         self.looks: Looks | None = None
         if self.settings.evaluation.test:  # the trials of a sweep are not looked at one by one
@@ -144,11 +146,12 @@ class _Trainer:
         state, train = self.state, self.settings.train
         saved_step, wish = state.step, Wish.NOTHING
         if not state.before:
-            dev, test = (self._measure(self.encode, split) for split in _SPLITS)
+            dev, test = (self._measure(self.untouched, split) for split in _SPLITS)
             state.before, state.before_earned = {"dev": dev.scores, "test": test.scores}, dev.earned
             self._consider_best(dev)
             if self.looks is not None:
                 self.looks.first(self.encode)
+        del self.untouched
         while True:
             # Rare events first: what is due now, before the next step is taken.
             patience = train.early_stopping_evaluations

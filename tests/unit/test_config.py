@@ -240,6 +240,9 @@ def test_columns_that_cannot_be_are_refused(overrides: list[str], said: str) -> 
 def test_a_corpus_of_documents_is_scored_by_itself_however_it_is_named() -> None:
     for corpus in ("corpus={source: documents, path: x.jsonl}", "corpus.source=documents"):
         settings = load_settings({"corpus": {"path": "x.jsonl"}}, [corpus])
-        assert (settings.evaluation.suites, settings.evaluation.metric) == (("cloze",), "cloze/mrr")
+        assert (settings.evaluation.suites, settings.evaluation.metric) == (
+            ("pseudo-relevance",),
+            "pseudo-relevance/ndcg@10",
+        )
     settings = load_settings({"corpus": {"path": "x.jsonl"}}, ["corpus.source=documents", "evaluation={suites: []}"])
     assert settings.evaluation.suites == ()

@@ -130,7 +130,7 @@ def test_a_title_of_the_same_words_stays() -> None:
     "passage", ["One sentence alone stands here.", "Yes. No. Or so it was said to him long ago.", "Title"]
 )
 def test_where_nothing_can_be_asked_the_suite_is_refused(passage: str) -> None:
-    with pytest.raises(DataError, match=r"corpus x: only 0 sentences .* 'cloze' needs 10.*evaluation\.suites"):
+    with pytest.raises(DataError, match=r"corpus x: only 0 sentences .* without labels needs 10.*evaluation\.suites"):
         Texts([[passage]] * 80).gaps()
     some = documents(30)  # six of 30 are a fifth
     with pytest.raises(DataError, match="only 6 sentences"):
