@@ -375,27 +375,26 @@ class SentenceEncoder(nn.Module):
         """How the first stage is fed: chat models get texts as messages."""
         return "message" if "message" in getattr(self.model[0], "modality_config", {}) else "text"
 
+    @torch.no_grad()
     def _probe(self) -> None:
         """See whether token rows give the vectors of the texts, padded and packed."""
         self.eval()
-        with torch.no_grad():
-            batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in self._texts().items()}
-            wanted = F.normalize(self.embed(batch), dim=-1)
-            if not wanted.isfinite().all():
-                raise ModelError("its vectors are not numbers (NaN or infinite)", self.name, "Its weights are damaged")
-            rows = self.tokenize(_PROBES)
-            if not _close(wanted, self(self.features(rows, pack=False))):
-                raise ModelError("it needs more than token ids to give its vectors, which is not supported", self.name)
-            if not use_packed_attention(self.backbone):
-                logger.debug("%s has an attention of its own: rows are padded", self.name)
-                return
-            rows = [row[: int(min(len(row), self._reach))] for row in rows]
-            wanted = self(self.features(rows, pack=False))
-            try:
-                self.packs = _close(wanted, self(self.features(rows, pack=True)))
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                logger.debug("%s does not take packed rows: %s", self.name, error)
-            logger.debug("rows of %s are %s", self.name, "packed" if self.packs else "padded")
+        texts: dict[str, Any] = self.model.preprocess(list(_PROBES), prompt=self.prompt(None) or None)
+        wanted = self({key: v.to(self.device) if isinstance(v, Tensor) else v for key, v in texts.items()})
+        if not wanted.isfinite().all():
+            raise ModelError("its vectors are not numbers (NaN or infinite)", self.name, "Its weights are damaged")
+        rows = self.tokenize(_PROBES)
+        if not _close(wanted, self(self.features(rows, pack=False))):
+            raise ModelError("it needs more than token ids to give its vectors, which is not supported", self.name)
+        if not use_packed_attention(self.backbone):
+            logger.debug("%s has an attention of its own: rows are padded", self.name)
+            return
+        rows = [row[: int(min(len(row), self._reach))] for row in rows]
+        try:
+            self.packs = _close(self(self.features(rows, pack=False)), self(self.features(rows, pack=True)))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            logger.debug("%s does not take packed rows: %s", self.name, error)
+        logger.debug("rows of %s are %s", self.name, "packed" if self.packs else "padded")
 
     @torch.no_grad()
     def _choose_precision(self, precision: Precision) -> tuple[torch.dtype | None, str]:
@@ -412,10 +411,6 @@ class SentenceEncoder(nn.Module):
                                  "Set encoder.precision=fp32") from error  # fmt: skip
             return None, "fp32 (the model does not run under autocast)"
         return dtype, reason
-
-    def _texts(self) -> dict[str, Any]:
-        features: dict[str, Any] = self.model.preprocess(list(_PROBES), prompt=self.prompt(None) or None)
-        return features
 
 
 def _close(wanted: Tensor, found: Tensor) -> bool:

@@ -96,9 +96,7 @@ def _load(folder: Path, settings: EncoderSettings, name: str) -> SentenceTransfo
                 model_kwargs={"use_safetensors": True, "dtype": torch.float32},
                 config_kwargs=config,
             )
-    except (
-        Exception
-    ) as error:  # the two libraries raise a dozen types for a broken folder; each means the same to a user
+    except Exception as error:  # the two libraries raise a dozen types, which mean the same to a user
         hint = "" if settings.trust_remote_code or "trust_remote_code" not in str(error) else (
             "It comes with code of its own: read it, then set encoder.trust_remote_code=true"
         )  # fmt: skip
