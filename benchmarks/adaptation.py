@@ -173,7 +173,7 @@ def with_bm25(encoder: SentenceEncoder, sets: dict[str, tuple[str, RetrievalSet]
     encode, found = Encoded(encoder), {}
     for name in ("dev", "test"):
         metric, data = sets[name]
-        index = LexicalIndex(data.candidates, keys_Nc=np.arange(len(data.candidates))[:, None])
+        index = LexicalIndex(data.candidates, keys_nc=np.arange(len(data.candidates))[:, None])
         cosine_QA = encode(data.queries) @ encode(data.candidates).T
         found[name] = []
         for query, score_A, grades in zip(data.queries, cosine_QA, data.grades, strict=True):

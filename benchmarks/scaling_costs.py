@@ -23,9 +23,7 @@ SELECT_BYTES = 35
 FORWARD_SHARE = 0.415 / (1 - 0.05 * (1 - 17 / 109))
 GPU_STEP_OVER_FORWARD = 3.0  # the usual count: the backward pass computes twice the forward; not measured
 PREPARE_S_A_ROW = 222 / 1e6  # README: one million sentences in 222 s, one process, under other load
-# Bytes a row of main memory, whatever the index: a process that opens the corpus copies lengths and hashes; a trainer
-# plans epochs (two are kept; the peak is while one is made; tracemalloc over BatchPlan); a shard orders its own rows.
-CORPUS_BYTES, EPOCH_BYTES, EPOCH_PEAK_BYTES, SHARD_BYTES = 12, 16, 40, 16
+SHARD_BYTES = 16  # of main memory a row, whatever the index: a shard orders its own rows; the corpus itself is mapped
 _KMEANS_ROUNDS, _PQ_ROUNDS, _PQ_ROWS = 10, 25, 65_536  # faiss 1.15's defaults
 
 
@@ -266,8 +264,7 @@ def steady(costs: Costs, rules: Rules) -> Steady:
 
 def host_bytes(rows: int, shards: int) -> dict[str, float]:
     """Main memory that grows with the corpus, in each process, whatever the index."""
-    trainer = CORPUS_BYTES + EPOCH_BYTES + EPOCH_PEAK_BYTES  # one epoch kept while the next is made
-    return {"trainer": trainer * rows, "shard": CORPUS_BYTES * rows + SHARD_BYTES * rows / shards}
+    return {"shard": SHARD_BYTES * rows / shards}
 
 
 # ---- constants

@@ -1,7 +1,8 @@
 """Text to unique rows to token rows on disk, and from there to batches."""
 
-from hncse_ray.corpus.batches import BatchPlan, batch_mask, pad_rows, rank_slice
+from hncse_ray.corpus.batches import BatchPlan, RowLengths, batch_mask, pad_rows, rank_slice
 from hncse_ray.corpus.corpus import Corpus, PrepareReport
+from hncse_ray.corpus.order import Shuffled
 from hncse_ray.corpus.prepare import prepare_corpus
 from hncse_ray.corpus.python_code import scored_code_pairs
 from hncse_ray.corpus.python_docs import DocPair, docstring_sentences, documentation_pairs
@@ -13,6 +14,8 @@ __all__ = [
     "Corpus",
     "DocPair",
     "PrepareReport",
+    "RowLengths",
+    "Shuffled",
     "batch_mask",
     "docstring_sentences",
     "documentation_pairs",

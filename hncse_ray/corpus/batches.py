@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from hncse_ray.corpus.order import Shuffled
 from hncse_ray.errors import DataError
 
 Int64 = npt.NDArray[np.int64]
@@ -15,6 +17,9 @@ Int64 = npt.NDArray[np.int64]
 # Rows are sorted by length within windows of so many batches: enough to make the rows of a batch alike,
 # small enough that who meets whom stays close to random.
 WINDOW_BATCHES = 64
+# Rows that are neighbours in a large corpus come into a window together, and are read together: as many at a time as
+# leave so many blocks to shuffle, and so many at the most.
+_LEAST_BLOCKS, _MOST_BLOCK_ROWS = 2**20, 64
 
 
 def pad_rows(rows: Sequence[npt.NDArray[np.integer]], *, pad_id: int, side: str = "right") -> tuple[Int64, Int64]:
@@ -79,11 +84,26 @@ def batch_mask(*keys_B: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_] | None
     return mask_BB
 
 
+class RowLengths(Protocol):
+    """Tokens of rows: an array `[N]`, or what stands for one."""
+
+    def __len__(self) -> int:
+        """Return N."""
+        ...
+
+    def __getitem__(self, ids: Int64, /) -> npt.NDArray[np.integer]:
+        """Return the tokens of rows `[n]`."""
+        ...
+
+
 class BatchPlan:
-    """Which rows make up each batch of each epoch: a function of the arguments alone.
+    """Which rows make up each batch of each epoch: a function of the arguments alone, computed a window at a time.
+
+    Blocks of rows that follow each other in the corpus are shuffled, and what falls into a window of batches is
+    shuffled once more, row by row. So nothing is held of an epoch but a few windows, whatever the corpus's size.
 
     Args:
-        lengths: tokens of each corpus row `[N]`.
+        lengths: tokens of each corpus row.
         batch_size: rows in a batch, over all ranks.
         seed: seeds every epoch's order together with the epoch's number.
         bucket_by_length: rows of like length share a batch (less padding).
@@ -92,6 +112,8 @@ class BatchPlan:
 
     Attributes:
         rows: how many row ids are in the batches.
+        batches_per_epoch: how many batches make an epoch. Every row that is not left out is in one of them, but for
+            those of a dropped trailing batch, which differ by epoch.
 
     Raises:
         DataError: the corpus has too few rows for one batch of ``min_batch``.
@@ -99,7 +121,7 @@ class BatchPlan:
 
     def __init__(
         self,
-        lengths: npt.NDArray[np.integer],
+        lengths: RowLengths,
         *,
         batch_size: int,
         seed: int,
@@ -110,54 +132,64 @@ class BatchPlan:
         """See the class."""
         if batch_size < 1 or not 1 <= min_batch <= batch_size:
             raise ValueError(f"batch_size {batch_size} and min_batch {min_batch} do not fit")
-        self._lengths = np.asarray(lengths)
+        self._lengths = lengths
         self.batch_size = batch_size
         self.seed = seed
         self.bucket_by_length = bucket_by_length
         self.min_batch = min_batch
-        self._ids: int | Int64 = len(self._lengths)  # all of them, without an array
-        self.rows = len(self._lengths)
-        if left_out is not None:
-            self._ids = np.setdiff1d(np.arange(self.rows), left_out)
-            self.rows = len(self._ids)
-        full, rest = divmod(self.rows, batch_size)
-        self.batches_per_epoch = full + (rest >= min_batch)
+        gone = np.unique(left_out if left_out is not None else np.zeros(0, dtype=np.int64))
+        self._kept_before = gone - np.arange(len(gone))  # rows that stay, before each that goes
+        self.rows = len(lengths) - len(gone)
+        self._full, rest = divmod(self.rows, batch_size)
+        self.batches_per_epoch = self._full + (rest >= min_batch)
         if self.batches_per_epoch == 0:
             raise DataError(
                 f"the corpus has {self.rows} rows, fewer than the {min_batch} of the smallest batch",
                 hint="Lower train.batch_size or use a larger corpus",
             )
-        self._plan_epoch = lru_cache(maxsize=2)(self._plan)  # look-ups ahead of the step may be in the next epoch
-
-    def epoch(self, epoch: int) -> list[Int64]:
-        """Return the batches of an epoch: arrays of row ids, each row of the corpus at most once.
-
-        Every row that is not left out appears exactly once but for those of a dropped trailing batch, which differ by
-        epoch.
-        """
-        return list(self._plan_epoch(epoch))
+        self._windows = -(-self._full // WINDOW_BATCHES)
+        self._block = min(_MOST_BLOCK_ROWS, max(1, self.rows // _LEAST_BLOCKS))
+        # Look-ups and views of batches ahead may be in the next window.
+        self._window = lru_cache(maxsize=3)(self._make_window)
 
     def batch(self, step: int) -> Int64:
         """Return the row ids of a batch by its index counted over all epochs."""
         epoch, index = divmod(step, self.batches_per_epoch)
-        return self._plan_epoch(epoch)[index]
+        if index == self._full:  # the short one, which is in no window: which rows are dropped does not hang on length
+            return _read_only(self._rows_at(epoch, self._full * self.batch_size, self.rows))
+        window = ((index + 1) * self._windows - 1) // self._full
+        rows: Int64 = self._window(epoch, window)[index - self._first(window)]
+        return rows
 
-    def _plan(self, epoch: int) -> list[Int64]:
-        rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(self._ids)
-        whole = len(order) // self.batch_size * self.batch_size
-        # The short batch is taken off before sorting, so that which rows are dropped does not hang on length.
-        order, rest = order[:whole], order[whole:]
-        if self.bucket_by_length and whole:
-            window = np.arange(whole) // (self.batch_size * WINDOW_BATCHES)
-            # Stable by (window, length); the permutation above breaks ties at random.
-            order = order[np.lexsort((self._lengths[order], window))]
-        grid = order.reshape(-1, self.batch_size)
-        if self.bucket_by_length and whole:
-            grid = rng.permuted(rng.permutation(grid, axis=0), axis=1)
-        batches = list(grid)
-        if len(rest) >= self.min_batch:
-            batches.append(rest)
-        for rows in batches:
-            rows.flags.writeable = False
-        return batches
+    def _first(self, window: int) -> int:
+        return window * self._full // self._windows
+
+    def _make_window(self, epoch: int, window: int) -> Int64:
+        """Return the batches of a window, `[n, batch_size]`."""
+        first, behind = (self._first(w) * self.batch_size for w in (window, window + 1))
+        rng = np.random.default_rng([self.seed, epoch, window + 1])
+        rows = rng.permutation(self._rows_at(epoch, first, behind))
+        if not self.bucket_by_length:
+            return _read_only(rows.reshape(-1, self.batch_size))
+        rows = rows[np.argsort(self._lengths[rows], kind="stable")]  # the permutation above breaks ties at random
+        grid = rows.reshape(-1, self.batch_size)
+        return _read_only(rng.permuted(rng.permutation(grid, axis=0), axis=1))
+
+    def _rows_at(self, epoch: int, first: int, behind: int) -> Int64:
+        """Return the row ids at places of an epoch's order."""
+        places = np.arange(first, behind)
+        blocks = self.rows // self._block
+        shuffled = Shuffled(blocks, (self.seed, epoch))
+        # Where blocks begin differs by epoch, and so do the rows behind the last of them, which keep their place.
+        shift = int(np.random.default_rng([self.seed, epoch]).integers(self.rows))
+        block, within = np.divmod(places, self._block)
+        whole = block < blocks
+        block[whole] = shuffled(block[whole])
+        kept = (block * self._block + within + shift) % self.rows
+        rows: Int64 = kept + np.searchsorted(self._kept_before, kept, side="right")
+        return rows
+
+
+def _read_only(rows: Int64) -> Int64:
+    rows.flags.writeable = False
+    return rows

@@ -20,11 +20,20 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from hncse_ray.config import CorpusSettings, Side
 from hncse_ray.corpus.cache import cache_folder
-from hncse_ray.corpus.corpus import DATA_FILE, FORMAT_VERSION, REPORT_FILE, Corpus
+from hncse_ray.corpus.corpus import Corpus
+from hncse_ray.corpus.files import (
+    FORMAT_VERSION,
+    MANIFEST,
+    NUMBERS,
+    numbers_name,
+    record_batches,
+    row_schema,
+    write_manifest,
+    write_shards,
+)
 from hncse_ray.corpus.sampling import sample
 from hncse_ray.corpus.sources import DROP_REASONS, Example, Shape, read_examples, shape_of, source_identity
 from hncse_ray.corpus.text import name_hash, row_hash
@@ -36,9 +45,8 @@ Progress = Callable[[str, int, int | None], None]
 TokenRow = npt.NDArray[np.int32]
 Row = tuple[Any, ...]  # one value for each column of the schema
 
-_BATCH = 4096  # rows tokenised, and written, at a time
+_BATCH = 4096  # rows tokenised at a time
 _FOREIGN_STALE_S = 7 * 24 * 3600.0  # a temporary folder of another host is removed after so long
-_TOKENS = pa.list_(pa.int32())
 
 
 class Tokenize(Protocol):
@@ -90,7 +98,7 @@ def prepare_corpus(
     digest = hashlib.sha256(json.dumps(relevant).encode()).hexdigest()
     corpora = cache_folder(settings.cache_dir) / "corpora"
     final = corpora / digest
-    if (corpus := _open_if_whole(final)) is not None:
+    if (corpus := _open_if_whole(final, tokenizer_digest)) is not None:
         return corpus
     try:
         corpora.mkdir(parents=True, exist_ok=True)
@@ -104,15 +112,9 @@ def prepare_corpus(
             "Set corpus.cache_dir or HNCSE_CACHE",
         ) from None
     try:
-        facts = _write(temporary, settings, tokenize, max_length, seed, sentences, progress)
-        facts |= {
-            "digest": digest,
-            "format": FORMAT_VERSION,
-            "source": identity,
-            "tokenizer": tokenizer_digest,
-        }
+        facts: dict[str, Any] = {"digest": digest, "source": identity, "tokenizer": tokenizer_digest}
         facts |= {"max_length": max_length, "seed": seed, "settings": settings.model_dump(mode="json")}
-        (temporary / REPORT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        _write(temporary, settings, tokenize, max_length, seed, sentences, progress, facts)
         _put_in_place(temporary, final)
     except OSError as error:
         raise DataError(
@@ -125,11 +127,16 @@ def prepare_corpus(
     return Corpus.open(final)
 
 
-def _open_if_whole(final: Path) -> Corpus | None:
+def _open_if_whole(final: Path, tokenizer_digest: str) -> Corpus | None:
     if not final.exists():
         return None
     try:
-        return Corpus.open(final)
+        corpus = Corpus.open(final)
+        if corpus.digest != final.name:
+            other = "" if corpus.tokenizer == tokenizer_digest else ", of another tokenizer"
+            raise DataError(f"{final.name} holds another corpus{other}", str(final))
+        corpus.check()
+        return corpus
     except DataError as error:
         # Moved before it is removed: no other process meets it half gone.
         log.warning("%s; preparing it anew", error.what)
@@ -145,7 +152,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
         temporary.rename(final)
     except OSError:
         # Another process was first. Its corpus is the same; if there is none, this is a true failure.
-        if not (final / REPORT_FILE).is_file():
+        if not (final / MANIFEST).is_file():
             raise
 
 
@@ -179,62 +186,45 @@ def _write(
     seed: int,
     sentences: Sequence[str] | None,
     progress: Progress | None,
-) -> dict[str, Any]:
-    """Write the rows of a corpus and return the facts of its report."""
-    # The library's own writer: `datasets.Dataset.from_file` opens the result as it is.
-    from datasets.arrow_writer import ArrowWriter
-    from datasets.features import Features
-
+    facts: dict[str, Any],
+) -> None:
+    """Write the rows of a corpus, and its manifest with these facts."""
     started = time.monotonic()
     counts: Counter[str] = Counter()
     shape = shape_of(settings)
-    schema = _schema(shape)
+    schema = row_schema(
+        pairs=shape.pairs, negatives=shape.negatives, documents=shape.documents, passages=shape.passages
+    )
     prepared = _prepared(read_examples(settings, counts, sentences), shape, tokenize, max_length)
     rows = _unique_rows(prepared, shape, counts, progress)
     if settings.max_sentences is not None:
         by_document = schema.get_field_index("document") if shape.passages else None
         rows = sample(rows, settings.max_sentences, seed, counts, by_document)
-    written = tokens = without_positive = 0
-    documents: set[int] = set()
-    with ArrowWriter(features=Features.from_arrow_schema(schema), path=str(folder / DATA_FILE)) as writer:
-        while batch := list(itertools.islice(rows, _BATCH)):
-            table = pa.table(list(zip(*batch, strict=True)), schema=schema)
-            writer.write_table(table)
-            written += len(batch)
-            tokens += sum(len(ids) for _, _, ids, *_ in batch)
-            without_positive += table["positive"].null_count if shape.pairs else 0
-            documents.update(table["document"].to_pylist() if shape.passages else ())
-        if not written:
-            dropped = ", ".join(f"{reason} {counts[reason]}" for reason in DROP_REASONS if counts[reason])
-            rows_of, hint = ("sentence", "lines"), "See corpus.min_words, corpus.max_chars and corpus.column"
-            if shape.passages:
-                rows_of, hint = ("passage", "documents"), "See corpus.min_words and corpus.column"
-            what = f"no {rows_of[0]} is left of {counts['read']} {rows_of[1]} (dropped: {dropped or 'none'})"
-            raise DataError(what, settings.place, hint)
-        writer.finalize()
-    return {
+    shards = list(write_shards(folder, record_batches(rows, schema), schema))
+    if not shards:
+        raise _nothing_left(settings, shape, counts)
+    documents = np.fromfile(folder / numbers_name("document"), NUMBERS["document"]) if shape.passages else None
+    written = sum(shard.rows for shard in shards)
+    facts = facts | {
         "rows": written,
         "read": counts.pop("read"),
         "dropped": dict(sorted(counts.items())),
         "seconds": round(time.monotonic() - started, 3),
-        "mean_tokens": tokens / written,
-        "without_positive": without_positive if shape.pairs else None,
-        "documents": len(documents) if shape.passages else None,
-        "bytes": (folder / DATA_FILE).stat().st_size,
+        "mean_tokens": sum(shard.tokens for shard in shards) / written,
+        "without_positive": sum(shard.without_positive for shard in shards) if shape.pairs else None,
+        # Those of one stand together.
+        "documents": None if documents is None else 1 + int(np.count_nonzero(np.diff(documents))),
     }
+    write_manifest(folder, schema, shards, facts)
 
 
-def _schema(shape: Shape) -> pa.Schema:
-    columns = {"text": pa.string(), "hash": pa.int64(), "input_ids": _TOKENS}
-    if shape.pairs:
-        columns |= {"positive": pa.string(), "positive_ids": _TOKENS, "target_hash": pa.int64()}
-    if shape.negatives:
-        columns |= {"negative_ids": pa.list_(_TOKENS), "negative_hashes": pa.list_(pa.int64())}
-    if shape.documents:
-        columns["document"] = pa.int64()
+def _nothing_left(settings: CorpusSettings, shape: Shape, counts: Counter[str]) -> DataError:
+    dropped = ", ".join(f"{reason} {counts[reason]}" for reason in DROP_REASONS if counts[reason])
+    rows_of, hint = ("sentence", "lines"), "See corpus.min_words, corpus.max_chars and corpus.column"
     if shape.passages:
-        columns |= {"title": pa.string(), "body": pa.string()}
-    return pa.schema(columns)
+        rows_of, hint = ("passage", "documents"), "See corpus.min_words and corpus.column"
+    what = f"no {rows_of[0]} is left of {counts['read']} {rows_of[1]} (dropped: {dropped or 'none'})"
+    return DataError(what, settings.place, hint)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ arXiv 1906.00300), so no pair has to be judged by anyone. What is asked about mu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -22,6 +22,7 @@ TextsOf = Callable[[Int64], list[str]]
 
 HELD_OUT_SHARE = 0.2  # of all rows, at the most
 _FEWEST = 10  # queries: fewer say nothing
+_LOOKED_AT = 4096  # rows at a time
 _SHORTEST = 20  # characters of a sentence that asks, and of what it leaves behind
 _DRAW, _OTHERS = 1, 2  # streams of random numbers beside those of the run
 
@@ -40,7 +41,14 @@ class Gaps:
 
 
 def draw_gaps(
-    documents_N: Int64, bodies: TextsOf, split: Callable[[str], list[str]], *, count: int, seed: int, where: str
+    documents_N: Int64,
+    bodies: TextsOf,
+    split: Callable[[str], list[str]],
+    *,
+    order: Callable[[Int64], Int64],
+    count: int,
+    seed: int,
+    where: str,
 ) -> Gaps:
     """Hold documents out at random, whole ones, until ``count`` sentences ask or a fifth of the rows is used up.
 
@@ -48,9 +56,10 @@ def draw_gaps(
     of different rows.
 
     Args:
-        documents_N: the document of each row.
+        documents_N: the document of each row; the rows of one stand together.
         bodies: texts of rows, without titles.
         split: a text into sentences.
+        order: which rows are at these places of a random order of all.
         count: sentences.
         seed: of the draw; the same on every machine.
         where: names the corpus in errors.
@@ -59,13 +68,10 @@ def draw_gaps(
         DataError: too few documents have a sentence and something beside it.
     """
     rng = np.random.default_rng([seed, _DRAW])
-    order = np.argsort(documents_N, kind="stable")
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(documents_N[order])) + 1, [len(order)]])
-    most_rows = int(HELD_OUT_SHARE * len(order))
+    most_rows = int(HELD_OUT_SHARE * len(documents_N))
     held: list[Int64] = []
     found: list[list[tuple[int, str]]] = []
-    for document in rng.permutation(len(starts) - 1):
-        rows = order[starts[document] : starts[document + 1]]
+    for rows in _documents(documents_N, order):
         if sum(map(len, held)) + len(rows) > most_rows:
             continue
         own = rng.permutation(rows)[:count]
@@ -100,7 +106,14 @@ def cloze_set(texts: TextsOf, gaps: Gaps, *, rows: int, most_candidates: int, se
         most_candidates: how many rows are searched.
         seed: of the choice of them.
     """
+<<<<<<< HEAD
     candidates = draw_candidates(gaps, rows=rows, most=most_candidates, seed=seed)
+=======
+    asked = np.sort(np.fromiter(gaps.sentences, np.int64))
+    drawn = np.random.default_rng([seed, _OTHERS]).choice(rows, min(rows, most_candidates), replace=False)
+    others = drawn[~np.isin(drawn, asked)][: max(0, most_candidates - len(asked))]
+    candidates = np.sort(np.concatenate([asked, others]))
+>>>>>>> 9e29774 (feat(corpus): mapped whole, and the order of an epoch is computed)
     found, place = texts(candidates), {int(row): i for i, row in enumerate(candidates)}
     asking: list[tuple[int, str]] = []
     for row, sentence in gaps.sentences.items():
@@ -118,6 +131,7 @@ def cloze_set(texts: TextsOf, gaps: Gaps, *, rows: int, most_candidates: int, se
     )
 
 
+<<<<<<< HEAD
 def draw_candidates(gaps: Gaps, *, rows: int, most: int, seed: int) -> Int64:
     """Return the rows that are searched: all, or those that are asked about and others, ``most`` together."""
     asked, found = np.sort(np.fromiter(gaps.sentences, np.int64)), np.arange(rows)
@@ -126,6 +140,18 @@ def draw_candidates(gaps: Gaps, *, rows: int, most: int, seed: int) -> Int64:
     others = np.setdiff1d(found, asked)
     some = np.random.default_rng([seed, _OTHERS]).choice(others, max(0, most - len(asked)), replace=False)
     return np.sort(np.concatenate([asked, some]))
+=======
+def _documents(documents_N: Int64, order: Callable[[Int64], Int64]) -> Iterator[Int64]:
+    """Yield the rows of each document, one document after the other by where their first rows are in an order."""
+    for place in range(0, len(documents_N), _LOOKED_AT):
+        rows = order(np.arange(place, min(place + _LOOKED_AT, len(documents_N))))
+        begins = (rows == 0) | (documents_N[rows - 1] != documents_N[rows])
+        for first in rows[begins].tolist():
+            behind = first + 1
+            while behind < len(documents_N) and documents_N[behind] == documents_N[first]:
+                behind += 1
+            yield np.arange(first, behind)
+>>>>>>> 9e29774 (feat(corpus): mapped whole, and the order of an epoch is computed)
 
 
 def _draw_sentence(body: str, split: Callable[[str], list[str]], rng: np.random.Generator) -> str:

@@ -65,12 +65,12 @@ class LexicalIndex:
 
     Args:
         texts: of all rows of the corpus, in order; read once.
-        keys_Nc: what the rows hold and belong to ``[N, c]``. Rows that share a key are each other's own.
+        keys_nc: what the shard's rows hold and belong to ``[n, c]``. Rows that share a key are each other's own.
         number: which shard; it has rows ``number, number + count, ...``
         count: how many shards there are.
     """
 
-    def __init__(self, texts: Iterable[str], *, keys_Nc: Int64, number: int = 0, count: int = 1) -> None:
+    def __init__(self, texts: Iterable[str], *, keys_nc: Int64, number: int = 0, count: int = 1) -> None:
         numbers: dict[str, int] = {}
         holders = array("q")  # rows of the corpus that hold a word, by its number
         held, times, starts, lengths = array("i"), array("f"), array("q", [0]), array("q")
@@ -105,8 +105,8 @@ class LexicalIndex:
         here_V = np.diff(self._postings.indptr) > 0
         self._numbers = {word: at for word, at in numbers.items() if here_V[at]}
         self.rows = len(lengths)
-        self._width = keys_Nc.shape[1]
-        flat = keys_Nc[number::count].ravel()
+        self._width = keys_nc.shape[1]
+        flat = keys_nc.ravel()
         self._by_key = np.argsort(flat, kind="stable")
         self._keys = flat[self._by_key]
 

@@ -11,12 +11,12 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from hncse_ray.config import Settings, TrainSettings
-from hncse_ray.corpus import BatchPlan
+from hncse_ray.corpus import BatchPlan, RowLengths
 from hncse_ray.errors import SettingsError
 
 
 def plan_batches(
-    settings: Settings, lengths: npt.NDArray[np.integer], *, left_out: npt.NDArray[np.int64] | None = None
+    settings: Settings, lengths: RowLengths, *, left_out: npt.NDArray[np.int64] | None = None
 ) -> BatchPlan:
     """Return the batches of a run over a corpus whose rows have these lengths `[N]`, without those left out."""
     return BatchPlan(

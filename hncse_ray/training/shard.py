@@ -76,7 +76,8 @@ def build_shard(
     def read_words() -> LexicalIndex:
         parts = (np.arange(at, min(at + _READ_ROWS, len(corpus))) for at in range(0, len(corpus), _READ_ROWS))
         texts = (text for ids in parts for text in corpus.target_texts(ids))
-        return LexicalIndex(texts, keys_Nc=keys(np.arange(len(corpus))), number=number, count=count)
+        own = keys(np.arange(number, len(corpus), count))
+        return LexicalIndex(texts, keys_nc=own, number=number, count=count)
 
     return IndexShard(
         number=number,

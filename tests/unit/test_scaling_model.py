@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import scaling_costs as costs_module
 import scaling_model
 import scaling_simulation
 from scaling_costs import (
@@ -24,7 +21,6 @@ from scaling_costs import (
     costs_of,
     encode_s,
     finish_s,
-    host_bytes,
     index_of,
     look_up_s,
     measured_cpu,
@@ -36,7 +32,6 @@ from scaling_costs import (
 from scaling_model import best, least_memory, needed
 from scaling_simulation import cases, simulate
 
-from hncse_ray.corpus import BatchPlan
 from hncse_ray.errors import ClusterError
 from hncse_ray.negatives import plan_index
 
@@ -195,20 +190,6 @@ def test_an_answer_holds_builds_and_answers() -> None:
     assert build_all_s(costs) <= 20_000 * step_s(setup)
     assert period_s(costs, Rules(20_000)) <= 1.1 * step_s(setup)
     assert answer.gpus >= answer.memory_gpus
-
-
-def test_what_a_process_keeps_of_a_corpus_is_what_the_batch_plan_takes() -> None:
-    rows = 300_000
-    lengths = np.random.default_rng(0).integers(5, 60, rows).astype(np.int32)
-    tracemalloc.start()
-    try:
-        BatchPlan(lengths, batch_size=512, seed=0, bucket_by_length=True, min_batch=2).batch(0)
-        kept, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert kept / rows == pytest.approx(costs_module.EPOCH_BYTES, rel=0.1)
-    assert peak / rows == pytest.approx(costs_module.EPOCH_PEAK_BYTES, rel=0.1)
-    assert host_bytes(10**10, 100)["trainer"] > 1e11
 
 
 def test_constants_come_from_the_committed_results_and_land_near_other_measurements() -> None:

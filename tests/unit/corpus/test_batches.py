@@ -1,9 +1,9 @@
-import time
+import tracemalloc
 
 import numpy as np
 import pytest
 
-from hncse_ray.corpus import BatchPlan, batch_mask, pad_rows, rank_slice
+from hncse_ray.corpus import BatchPlan, Shuffled, batch_mask, batches, pad_rows, rank_slice
 from hncse_ray.errors import DataError
 
 LENGTHS = np.random.default_rng(0).integers(3, 33, 10_007)
@@ -12,6 +12,10 @@ LENGTHS = np.random.default_rng(0).integers(3, 33, 10_007)
 def plan(**changes):
     arguments = {"batch_size": 64, "seed": 1, "bucket_by_length": True, "min_batch": 2} | changes
     return BatchPlan(arguments.pop("lengths", LENGTHS), **arguments)
+
+
+def epoch(plan, number=0):
+    return [plan.batch(number * plan.batches_per_epoch + i) for i in range(plan.batches_per_epoch)]
 
 
 def test_pad_rows():
@@ -49,7 +53,7 @@ def test_rows_that_agree_in_any_key_do_not_repel_each_other():
 @pytest.mark.parametrize("bucket", [False, True])
 @pytest.mark.parametrize("n", [2, 63, 64, 65, 66, 5000, 10_007])
 def test_an_epoch_holds_every_row_once(bucket, n):
-    batches = plan(lengths=LENGTHS[:n], bucket_by_length=bucket).epoch(0)
+    batches = epoch(plan(lengths=LENGTHS[:n], bucket_by_length=bucket))
     rows = np.concatenate(batches)
     assert len(set(rows.tolist())) == len(rows) == (n if n % 64 != 1 else n - 1)
     assert all(len(batch) == 64 for batch in batches[:-1])
@@ -58,39 +62,38 @@ def test_an_epoch_holds_every_row_once(bucket, n):
 
 def test_a_trailing_batch_below_the_least_is_dropped():
     assert plan(lengths=LENGTHS[:70], min_batch=6).batches_per_epoch == 2
-    assert [len(b) for b in plan(lengths=LENGTHS[:70], min_batch=7).epoch(0)] == [64]
+    assert [len(b) for b in epoch(plan(lengths=LENGTHS[:70], min_batch=7))] == [64]
 
 
 def test_same_arguments_same_batches_and_each_argument_matters():
-    def rows(seed, epoch):
-        return np.concatenate(plan(seed=seed).epoch(epoch)).tolist()
+    def rows(seed, number):
+        return np.concatenate(epoch(plan(seed=seed), number)).tolist()
 
     assert rows(1, 0) == rows(1, 0)
     assert rows(1, 0) != rows(2, 0)
     assert rows(1, 0) != rows(1, 1)
 
 
-def test_batch_is_the_epoch_flattened_and_forgets_nothing():
-    a = plan()
-    expected = [batch.tolist() for epoch in range(3) for batch in a.epoch(epoch)]
-    b = plan()
-    assert [b.batch(step).tolist() for step in range(3 * b.batches_per_epoch)] == expected
-    assert b.batch(0).tolist() == expected[0]  # back to an epoch no longer cached
+def test_a_batch_is_a_function_of_its_number_alone():
+    a, b = plan(), plan()
+    expected = [batch.tolist() for number in range(3) for batch in epoch(a, number)]
+    backwards = [b.batch(step).tolist() for step in reversed(range(3 * b.batches_per_epoch))]
+    assert backwards[::-1] == expected
 
 
 def test_bucketing_cuts_padding():
     def padding(bucket):
-        batches = plan(bucket_by_length=bucket).epoch(0)
+        batches = epoch(plan(bucket_by_length=bucket))
         return sum(int((LENGTHS[b].max() - LENGTHS[b]).sum()) for b in batches)
 
     assert padding(True) < 0.2 * padding(False)
 
 
 def test_bucketed_batches_are_in_no_order_of_length():
-    means = [LENGTHS[batch].mean() for batch in plan().epoch(0)[:-1]]
+    means = [LENGTHS[batch].mean() for batch in epoch(plan())[:-1]]
     correlation = np.corrcoef(means, np.arange(len(means)))[0, 1]
     assert abs(correlation) < 0.3
-    assert any((np.diff(LENGTHS[batch]) < 0).any() for batch in plan().epoch(0))
+    assert any((np.diff(LENGTHS[batch]) < 0).any() for batch in epoch(plan()))
 
 
 def test_rows_of_a_batch_cannot_be_changed_by_a_user():
@@ -98,11 +101,74 @@ def test_rows_of_a_batch_cannot_be_changed_by_a_user():
         plan().batch(0)[0] = 1
 
 
-def test_a_million_rows_are_planned_in_a_moment():
-    big = plan(lengths=np.tile(LENGTHS, 100))
-    started = time.process_time()
-    big.batch(0)
-    assert time.process_time() - started < 2.0
+class Watched:
+    """Lengths of so many rows that nobody could hold them; notes which are asked for."""
+
+    def __init__(self, rows):
+        self.rows, self.asked = rows, []
+
+    def __len__(self):
+        return self.rows
+
+    def __getitem__(self, ids):
+        self.asked.append(ids)
+        return ids % 30
+
+
+def test_of_ten_billion_rows_a_batch_looks_at_those_of_its_window_alone():
+    lengths = Watched(10**10)
+    big = plan(lengths=lengths, left_out=np.arange(0, 10**6, 7))
+    tracemalloc.start()
+    rows = [big.batch(step) for step in (0, 63, 64, big.batches_per_epoch - 1, 5 * big.batches_per_epoch + 77)]
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+    assert len(lengths.asked) == 3 and max(map(len, lengths.asked)) <= 64 * 64
+    assert all(len(set(of_one.tolist())) == len(of_one) for of_one in rows)
+    assert max(int(of_one.max()) for of_one in rows) > 9 * 10**9
+    runs = np.sort(lengths.asked[0])
+    assert (np.diff(runs) == 1).mean() > 0.9  # rows that are neighbours are read together
+
+
+@pytest.mark.parametrize("left_out", [None, np.arange(100, 4000, 3)])
+def test_large_corpora_are_cut_into_blocks_and_every_row_still_comes_once(monkeypatch, left_out):
+    monkeypatch.setattr(batches, "_LEAST_BLOCKS", 300)
+    big = plan(left_out=left_out, min_batch=1)
+    kept = set(range(len(LENGTHS))) - set([] if left_out is None else left_out.tolist())
+    first, second = (np.concatenate(epoch(big, number)) for number in (0, 1))
+    assert sorted(first.tolist()) == sorted(second.tolist()) == sorted(kept)
+    tails = [set(epoch(plan(left_out=left_out, min_batch=64), number)[-1].tolist()) for number in (0, 1)]
+    assert tails[0] != tails[1]
+    assert np.corrcoef(first, second)[0, 1] < 0.1
+
+
+def test_dropped_rows_differ_by_epoch(monkeypatch):
+    for blocks in (2**20, 300):
+        monkeypatch.setattr(batches, "_LEAST_BLOCKS", blocks)
+        some = plan(min_batch=64)
+        dropped = [set(range(len(LENGTHS))) - set(np.concatenate(epoch(some, number)).tolist()) for number in (0, 1)]
+        assert len(dropped[0]) == len(dropped[1]) == len(LENGTHS) % 64 and dropped[0] != dropped[1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 10, 64, 1000, 65_537])
+def test_an_order_is_a_permutation_and_keys_differ(size):
+    orders = [Shuffled(size, (1, key))(np.arange(size)) for key in range(40)]
+    assert all(np.array_equal(np.sort(order), np.arange(size)) for order in orders)
+    if size >= 10:
+        assert len({order.tobytes() for order in orders}) == 40
+
+
+def test_every_number_is_as_likely_at_every_place_and_beside_every_other():
+    size, keys = 7, 7000
+    orders = np.stack([Shuffled(size, (key, 3))(np.arange(size)) for key in range(keys)])
+    at = np.zeros((size, size))
+    beside = np.zeros((size, size))
+    for place in range(size):
+        np.add.at(at, (place, orders[:, place]), 1)
+        np.add.at(beside, (orders[:, place], orders[:, (place + 1) % size]), 1)
+    expected = keys / size
+    assert ((at - expected) ** 2 / expected).sum() < 85  # chi square, 36 degrees of freedom: 1 in 100,000 is above 83
+    off, expected = beside[~np.eye(size, dtype=bool)], keys / (size - 1)
+    assert np.abs(off - expected).max() < 6 * np.sqrt(expected)
 
 
 def test_too_small_a_corpus_is_explained():
@@ -159,11 +225,11 @@ def test_rows_that_are_left_out_are_in_no_batch(bucket):
     found = plan(batch_size=8, seed=1, bucket_by_length=bucket, min_batch=1, left_out=left_out)
     kept = sorted(set(range(len(LENGTHS))) - set(left_out.tolist()))
     assert found.rows == len(kept) and found.batches_per_epoch == -(-len(kept) // 8)
-    for epoch in (0, 1):
-        assert sorted(np.concatenate(found.epoch(epoch)).tolist()) == kept
+    for number in (0, 1):
+        assert sorted(np.concatenate(epoch(found, number)).tolist()) == kept
 
 
 def test_without_any_left_out_the_batches_are_as_ever():
     one, two = (plan(batch_size=8, seed=1, bucket_by_length=True, min_batch=1, left_out=rows)
                 for rows in (None, np.array([], dtype=np.int64)))  # fmt: skip
-    assert all(np.array_equal(a, b) for a, b in zip(one.epoch(0), two.epoch(0), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(epoch(one), epoch(two), strict=True))

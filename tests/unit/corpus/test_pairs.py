@@ -173,5 +173,5 @@ def test_a_corpus_of_sentences_has_the_columns_that_it_had(prepare, table):
     import pyarrow as pa
 
     path = prepare(path=table(ROWS), column="q").path
-    with pa.memory_map(str(path / "corpus.arrow")) as stream, pa.ipc.open_stream(stream) as reader:
-        assert reader.schema.names == ["text", "hash", "input_ids"]
+    with pa.memory_map(str(path / "rows-00000.arrow")) as stream, pa.ipc.open_stream(stream) as reader:
+        assert reader.schema.names == ["text", "input_ids"]

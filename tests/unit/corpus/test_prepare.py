@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 from waits import seconds, soon
 
 from hncse_ray.config import CorpusSettings
-from hncse_ray.corpus import Corpus, row_hash
+from hncse_ray.corpus import Corpus, files, row_hash
 from hncse_ray.corpus.sampling import sample
 from hncse_ray.errors import DataError
 
@@ -47,9 +48,10 @@ def test_rows_tokens_hashes_and_lengths(prepare, text_file, tokenizer):
 
 
 def test_rows_are_found_over_many_chunks(prepare, text_file, monkeypatch, tokenizer):
-    monkeypatch.setattr(sys.modules["hncse_ray.corpus.prepare"], "_BATCH", 7)
+    monkeypatch.setattr(files, "SHARD_ROWS", 14)
+    monkeypatch.setattr(files, "BATCH_ROWS", 7)
     corpus = prepare(path=text_file)
-    assert len(corpus._texts) == 8
+    assert len(list(corpus.path.glob("rows-*.arrow"))) == 4
     ids = [0, 6, 7, 13, 14, 48, 49, 7]
     assert corpus.texts(ids) == [LINES[i] for i in ids]
     expected = tokenizer([LINES[i] for i in ids], truncation=True, max_length=16)["input_ids"]
@@ -118,7 +120,7 @@ def test_a_corpus_of_an_earlier_format_is_not_read(prepare, text_file):
     path = prepare(path=text_file).path
     facts = json.loads((path / "corpus.json").read_text()) | {"format": 1}
     (path / "corpus.json").write_text(json.dumps(facts))
-    with pytest.raises(DataError, match="has format 1, not 3"):
+    with pytest.raises(DataError, match="has format 1, not 4"):
         Corpus.open(path)
 
 
@@ -183,7 +185,7 @@ def test_report_is_on_disk_and_progress_is_told(prepare, text_file):
 def test_the_datasets_library_opens_it(prepare, text_file):
     import datasets
 
-    rows = datasets.Dataset.from_file(str(prepare(path=text_file).path / "corpus.arrow"))
+    rows = datasets.Dataset.from_file(str(prepare(path=text_file).path / "rows-00000.arrow"))
     assert rows[7]["text"] == LINES[7]
 
 
@@ -230,7 +232,7 @@ def damage_rows(path):
 
 
 def truncate(path):
-    os.truncate(path / "corpus.arrow", 3000)
+    os.truncate(path / "rows-00000.arrow", 3000)
 
 
 def remove_json(path):
@@ -238,7 +240,7 @@ def remove_json(path):
 
 
 def remove_data(path):
-    (path / "corpus.arrow").unlink()
+    (path / "rows-00000.arrow").unlink()
 
 
 @pytest.mark.parametrize("damage", [damage_json, damage_fields, damage_rows, truncate, remove_json, remove_data])
@@ -249,6 +251,40 @@ def test_damage_is_seen_on_opening_and_mended_by_preparing(prepare, text_file, t
         Corpus.open(path)
     assert prepare(path=text_file).texts([1]) == [LINES[1]]
     assert folders(tmp_path) == [path.name]
+
+
+def test_what_is_damaged_is_named(prepare, text_file):
+    path = prepare(path=text_file).path
+    os.truncate(path / "hash.i8", 392)
+    with pytest.raises(DataError, match=r"hash\.i8 has 392 bytes, not 400"):
+        Corpus.open(path)
+    (path / "hash.i8").unlink()
+    with pytest.raises(DataError, match=r"hash\.i8 is missing"):
+        Corpus.open(path)
+
+
+def test_a_shard_of_another_corpus_is_seen_and_mended_by_preparing(prepare, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SHARD_ROWS", 20)
+    monkeypatch.setattr(files, "BATCH_ROWS", 20)
+    path = prepare(path=text_file).path
+    shard = path / "rows-00001.arrow"
+    shard.write_bytes((path / "rows-00000.arrow").read_bytes().ljust(shard.stat().st_size, b"\0"))
+    facts = json.loads((path / "corpus.json").read_text())
+    facts["shards"][1]["bytes"] = shard.stat().st_size
+    (path / "corpus.json").write_text(json.dumps(facts))
+    corpus = Corpus.open(path)
+    assert corpus.texts([0]) == [LINES[0]]
+    with pytest.raises(DataError, match=rf"{path.name}: is a damaged corpus: rows-00001\.arrow is of another one"):
+        corpus.token_rows([21])
+    assert prepare(path=text_file).texts([21]) == [LINES[21]]
+
+
+def test_a_folder_with_the_corpus_of_another_tokenizer_is_not_taken(prepare, text_file, tmp_path, caplog):
+    right, wrong = prepare(path=text_file).path, prepare(path=text_file, tokenizer_digest="another").path
+    shutil.rmtree(right)
+    wrong.rename(right)
+    assert prepare(path=text_file).tokenizer == "tiny"
+    assert "holds another corpus, of another tokenizer" in caplog.text
 
 
 def _prepare_elsewhere(path, cache, whole, gate, slow, results):
@@ -293,7 +329,7 @@ def test_a_killed_preparation_leaves_nothing_that_is_taken_for_whole(prepare, te
     arguments = (text_file, str(tmp_path / "cache"), tokenize, gate, 60, results)
     process = processes.Process(target=_prepare_elsewhere, args=arguments)
     process.start()
-    soon(lambda: list(tmp_path.glob("cache/corpora/.tmp-*/corpus.arrow")), within_s=20, what="a file in the making")
+    soon(lambda: list(tmp_path.glob("cache/corpora/.tmp-*")), within_s=20, what="a folder in the making")
     os.kill(process.pid, signal.SIGKILL)
     process.join(seconds(10))
     (left,) = folders(tmp_path)

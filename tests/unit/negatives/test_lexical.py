@@ -42,7 +42,7 @@ def plain(texts: list[str], query: str) -> list[float]:
 
 @pytest.mark.parametrize("query", QUERIES)
 def test_scores_are_those_of_a_plain_bm25(query: str) -> None:
-    index = LexicalIndex(TEXTS, keys_Nc=KEYS)
+    index = LexicalIndex(TEXTS, keys_nc=KEYS)
     expected = plain(TEXTS, query)
     np.testing.assert_allclose(index.scores(query), expected, rtol=1e-5)
     assert any(expected) == (query != "nothing of it")
@@ -50,9 +50,9 @@ def test_scores_are_those_of_a_plain_bm25(query: str) -> None:
 
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_a_row_scores_the_same_bits_on_any_number_of_shards(count: int) -> None:
-    whole = LexicalIndex(TEXTS, keys_Nc=KEYS)
+    whole = LexicalIndex(TEXTS, keys_nc=KEYS)
     for number in range(count):
-        part = LexicalIndex(iter(TEXTS), keys_Nc=KEYS, number=number, count=count)
+        part = LexicalIndex(iter(TEXTS), keys_nc=KEYS[number::count], number=number, count=count)
         assert part.rows == len(TEXTS[number::count])
         for query in QUERIES:
             np.testing.assert_array_equal(part.scores(query), whole.scores(query)[number::count])
@@ -61,7 +61,7 @@ def test_a_row_scores_the_same_bits_on_any_number_of_shards(count: int) -> None:
 def test_the_best_are_not_the_anchors_own_and_ties_go_by_row() -> None:
     keys_N2 = np.stack([np.arange(97), np.arange(97) // 4 + 1000], axis=1)  # documents of four rows
     for number, count in ((0, 1), (1, 3)):
-        index = LexicalIndex(TEXTS, keys_Nc=keys_N2, number=number, count=count)
+        index = LexicalIndex(TEXTS, keys_nc=keys_N2[number::count], number=number, count=count)
         for row in (0, 5, 50, 96):
             scores = index.scores(TEXTS[row])
             others = [n for n in range(index.rows) if (n * count + number) // 4 != row // 4 and scores[n] > 0]
@@ -69,13 +69,13 @@ def test_the_best_are_not_the_anchors_own_and_ties_go_by_row() -> None:
             for k in (1, 2, 7, 500):
                 assert index.best(scores, k, keys_c=keys_N2[row]).tolist() == expected[:k]
     twins = [5, 50, 90]
-    best = LexicalIndex(TEXTS, keys_Nc=KEYS).best(LexicalIndex(TEXTS, keys_Nc=KEYS).scores(TEXTS[5]), 2, keys_c=KEYS[5])
+    best = LexicalIndex(TEXTS, keys_nc=KEYS).best(LexicalIndex(TEXTS, keys_nc=KEYS).scores(TEXTS[5]), 2, keys_c=KEYS[5])
     assert best.tolist() == twins[1:]
 
 
 def test_rows_that_share_any_key_are_an_anchors_own() -> None:
     keys_N2 = np.array([[1, 10], [2, 20], [10, 30], [4, 10]])
-    index = LexicalIndex(["a b", "a c", "a d", "a e"], keys_Nc=keys_N2)
+    index = LexicalIndex(["a b", "a c", "a d", "a e"], keys_nc=keys_N2)
     assert sorted(set(index.own(keys_N2[0]).tolist())) == [0, 2, 3]
     assert index.best(index.scores("a"), 5, keys_c=keys_N2[0]).tolist() == [1]
 
@@ -97,7 +97,7 @@ def test_words_of_any_script(text: str, expected: list[str]) -> None:
 
 
 def test_a_corpus_without_words_scores_nothing() -> None:
-    index = LexicalIndex(["...", "!"], keys_Nc=KEYS[:2])
+    index = LexicalIndex(["...", "!"], keys_nc=KEYS[:2])
     assert index.scores("a word").tolist() == [0, 0]
     assert index.best(index.scores("a word"), 3, keys_c=KEYS[0]).tolist() == []
-    assert LexicalIndex(["a"], keys_Nc=KEYS[:1], number=1, count=2).scores("a").tolist() == []
+    assert LexicalIndex(["a"], keys_nc=KEYS[:0], number=1, count=2).scores("a").tolist() == []

@@ -35,7 +35,7 @@ def shard(number: int = 0, count: int = 1, kind: Any = "flat") -> IndexShard:
         lengths=np.full(ROWS, 5),
         encode=lambda ids: VECTORS[ids],
         load_weights=lambda weights: None,
-        read_words=lambda: LexicalIndex(TEXTS, keys_Nc=KEYS, number=number, count=count),
+        read_words=lambda: LexicalIndex(TEXTS, keys_nc=KEYS[number::count], number=number, count=count),
         keys=lambda ids: KEYS[ids],
         plan=plan_index(kind, rows=len(range(number, ROWS, count)), dimension=D, memory_bytes=None),
         device=torch.device("cpu"),
@@ -52,7 +52,7 @@ def offers(shards: list[IndexShard], k: int) -> list[Offers]:
 
 def scores(words: WordQuery) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Score, cosine and BM25 of every anchor with every row, by the words' definition."""
-    bm25 = np.stack([LexicalIndex(TEXTS, keys_Nc=KEYS).scores(text) for text in words.texts]).astype(np.float64)
+    bm25 = np.stack([LexicalIndex(TEXTS, keys_nc=KEYS).scores(text) for text in words.texts]).astype(np.float64)
     own = (KEYS[ANCHORS, 0, None] == KEYS[:, 0]) | (KEYS[ANCHORS, 1, None] == KEYS[:, 1])
     most = np.where(own, 0, bm25).max(axis=1, keepdims=True)
     share = np.where(most > 0, np.minimum(1, bm25 / np.where(most > 0, most, 1)), 0)

@@ -41,7 +41,7 @@ def scores_by_hand(run: Any, settings: Any, ids_B: np.ndarray) -> np.ndarray:
     encoder = fresh_encoder(settings)
     vectors = encoder.encode_rows(run.corpus.targets(range(len(texts))), unit_norm=True).astype(np.float64)
     anchors = encoder.encode_rows(run.corpus.token_rows(ids_B), unit_norm=True).astype(np.float64)
-    index = LexicalIndex(texts, keys_Nc=np.arange(len(texts))[:, None])
+    index = LexicalIndex(texts, keys_nc=np.arange(len(texts))[:, None])
     words = np.stack([index.scores(text) for text in run.corpus.texts(ids_B)])
     others = words.copy()
     others[np.arange(len(ids_B)), ids_B] = 0
@@ -89,7 +89,7 @@ def test_anchors_made_of_passages_are_scored_by_what_they_say(
     everyone = np.arange(len(run.corpus))
     texts, documents = run.corpus.texts(everyone), run.corpus.documents
     assert {"title", "cloze"} <= set(views.kinds) and documents is not None
-    index = LexicalIndex(texts, keys_Nc=everyone[:, None])
+    index = LexicalIndex(texts, keys_nc=everyone[:, None])
     by_words = np.stack([index.scores(text) for text in views.texts]).astype(np.float64)
     most = np.where(documents[ids_B][:, None] == documents, 0, by_words).max(axis=1, keepdims=True)
     share = np.where(most > 0, np.minimum(1, by_words / np.maximum(most, 1e-9)), 0)

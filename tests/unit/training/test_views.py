@@ -443,7 +443,7 @@ def test_smoothing_groups_of_views_are_near_the_passages(
 
 
 def test_training_on_titles_finds_passages_by_their_titles(tree: Tree, tmp_path: Path) -> None:
-    changes = ["views.mix={title: 1}", "negatives.source=none", "train.max_steps=40", "train.log_every_steps=10"]
+    changes = ["views.mix={title: 1}", "negatives.source=none", "train.max_steps=60", "train.log_every_steps=10"]
     run = carry_out(negatives_settings(tree, *changes, "train.batch_size=16"), tmp_path)
     assert run.logs[-1].metrics["contrastive_accuracy"] > run.logs[0].metrics["contrastive_accuracy"] + 0.2
 
