@@ -1,0 +1,157 @@
+"""What does a large corpus cost a trainer, and does preparing it go faster with more workers?
+
+- ``memory``: a corpus of made-up rows, written as arrays. In a process of its own, after all that a trainer imports:
+  seconds from opening the folder to the rows of the first batch, and resident memory above what the imports take,
+  private and mapped, after that batch and after so many more. A checkout of an earlier commit is given by ``--before``.
+
+    python benchmarks/corpus_scale.py --parts memory --rows 50e6 --out result.json
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from hardware import provenance
+
+from hncse_ray.corpus import row_hash
+from hncse_ray.corpus.files import BATCH_ROWS, row_schema, write_manifest, write_shards
+
+FACTS = {"digest": "made-up", "tokenizer": "none", "read": 0, "dropped": {}, "seconds": 0.0, "mean_tokens": 0.0}
+AIMS = {"resident_mb": 300, "first_batch_s": 2}
+MORE_BATCHES = 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=["memory"], default=["memory"])
+    parser.add_argument("--rows", type=float, default=5e7)
+    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--before", type=Path, help="a checkout of 0934c2f, whose corpora were one file")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(one_trainer(args.one, args.batch_size)))
+        return
+    result: dict[str, Any] = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+    for part in args.parts:
+        found = {"memory": memory}[part](args)
+        result[part] = provenance(torch.device("cpu")) | found
+        print(json.dumps({part: found}, indent=2), flush=True)
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------ memory of a trainer
+
+
+def memory(args: argparse.Namespace) -> dict[str, Any]:
+    """What one trainer takes, now and before."""
+    rows = int(args.rows)
+    found: dict[str, Any] = {"rows": rows, "batch_size": args.batch_size, "more_batches": MORE_BATCHES, "aims": AIMS}
+    ways = {"after": (Path(__file__).parents[1], write)}
+    if args.before:
+        ways["before"] = (args.before, write_as_before)
+    for way, (checkout, write_corpus) in ways.items():
+        folder = Path(tempfile.mkdtemp(prefix="hncse-corpus-"))
+        try:
+            write_corpus(folder, rows)
+            command = [sys.executable, __file__, "--one", str(folder), "--batch-size", str(args.batch_size)]
+            environment = os.environ | {"PYTHONPATH": str(checkout)}
+            done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+            found[way] = json.loads(done.stdout.splitlines()[-1])
+            found[way]["disk_gb"] = sum(file.stat().st_size for file in folder.iterdir()) / 1e9
+        finally:
+            shutil.rmtree(folder)
+        print(way, found[way], flush=True)
+    after = found["after"]
+    found["reached"] = {
+        "resident_mb": after["first batch"]["resident_mb"] < AIMS["resident_mb"],
+        "first_batch_s": after["first_batch_s"] < AIMS["first_batch_s"],
+    }
+    return found
+
+
+def write(folder: Path, rows: int) -> None:
+    schema = row_schema(pairs=False, negatives=False, documents=False, passages=False)
+    shards = list(write_shards(folder, made_up(rows, schema), schema))
+    write_manifest(folder, schema, shards, FACTS | {"rows": rows})
+
+
+def write_as_before(folder: Path, rows: int) -> None:
+    schema = row_schema(pairs=False, negatives=False, documents=False, passages=False)
+    path = folder / "corpus.arrow"
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for batch in made_up(rows, schema):
+            writer.write_table(pa.table(batch), max_chunksize=4096)
+    facts = FACTS | {"rows": rows, "format": 3, "bytes": path.stat().st_size}
+    (folder / "corpus.json").write_text(json.dumps(facts))
+
+
+def made_up(rows: int, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Rows of 8 to 32 tokens; of the first and last of each batch the hashes are true."""
+    rng = np.random.default_rng(0)
+    for first in range(0, rows, BATCH_ROWS):
+        count = min(BATCH_ROWS, rows - first)
+        offsets = np.concatenate([[0], np.cumsum(rng.integers(8, 33, count))]).astype(np.int32)
+        tokens = rng.integers(0, 30_000, offsets[-1], dtype=np.int32)
+        hashes = rng.integers(-(2**63), 2**63 - 1, count, dtype=np.int64)
+        for row in (0, count - 1):
+            hashes[row] = row_hash(tokens[offsets[row] : offsets[row + 1]])
+        texts = pc.cast(pa.array(np.arange(first, first + count)), pa.string())
+        lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens))
+        yield pa.record_batch([texts, pa.array(hashes), lists], schema=schema)
+
+
+def one_trainer(folder: Path, batch_size: int) -> dict[str, Any]:
+    """What a trainer does with its corpus, without the training."""
+    import hncse_ray.training.loop  # noqa: F401  all that a trainer imports
+    from hncse_ray.corpus import BatchPlan, Corpus, batch_mask
+
+    imports = resident()
+    started = time.perf_counter()
+    corpus = Corpus.open(folder)
+    plan = BatchPlan(corpus.view_lengths, batch_size=batch_size, seed=0, bucket_by_length=True, min_batch=2)
+
+    def batch(number: int) -> None:
+        ids = plan.batch(number)
+        rows = corpus.token_rows(ids)
+        assert sum(map(len, rows)) == corpus.lengths[ids].sum()
+        batch_mask(corpus.contents(ids))
+
+    batch(0)
+    found: dict[str, Any] = {"first_batch_s": time.perf_counter() - started}
+    found["first batch"] = above(imports)
+    started = time.process_time()
+    for number in range(1, MORE_BATCHES + 1):
+        batch(number)
+    found["cpu_s_a_batch"] = (time.process_time() - started) / MORE_BATCHES
+    found["later"] = above(imports)
+    return found
+
+
+def resident() -> dict[str, float]:
+    """Megabytes: all that is resident, the private part of it, and the most there ever was."""
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    names = {"resident_mb": "VmRSS", "private_mb": "RssAnon", "peak_mb": "VmHWM"}
+    return {name: int(lines[key].split()[0]) / 1024 for name, key in names.items()}
+
+
+def above(imports: dict[str, float]) -> dict[str, float]:
+    return {name: size - imports[name] for name, size in resident().items()}
+
+
+if __name__ == "__main__":
+    main()
