@@ -106,14 +106,7 @@ def cloze_set(texts: TextsOf, gaps: Gaps, *, rows: int, most_candidates: int, se
         most_candidates: how many rows are searched.
         seed: of the choice of them.
     """
-<<<<<<< HEAD
     candidates = draw_candidates(gaps, rows=rows, most=most_candidates, seed=seed)
-=======
-    asked = np.sort(np.fromiter(gaps.sentences, np.int64))
-    drawn = np.random.default_rng([seed, _OTHERS]).choice(rows, min(rows, most_candidates), replace=False)
-    others = drawn[~np.isin(drawn, asked)][: max(0, most_candidates - len(asked))]
-    candidates = np.sort(np.concatenate([asked, others]))
->>>>>>> 9e29774 (feat(corpus): mapped whole, and the order of an epoch is computed)
     found, place = texts(candidates), {int(row): i for i, row in enumerate(candidates)}
     asking: list[tuple[int, str]] = []
     for row, sentence in gaps.sentences.items():
@@ -131,16 +124,14 @@ def cloze_set(texts: TextsOf, gaps: Gaps, *, rows: int, most_candidates: int, se
     )
 
 
-<<<<<<< HEAD
 def draw_candidates(gaps: Gaps, *, rows: int, most: int, seed: int) -> Int64:
     """Return the rows that are searched: all, or those that are asked about and others, ``most`` together."""
-    asked, found = np.sort(np.fromiter(gaps.sentences, np.int64)), np.arange(rows)
-    if rows <= most:
-        return found
-    others = np.setdiff1d(found, asked)
-    some = np.random.default_rng([seed, _OTHERS]).choice(others, max(0, most - len(asked)), replace=False)
-    return np.sort(np.concatenate([asked, some]))
-=======
+    asked = np.sort(np.fromiter(gaps.sentences, np.int64))
+    drawn = np.random.default_rng([seed, _OTHERS]).choice(rows, min(rows, most), replace=False)
+    others = drawn[~np.isin(drawn, asked)][: max(0, most - len(asked))]
+    return np.sort(np.concatenate([asked, others]))
+
+
 def _documents(documents_N: Int64, order: Callable[[Int64], Int64]) -> Iterator[Int64]:
     """Yield the rows of each document, one document after the other by where their first rows are in an order."""
     for place in range(0, len(documents_N), _LOOKED_AT):
@@ -151,7 +142,6 @@ def _documents(documents_N: Int64, order: Callable[[Int64], Int64]) -> Iterator[
             while behind < len(documents_N) and documents_N[behind] == documents_N[first]:
                 behind += 1
             yield np.arange(first, behind)
->>>>>>> 9e29774 (feat(corpus): mapped whole, and the order of an epoch is computed)
 
 
 def _draw_sentence(body: str, split: Callable[[str], list[str]], rng: np.random.Generator) -> str:

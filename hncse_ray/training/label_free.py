@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hncse_ray.config import COLLECTION_METRICS, Settings
-from hncse_ray.corpus import Corpus, sentences_or_runs
+from hncse_ray.corpus import Corpus, Shuffled, sentences_or_runs
 from hncse_ray.errors import DataError
 from hncse_ray.evaluation import (
     Encode,
@@ -61,7 +61,15 @@ def hold_out(settings: Settings, corpus: Corpus) -> Gaps | None:
             "Set corpus.source=documents, or other evaluation.suites",
         )
     queries, seed = settings.evaluation.held_out_queries, settings.run.seed
-    return draw_gaps(corpus.documents, corpus.bodies, sentences_or_runs, count=queries, seed=seed, where=where)
+    return draw_gaps(
+        corpus.documents,
+        corpus.bodies,
+        sentences_or_runs,
+        order=Shuffled(len(corpus), (seed,)),
+        count=queries,
+        seed=seed,
+        where=where,
+    )
 
 
 def label_free_sets(settings: Settings, corpus: Corpus, gaps: Gaps, base: Encode) -> dict[str, RetrievalSet]:
@@ -110,7 +118,7 @@ def pseudo_relevance_set(
     own_Q = np.array([place for place, _ in asking])
     queries = [text for _, text in asking]
     smooth_AD = _smoothed(encode_unit(on_side(base, "document"), candidates))
-    index = LexicalIndex(candidates, keys_Nc=np.arange(len(candidates))[:, None])
+    index = LexicalIndex(candidates, keys_nc=np.arange(len(candidates))[:, None])
     score_QA = encode_unit(on_side(base, "query"), queries) @ smooth_AD.T
     score_QA = score_QA + _LEXICAL * _shares(index, queries, own_Q)
     best_QK = _best(score_QA, own_Q, _ROWS_ASKED)
