@@ -125,9 +125,12 @@ def measure(
         for use, s in settings.items()
     }
     for use, source in sources.items():
-        source.refresh(states[use], copy)
+        source.take([0], states[use], copy)  # has the index made
     client.wait(3600)
-    known = [to_step(sources["fresh"].take([number], states["fresh"])[0], corpus) for number in range(args.batches + 2)]
+    known = [
+        to_step(sources["fresh"].take([number], states["fresh"], copy)[0][0], corpus)
+        for number in range(args.batches + 2)
+    ]
     seconds = {mode: np.zeros((args.rounds, args.batches)) for mode in MODES}
     tokens = {mode: np.zeros(args.batches, dtype=np.int64) for mode in MODES}
     steps = [(0, number) for number in (args.batches, args.batches + 1)]  # these warm up
@@ -137,9 +140,8 @@ def measure(
             started = time.perf_counter()
             taken = None
             if mode in sources:
-                sources[mode].refresh(states[mode], copy)
-                taken = to_step(sources[mode].take([number], states[mode])[0], corpus)
-                if not taken.mask_Bm.any():
+                taken = to_step(sources[mode].take([number], states[mode], copy)[0][0], corpus)
+                if not taken.mask_bm.any():
                     raise RuntimeError("no negatives came")
             elif mode == "3B rows":
                 taken = known[number]

@@ -69,6 +69,14 @@ class FolderStore:
         write_folder(self.root / "model", write)
 
 
+class RanksStore(FolderStore):
+    """Checkpoints in a folder that all ranks see; they are written, and the model is, by the first."""
+
+    def save(self, step: int, write: Callable[[Path], None] | None) -> None:
+        if write is not None:
+            super().save(step, write)
+
+
 class WatchedSource:
     """The real source in the process; ``before(method, what)`` runs first and may fail it or hold it up.
 
@@ -92,13 +100,13 @@ class WatchedSource:
     def wait(self, timeout_s: float) -> None:
         self._count("wait")
 
-    def search(self, row_ids: np.ndarray, *, k: int, anchors: Any = None, words: Any = None) -> Hits:
+    def search(self, row_ids: np.ndarray, *, k: int, version: IndexVersion | None = None, **how: Any) -> Hits:
         number = self._numbers.get(tuple(row_ids.tolist()))
         if number is None:  # a part of a batch
             number = next(n for rows, n in self._numbers.items() if set(row_ids.tolist()) <= set(rows))
         self._looking_up.number = number
         self.before("search", self._looking_up.number)
-        return self.inner.search(row_ids, k=k, anchors=anchors, words=words)
+        return self.inner.search(row_ids, k=k, version=version, **how)
 
     def scores(self, hits: Hits, ids: np.ndarray, *, words: Any = None) -> np.ndarray:
         self.before("scores", self._looking_up.number)
@@ -199,9 +207,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, Sequence[BatchN
     found: dict[int, Sequence[BatchNegatives]] = {}
     really = GlobalNegatives.take
 
-    def take(self: GlobalNegatives, numbers: Any, state: Any) -> list[BatchNegatives]:
-        found[state.step] = really(self, numbers, state)
-        return list(found[state.step])
+    def take(self: GlobalNegatives, numbers: Any, state: Any, weights: Any) -> tuple[list[BatchNegatives], float]:
+        found[state.step], waited_s = really(self, numbers, state, weights)
+        return list(found[state.step]), waited_s
 
     with monkeypatch.context() as patch:
         patch.setattr(GlobalNegatives, "take", take)

@@ -210,7 +210,7 @@ def _mine_block(source: NegativeSource, parts: _Parts, settings: Settings, first
         contents=corpus.contents,
         documents=corpus.kept_apart(settings.corpus),
         positive_score=1.0,
-        rules=SelectionRules.of(negatives, per_anchor=negatives.per_anchor, exclude_batch=False, unique=False),
+        rules=SelectionRules.of(negatives, per_anchor=negatives.per_anchor, exclude_batch=False),
         seed=(settings.run.seed, first),
     )
     full_B = selection.mask_Bm.all(axis=1)

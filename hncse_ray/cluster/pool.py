@@ -43,7 +43,7 @@ from hncse_ray.negatives.index_plan import size_text
 logger = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 300.0  # to load an encoder, once the corpus is there
-_POLL_S = 0.25
+POLL_S, LONGEST_POLL_S = 0.25, 2.0  # of the rank that decides, and the longest of any other
 _ROOM_NEWS_S = 10.0
 _CONTROL_TIMEOUT_S = 10.0
 _PUBLISH_TIMEOUT_S = 120.0
@@ -175,12 +175,13 @@ class PoolClient:
     Args:
         handles: the pool's actors.
         timeout_s: a shard that has not answered by then is left out.
+        poll_s: seconds between two looks at the pool's state.
     """
 
-    def __init__(self, handles: PoolHandles, *, timeout_s: float) -> None:
+    def __init__(self, handles: PoolHandles, *, timeout_s: float, poll_s: float = POLL_S) -> None:
         self._coordinator, self._shards, self._timeout_s = handles.coordinator, handles.shards, timeout_s
         self._state = PoolState(SourceStatus(shards=len(handles.shards)), ())
-        self._unreachable = ""
+        self._unreachable, self._poll_s = "", poll_s
         self._closed = threading.Event()
         self._poll()
         threading.Thread(target=self._keep_polling, name="pool-state", daemon=True).start()
@@ -213,11 +214,19 @@ class PoolClient:
         self._poll()
 
     def search(
-        self, row_ids: np.ndarray, *, k: int, anchors: Sequence[TokenRow] | None = None, words: WordQuery | None = None
+        self,
+        row_ids: np.ndarray,
+        *,
+        k: int,
+        version: IndexVersion | None = None,
+        anchors: Sequence[TokenRow] | None = None,
+        words: WordQuery | None = None,
     ) -> Hits:
         """Find the k nearest rows of each of B rows, or of their anchors."""
+        if version is not None and version != self._state.status.version:
+            self._poll()  # who asks may have heard of the version before this client has
         state = self._state
-        version = state.status.version
+        version = version or state.status.version
         if version is None or not state.serving:
             self._poll()  # whoever asks again should find what there is then
             raise SourceUnavailable(self._unreachable or "no shard serves an index")
@@ -231,8 +240,7 @@ class PoolClient:
         asked, most_B = [s for s in state.serving if s not in failed], None
         if words is None:
             answers = self._ask({s: self._searching(s, "search").remote(version, queries, k) for s in asked})
-            scores_SQk, ids_SQk = (np.stack(parts) for parts in zip(*answers.values(), strict=True))
-            scores_Bk[known_B], ids_Bk[known_B] = merge_hits(scores_SQk, ids_SQk, k=k)
+            scores_Bk[known_B], ids_Bk[known_B] = merge_hits(*zip(*answers.values(), strict=True), k=k)
         else:
             texts = [text for text, known in zip(words.texts, known_B, strict=True) if known]
             arguments = (version, queries, k, row_ids[known_B], ray.put(texts) if len(asked) > 1 else texts)
@@ -347,7 +355,7 @@ class PoolClient:
             self._unreachable = str(error)
 
     def _keep_polling(self) -> None:
-        while not self._closed.wait(_POLL_S):
+        while not self._closed.wait(self._poll_s):
             self._poll()
 
 

@@ -11,7 +11,7 @@ import ray.train
 import torch
 
 from hncse_ray.cluster.metrics import RayMetrics
-from hncse_ray.cluster.pool import PoolClient
+from hncse_ray.cluster.pool import LONGEST_POLL_S, POLL_S, PoolClient
 from hncse_ray.cluster.surroundings import surroundings
 from hncse_ray.cluster.visible import unseen
 from hncse_ray.config import Settings
@@ -87,10 +87,11 @@ def _build_job(settings: Settings, config: dict[str, Any], notify: Callable[[str
     encoder = load_encoder(settings.encoder.model, settings.encoder, device=device, seed=settings.run.seed)
     corpus = config["corpus"].open()
     source: NegativeSource | None = None
-    if rank() == 0 and config["pool"] is not None:
-        if config["starts"].last() is None:  # the shards come up while the first workers do
+    if config["pool"] is not None:
+        if rank() == 0 and config["starts"].last() is None:  # the shards come up while the first workers do
             config["pool"].wait_until_ready(notify)
-        source = PoolClient(config["pool"], timeout_s=settings.negatives.timeout_s)
-    elif rank() == 0 and config["index"] is not None:
+        poll_s = POLL_S if rank() == 0 else min(LONGEST_POLL_S, POLL_S * world_size())
+        source = PoolClient(config["pool"], timeout_s=settings.negatives.timeout_s, poll_s=poll_s)
+    elif config["index"] is not None:
         source = in_process_source(settings, corpus, plan=config["index"], threads=config["threads"], device=device)
     return TrainJob(settings, corpus, encoder, ray.get(config["sets"]), source)

@@ -112,7 +112,7 @@ class EncoderSettings(Section):
 class NegativesSettings(Section):
     """Neighbours from the whole corpus, found by an index of an earlier state of the encoder.
 
-    The index is a pool of actors beside the trainers (``pool``), or lives in the first trainer (``in_process``).
+    The index is a pool of actors beside the trainers (``pool``), or lives in the trainer (``in_process``).
     """
 
     source: Literal["none", "in_process", "pool"] = Field(
@@ -187,7 +187,7 @@ class NegativesSettings(Section):
         if self.sampling == "bands" and not all(a < b for a, b in pairwise((0, *self.bands, self.candidates))):
             raise ValueError(f"bands {list(self.bands)} must rise, to less than candidates = {self.candidates}")
         if self.source == "in_process" and (self.num_shards, self.cpus_per_shard, self.gpus_per_shard) != (1, 0, 0):
-            raise ValueError("source 'in_process' is one shard in the first trainer; for more set source: pool")
+            raise ValueError("source 'in_process' is one shard in the trainer; for more set source: pool")
         if self.gpus_per_shard > 1 and self.gpus_per_shard % 1:
             raise ValueError(f"gpus_per_shard {self.gpus_per_shard} must be a whole number or a fraction of one")
         return self

@@ -60,28 +60,31 @@ def rank_slice(row_ids: Int64, rank: int, world: int) -> Int64:
     return row_ids[start : start + share + (rank < extra)]
 
 
-def batch_mask(*keys_B: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_] | None:
-    """Return which rows of a global batch may repel each other: those that differ in every key.
+def batch_mask(*keys_B: npt.NDArray[np.integer], own: slice | None = None) -> npt.NDArray[np.bool_] | None:
+    """Return which rows of a global batch the own ones may repel: those that differ in every key.
 
     Args:
         keys_B: what rows are known by, such as the hashes of their tokens `[B]`; as many keys as there are. Of a key
             with several values a row `[B, n]`, rows differ that share none.
+        own: which rows are asked for, b of them; default: all.
 
     Returns:
-        Bool `[B, B]`, symmetric, False on the diagonal; None, which costs nothing, where all rows differ.
+        Bool `[b, B]`, False where a row meets itself; None, which costs nothing, where the own rows differ from all.
     """
-    mask_BB = None
+    mask_bB = None
     for key_B in keys_B:
+        first, last, _ = (own or slice(None)).indices(len(key_B))
         values, row_of = key_B.ravel(), np.repeat(np.arange(len(key_B)), key_B.size // len(key_B))
         order = np.argsort(values, kind="stable")
         bounds = np.concatenate([[0], np.flatnonzero(np.diff(values[order])) + 1, [len(values)]])
         for alike in np.flatnonzero(np.diff(bounds) > 1):
-            rows = row_of[order[bounds[alike] : bounds[alike + 1]]]
-            if rows[0] != rows[-1]:  # in rising order
-                if mask_BB is None:
-                    mask_BB = ~np.eye(len(key_B), dtype=np.bool_)
-                mask_BB[np.ix_(rows, rows)] = False
-    return mask_BB
+            rows = row_of[order[bounds[alike] : bounds[alike + 1]]]  # in rising order
+            mine = rows[(rows >= first) & (rows < last)] - first
+            if len(mine) and rows[0] != rows[-1]:
+                if mask_bB is None:
+                    mask_bB = ~np.eye(last - first, len(key_B), first, dtype=np.bool_)
+                mask_bB[np.ix_(mine, rows)] = False
+    return mask_bB
 
 
 class RowLengths(Protocol):

@@ -5,7 +5,7 @@ a module which needs neither can be imported without torch.
 """
 
 from hncse_ray.negatives.hits import Offers, WordQuery, merge_hits, merge_offers
-from hncse_ray.negatives.in_batch import rows_too_close, score_limit
+from hncse_ray.negatives.in_batch import NearHits, near_hits, score_limit
 from hncse_ray.negatives.index_plan import IndexPlan, plan_index
 from hncse_ray.negatives.refresh import RefreshDecision, RefreshFacts, RefreshRules, decide
 from hncse_ray.negatives.selection import FATES, Selection, SelectionRules, select
@@ -28,6 +28,7 @@ __all__ = [
     "Hits",
     "IndexPlan",
     "IndexVersion",
+    "NearHits",
     "NegativeSource",
     "Offers",
     "RefreshDecision",
@@ -44,8 +45,8 @@ __all__ = [
     "decide",
     "merge_hits",
     "merge_offers",
+    "near_hits",
     "plan_index",
-    "rows_too_close",
     "score_limit",
     "select",
     "weights_digest",

@@ -1,6 +1,6 @@
 """The hits of searches: scores and ids, best first, and their merge over the shards; by cosine, or by words too.
 
-Shape letters: S shards, Q queries, k hits.
+Shape letters: Q queries, k hits, K hits of all shards.
 """
 
 from __future__ import annotations
@@ -17,25 +17,24 @@ from hncse_ray.config import NegativesSettings
 Hits: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]  # scores and ids
 
 
-def merge_hits(scores_SQk: NDArray[np.floating[Any]], ids_SQk: NDArray[np.integer[Any]], *, k: int) -> Hits:
-    """Merge the answers of S shards: best first, ties by the smaller id.
+def merge_hits(scores: Sequence[NDArray[np.floating[Any]]], ids: Sequence[NDArray[np.integer[Any]]], *, k: int) -> Hits:
+    """Merge the answers of shards: best first, ties by the smaller id.
 
     Args:
-        scores_SQk: of each shard, in any order.
-        ids_SQk: global ids; -1 = no hit.
+        scores: of each shard ``[Q, any number]``, in any order.
+        ids: global ids, the same; -1 = no hit.
         k: hits wanted of each query.
 
     Returns:
         float32 scores [Q, k] and int64 ids [Q, k], padded with -inf and -1.
     """
-    shards, queries, width = scores_SQk.shape
-    if ids_SQk.shape != scores_SQk.shape:
-        raise ValueError(f"scores {scores_SQk.shape} and ids {ids_SQk.shape} differ in shape")
-    scores_QK = np.moveaxis(scores_SQk, 0, 1).reshape(queries, shards * width).astype(np.float32)
-    ids_QK = np.moveaxis(ids_SQk, 0, 1).reshape(queries, shards * width).astype(np.int64)
+    scores_QK = np.concatenate([np.asarray(part, np.float32) for part in scores], axis=1)
+    ids_QK = np.concatenate([np.asarray(part, np.int64) for part in ids], axis=1)
+    if scores_QK.shape != ids_QK.shape:
+        raise ValueError(f"scores {scores_QK.shape} and ids {ids_QK.shape} differ in shape")
     scores_QK[ids_QK < 0] = -np.inf
-    merged = no_hits(queries, k)
-    keep = min(k, shards * width)
+    merged = no_hits(len(scores_QK), k)
+    keep = min(k, scores_QK.shape[1])
     merged[0][:, :keep], merged[1][:, :keep] = ordered(scores_QK, ids_QK, keep)
     merged[1][np.isneginf(merged[0])] = -1
     return merged
@@ -48,8 +47,32 @@ def no_hits(queries: int, k: int) -> Hits:
 
 def ordered(scores_QK: NDArray[np.float32], rows_QK: NDArray[np.int64], keep: int) -> Hits:
     """Return the first `keep` by falling score, then rising row."""
-    order_Qk = np.lexsort((rows_QK, -scores_QK), axis=-1)[:, :keep]
+    order_Qk = first_places(scores_QK, rows_QK, keep)
     return np.take_along_axis(scores_QK, order_Qk, 1), np.take_along_axis(rows_QK, order_Qk, 1)
+
+
+def first_places(scores_QK: NDArray[np.float32], rows_QK: NDArray[np.int64], keep: int) -> NDArray[np.int64]:
+    """Return the places of the first `keep` by falling score, then rising row ``[Q, keep]``.
+
+    Only those that score as high as the last of them are sorted, so that many shards cost little more than one.
+    """
+    Q, K = scores_QK.shape
+    places_QK: NDArray[np.int64] | None = None
+    if 0 < keep < K:
+        last_Q1 = -np.partition(-scores_QK, keep - 1, axis=1)[:, keep - 1 : keep]
+        high_QK = scores_QK >= last_Q1
+        width = int(high_QK.sum(axis=1).max(initial=keep))  # above `keep` where scores are equal
+        if width < K:
+            queries, places = np.nonzero(high_QK)
+            counts_Q = np.bincount(queries, minlength=Q)
+            slots = np.arange(len(queries)) - np.repeat(np.cumsum(counts_Q) - counts_Q, counts_Q)
+            places_QK = np.full((Q, width), -1, dtype=np.int64)
+            places_QK[queries, slots] = places
+            nobody_QK = places_QK < 0
+            keys = [np.take_along_axis(keys_QK, np.maximum(places_QK, 0), 1) for keys_QK in (rows_QK, -scores_QK)]
+            order_Qk = np.lexsort((*keys, nobody_QK), axis=-1)[:, :keep]
+            return np.take_along_axis(places_QK, order_Qk, 1)
+    return np.lexsort((rows_QK, -scores_QK), axis=-1)[:, :keep]
 
 
 @dataclass(frozen=True)
@@ -116,15 +139,15 @@ def merge_offers(offers: Sequence[Offers], *, words: WordQuery) -> tuple[Hits, N
         Float32 *cosines* [Q, k] and int64 ids [Q, k], padded with -inf and -1; and of each query the best BM25 of a row
         that is not its own ``[Q]``.
     """
-    ids_QSw = np.stack([offer.ids_Q2k for offer in offers], axis=1)
-    cosines_QSw = np.stack([offer.cosines_Q2k for offer in offers], axis=1)
-    words_QSw = np.stack([offer.words_Q2k for offer in offers], axis=1)
-    Q, _, width = ids_QSw.shape
-    k, union = width // 2, []
-    for half, keys in ((slice(0, k), cosines_QSw), (slice(k, width), words_QSw)):
-        parts = [x[:, :, half].reshape(Q, -1) for x in (ids_QSw, cosines_QSw, words_QSw, keys)]
-        order_Qk = np.lexsort((parts[0], -parts[3], parts[0] < 0), axis=-1)[:, :k]
-        union.append([np.take_along_axis(x, order_Qk, 1) for x in parts[:3]])
+    k, union = offers[0].ids_Q2k.shape[1] // 2, []
+    for half, by in ((slice(0, k), 1), (slice(k, 2 * k), 2)):
+        columns = zip(
+            *((o.ids_Q2k[:, half], o.cosines_Q2k[:, half], o.words_Q2k[:, half]) for o in offers), strict=True
+        )
+        parts = [np.concatenate(of_shards, axis=1) for of_shards in columns]
+        keys_QK = np.where(parts[0] < 0, np.float32(-np.inf), parts[by])
+        order_Qk = first_places(keys_QK, parts[0], k)
+        union.append([np.take_along_axis(x, order_Qk, 1) for x in parts])
     ids_QK, cosines_QK, words_QK = (np.concatenate(parts, axis=1) for parts in zip(*union, strict=True))
     most_Q = words_QK[:, k:].max(axis=1, initial=0)
     scores_QK = np.where(ids_QK < 0, -np.inf, words.scores(cosines_QK, words_QK, most_Q))

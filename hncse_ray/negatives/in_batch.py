@@ -1,9 +1,11 @@
 """What the hits of a batch say of the batch itself: which of its rows may be right for each other's anchors.
 
-Letters of shapes: B anchors, k hits of each, G different targets among those of the batch.
+Letters of shapes: B anchors, k hits of each.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,49 +25,48 @@ def score_limit(max_score: float | None, relative_margin: float | None, positive
     return limit_B.astype(np.float32)
 
 
-def rows_too_close(
+@dataclass(frozen=True)
+class NearHits:
+    """Hits of B anchors that may be the targets of other rows of their batch.
+
+    Attributes:
+        keys_Bk: what the targets of the hits are known by.
+        above_Bk: which of them are too close to the anchor by their score.
+        nearest_Bk: which of them are among its nearest.
+        own_B: what the anchors' own targets are known by.
+    """
+
+    keys_Bk: Int64
+    above_Bk: Bool
+    nearest_Bk: Bool
+    own_B: Int64
+
+
+def near_hits(
     keys_Bk: Int64,
-    scores_Bk: NDArray[np.float32],
+    scores_Bk: Float32,
     *,
-    batch_keys_B: Int64,
+    own_B: Int64,
     limit_B: Float32 | None,
     reciprocal: int | None,
-) -> Int64:
-    """Return the places of a batch that should not repel each other.
+) -> NearHits:
+    """Return what anchors must tell each other of their hits.
 
-    Two anchors are kept apart if the target of one is a hit of the other above the limit, or if the target of each is
+    Two of them are kept apart if the target of one is a hit of the other above the limit, or if the target of each is
     among the nearest of the other (reciprocal neighbours).
 
     Args:
         keys_Bk: what the targets of the hits are known by, best first.
         scores_Bk: their scores; -inf where there is no hit.
-        batch_keys_B: what the anchors' own targets are known by.
+        own_B: what the anchors' own targets are known by; hits of these do not count.
         limit_B: of each anchor, scores above it are too close; None: scores do not count.
-        reciprocal: how many of the nearest count, an anchor's own target not among them; None: none does.
-
-    Returns:
-        Int64 ``[n, 2]``, i < j; of rows with different targets.
+        reciprocal: how many of the nearest count; None: none does.
     """
-    if limit_B is None and reciprocal is None:
-        return np.zeros((0, 2), dtype=np.int64)
-    targets_G, group_B = np.unique(batch_keys_B, return_inverse=True)
-    B, group_Bk = len(batch_keys_B), np.minimum(np.searchsorted(targets_G, keys_Bk), len(targets_G) - 1)
-    other_Bk = np.isfinite(scores_Bk) & (keys_Bk != batch_keys_B[:, None])
-    here_Bk = other_Bk & (targets_G[group_Bk] == keys_Bk)
-
-    def of_batch(hit_Bk: Bool) -> Bool:
-        """Which rows [B, B] the targets of hits are the targets of."""
-        found_BG = np.zeros((B, len(targets_G)), dtype=np.bool_)
-        anchors, places = np.nonzero(here_Bk & hit_Bk)
-        found_BG[anchors, group_Bk[anchors, places]] = True
-        found_BB: Bool = found_BG[:, group_B]
-        return found_BB
-
-    apart_BB = np.zeros((B, B), dtype=np.bool_)
-    if limit_B is not None:
-        above_BB = of_batch(scores_Bk > limit_B[:, None])
-        apart_BB |= above_BB | above_BB.T
-    if reciprocal is not None:
-        nearest_BB = of_batch(np.cumsum(other_Bk, axis=1) <= reciprocal)
-        apart_BB |= nearest_BB & nearest_BB.T
-    return np.argwhere(np.triu(apart_BB, 1))
+    other_Bk = np.isfinite(scores_Bk) & (keys_Bk != own_B[:, None])
+    nobody_Bk = np.zeros_like(other_Bk)
+    return NearHits(
+        keys_Bk,
+        nobody_Bk if limit_B is None else other_Bk & (scores_Bk > limit_B[:, None]),
+        nobody_Bk if reciprocal is None else other_Bk & (np.cumsum(other_Bk, axis=1) <= reciprocal),
+        own_B,
+    )

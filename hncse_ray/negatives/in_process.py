@@ -53,10 +53,16 @@ class InProcessSource:
         """Nothing is ever under way."""
 
     def search(
-        self, row_ids: Int64, *, k: int, anchors: Sequence[TokenRow] | None = None, words: WordQuery | None = None
+        self,
+        row_ids: Int64,
+        *,
+        k: int,
+        version: IndexVersion | None = None,
+        anchors: Sequence[TokenRow] | None = None,
+        words: WordQuery | None = None,
     ) -> Hits:
         """Find the k nearest rows of each of B rows, or of their anchors."""
-        version = self._status.version
+        version = version or self._status.version
         if version is None:
             raise SourceUnavailable("nothing has been published yet")
         if anchors is None:

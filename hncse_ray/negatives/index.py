@@ -411,7 +411,7 @@ class _IvfIndex:
         else:
             _faiss().omp_set_num_threads(threads)  # of the calling thread
             found_QK = self._find(queries_QD, keep)
-        return merge_hits(found_QK[0][None], found_QK[1][None], k=k)
+        return merge_hits([found_QK[0]], [found_QK[1]], k=k)
 
     def _find(self, queries_QD: NDArray[np.float32], k: int) -> Hits:
         probes = _faiss().SearchParametersIVF(nprobe=self._plan.nprobe)

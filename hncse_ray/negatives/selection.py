@@ -1,4 +1,6 @@
-"""From the index's hits to the negatives of a batch: drop likely false negatives, then choose m an anchor.
+"""From the index's hits to the negatives of anchors: drop likely false negatives, then choose m an anchor.
+
+Every anchor is chosen for by itself, so that a part of a batch gets what it gets in the whole.
 
 Letters of shapes: B anchors, k hits of each, m negatives chosen for each.
 """
@@ -42,7 +44,6 @@ class SelectionRules:
         temperature: of softmax sampling; above 0.
         bands: last rank of each band but the last, counted from 1 among the hits that are left; rising.
         exclude_batch: drop hits that hold what a row of the batch holds.
-        unique: choose each row for one anchor of the batch only, the first that would take it.
 
     Raises:
         ValueError: a number is out of its range or the sampling is unknown.
@@ -56,10 +57,9 @@ class SelectionRules:
     temperature: float
     bands: tuple[int, ...] = ()
     exclude_batch: bool = True
-    unique: bool = False
 
     @classmethod
-    def of(cls, settings: NegativesSettings, *, per_anchor: int, exclude_batch: bool, unique: bool) -> SelectionRules:
+    def of(cls, settings: NegativesSettings, *, per_anchor: int, exclude_batch: bool) -> SelectionRules:
         """Return the rules that the settings of a run ask for."""
         return cls(
             per_anchor=per_anchor,
@@ -70,7 +70,6 @@ class SelectionRules:
             temperature=settings.sampling_temperature,
             bands=settings.bands,
             exclude_batch=exclude_batch,
-            unique=unique,
         )
 
     def __post_init__(self) -> None:
@@ -92,19 +91,15 @@ class Selection:
         ids_Bm: row ids int64 [B, m], in the order of the hits within an anchor; -1 where not usable.
         scores_Bm: their cosines fp32 [B, m]; 0 where not usable.
         mask_Bm: bool [B, m], True where usable; the usable ones of an anchor stand first.
-        columns_mask: with `rules.unique`, where every anchor sees everyone's negatives, bool [B, B*m]: column
-            j*m + n is negative n of anchor j. False in row i where that negative is not usable, is row i
-            itself, holds what it holds or is of its document, or was among anchor i's hits and removed by
-            `max_score` or `relative_margin`. None without `rules.unique`.
-        removed: hits that each rule removed, a hit counted by the first rule that removes it: those of `RULES`, and
-            `chosen_twice`.
+        barred_Bk: row ids of the hits that `max_score` or `relative_margin` removed; -1 elsewhere.
+        removed: hits that each rule of `RULES` removed, a hit counted by the first rule that removes it.
         fates_Bk: what became of each hit, int8 [B, k], its place in `FATES`.
     """
 
     ids_Bm: Int64
     scores_Bm: Float32
     mask_Bm: Bool
-    columns_mask: Bool | None
+    barred_Bk: Int64
     removed: dict[str, int]
     fates_Bk: npt.NDArray[np.int8]
 
@@ -119,16 +114,14 @@ def select(
     positive_score: float | Float32,
     rules: SelectionRules,
     seed: Sequence[int],
+    batch_ids: Int64 | None = None,
+    first: int = 0,
 ) -> Selection:
-    """Choose the negatives of a batch from the index's hits. The outcome depends on nothing but the arguments.
+    """Choose the negatives of anchors from the index's hits. The outcome depends on nothing but the arguments.
 
     The rules act in the order of `Selection.removed`; then `rules.sampling` takes up to m of the survivors.
     Where fewer are left the mask says so: no row is repeated and no rule is bent to fill up. Limits of scores
     are compared in fp32, and a score equal to a limit is kept.
-
-    With `rules.unique` the anchors choose one after the other, and what an earlier one has chosen is removed
-    from the survivors of the later ones (`chosen_twice` counts all of these). That pass is a Python loop over
-    the B*k hits, some ten milliseconds for a hundred thousand of them; all else is vectorised.
 
     Args:
         ids_Bk: row ids of the hits [B, k], best first, each at most once an anchor; -1: no hit (its score is
@@ -143,6 +136,8 @@ def select(
             `relative_margin`.
         rules: which hits may be negatives, and which of those are taken.
         seed: integers >= 0 that the sampling is drawn from, such as the run's seed and the batch's number.
+        batch_ids: row ids of the whole batch, if these anchors are a part of it.
+        first: place of the first of these anchors in the batch: what is drawn for an anchor hangs on its place.
 
     Returns:
         The negatives, with the mask and the counts that go with them.
@@ -155,6 +150,7 @@ def select(
         ids_Bk=np.asarray(ids_Bk, np.int64),
         scores_Bk=np.asarray(scores_Bk, np.float32),
         row_ids_B=np.asarray(row_ids_B, np.int64),
+        batch_ids=np.asarray(row_ids_B if batch_ids is None else batch_ids, np.int64),
         contents=contents,
         documents=documents,
     )
@@ -162,13 +158,10 @@ def select(
     fates_Bk = _fates(hits, margin_limit=limit, rules=rules)
     removed = {rule: int(np.count_nonzero(fates_Bk == FATES.index(rule))) for rule in RULES}
     alive_Bk = fates_Bk == _LEFT
-    order_Bk = _order(hits.scores_Bk, alive_Bk, rules=rules, seed=seed)
-    if rules.unique:
-        chosen_Bk, removed["chosen_twice"] = _choose_unique(
-            order_Bk, alive_Bk, ids_Bk=hits.ids_Bk, per_anchor=rules.per_anchor
-        )
-    else:
-        chosen_Bk, removed["chosen_twice"] = _choose(order_Bk, alive_Bk, per_anchor=rules.per_anchor), 0
+    order_Bk = _order(hits.scores_Bk, alive_Bk, rules=rules, draw=_draw(seed, first * alive_Bk.shape[1]))
+    chosen_Bk = np.zeros_like(alive_Bk)
+    np.put_along_axis(chosen_Bk, order_Bk[:, : rules.per_anchor], True, axis=1)
+    chosen_Bk &= alive_Bk
     fates_Bk[chosen_Bk] = _TAKEN
 
     # The chosen ones move to the front, in the order of the hits.
@@ -180,11 +173,9 @@ def select(
     ids_Bm[anchors, slots] = hits.ids_Bk[anchors, places]
     scores_Bm[anchors, slots] = hits.scores_Bk[anchors, places]
     mask_Bm[anchors, slots] = True
-    columns_mask = None
-    if rules.unique:
-        too_close_Bk = np.isin(fates_Bk, [FATES.index("max_score"), FATES.index("relative_margin")])
-        columns_mask = _columns_mask(ids_Bm, hits=hits, too_close_Bk=too_close_Bk)
-    return Selection(ids_Bm, scores_Bm, mask_Bm, columns_mask, removed, fates_Bk)
+    too_close_Bk = np.isin(fates_Bk, [FATES.index("max_score"), FATES.index("relative_margin")])
+    barred_Bk = np.where(too_close_Bk, hits.ids_Bk, -1)
+    return Selection(ids_Bm, scores_Bm, mask_Bm, barred_Bk, removed, fates_Bk)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +185,7 @@ class _Hits:
     ids_Bk: Int64
     scores_Bk: Float32
     row_ids_B: Int64
+    batch_ids: Int64
     contents: Callable[[Int64], Int64]
     documents: Int64 | None
 
@@ -239,7 +231,7 @@ def _fates(hits: _Hits, *, margin_limit: Float32 | None, rules: SelectionRules) 
 
     in_batch_Bk = above(None)
     if rules.exclude_batch:
-        in_batch_Bk = np.any(np.isin(hits.contents(hits.ids_Bk), hits.contents(hits.row_ids_B)), axis=-1)
+        in_batch_Bk = np.any(np.isin(hits.contents(hits.ids_Bk), hits.contents(hits.batch_ids)), axis=-1)
     breaches: dict[str, Bool] = {
         "itself": hits.ids_Bk == hits.row_ids_B[:, None],
         "same_content": hits.same_content(hits.ids_Bk),
@@ -256,70 +248,38 @@ def _fates(hits: _Hits, *, margin_limit: Float32 | None, rules: SelectionRules) 
     return fates_Bk
 
 
-def _order(scores_Bk: Float32, alive_Bk: Bool, *, rules: SelectionRules, seed: Sequence[int]) -> Int64:
+def _draw(seed: Sequence[int], skip: int) -> np.random.Generator:
+    """Return a generator that has given away so many numbers, each of which takes one of the 64 bits that it makes."""
+    draw = np.random.default_rng(list(seed))
+    draw.bit_generator.advance(skip)  # type: ignore[attr-defined]  # PCG64 has it
+    return draw
+
+
+def _order(scores_Bk: Float32, alive_Bk: Bool, *, rules: SelectionRules, draw: np.random.Generator) -> Int64:
     """Return places of hits [B, k] in the order they are taken in, survivors before all others.
 
     Adding Gumbel noise to log-weights and sorting draws without replacement in proportion to the weights
     (Kool et al. 2019, arXiv 1903.06059); equal weights make it a uniform draw.
     """
     if rules.sampling == "bands":
-        return _order_by_bands(alive_Bk, rules.bands, seed=seed)
+        return _order_by_bands(alive_Bk, rules.bands, draw=draw)
     keys_Bk = np.zeros(alive_Bk.shape)  # equal keys keep the order of the hits: `top`
     if rules.sampling != "top":
-        keys_Bk += np.random.default_rng(list(seed)).gumbel(size=alive_Bk.shape)
+        keys_Bk += draw.gumbel(size=alive_Bk.shape)
     if rules.sampling == "softmax":
         keys_Bk += np.where(alive_Bk, scores_Bk, 0).astype(np.float64) / rules.temperature
     # lexsort: by its last key first, stable
     return np.lexsort((-keys_Bk, ~alive_Bk), axis=1)
 
 
-def _order_by_bands(alive_Bk: Bool, bands: Sequence[int], *, seed: Sequence[int]) -> Int64:
+def _order_by_bands(alive_Bk: Bool, bands: Sequence[int], *, draw: np.random.Generator) -> Int64:
     """Shuffle each band of the survivors' ranks, then deal the bands out in turn."""
     ranks_Bk = np.cumsum(alive_Bk, axis=1) - 1
     band_Bk = np.where(alive_Bk, np.searchsorted(bands, ranks_Bk, side="right"), len(bands) + 1)
-    chance_Bk = np.random.default_rng(list(seed)).random(alive_Bk.shape)
+    chance_Bk = draw.random(alive_Bk.shape)
     by_band_Bk = np.lexsort((chance_Bk, band_Bk), axis=1)
     starts = np.array([0, *bands, 0])[np.take_along_axis(band_Bk, by_band_Bk, 1)]
     turn_Bk = np.empty_like(by_band_Bk)  # how many of its band come before a hit
     np.put_along_axis(turn_Bk, by_band_Bk, np.arange(alive_Bk.shape[1]) - starts, axis=1)
     order_Bk: Int64 = np.lexsort((band_Bk, turn_Bk, ~alive_Bk), axis=1)
     return order_Bk
-
-
-def _choose(order_Bk: Int64, alive_Bk: Bool, *, per_anchor: int) -> Bool:
-    chosen_Bk = np.zeros_like(alive_Bk)
-    np.put_along_axis(chosen_Bk, order_Bk[:, :per_anchor], True, axis=1)
-    return chosen_Bk & alive_Bk
-
-
-def _choose_unique(order_Bk: Int64, alive_Bk: Bool, *, ids_Bk: Int64, per_anchor: int) -> tuple[Bool, int]:
-    """Let the anchors choose in turn; return the chosen [B, k] and how many survivors were gone by then."""
-    chosen_Bk = np.zeros_like(alive_Bk)
-    ordered_ids = np.take_along_axis(ids_Bk, order_Bk, axis=1).tolist()
-    taken: set[int] = set()
-    twice = 0
-    for i, n_alive in enumerate(alive_Bk.sum(axis=1).tolist()):
-        places: list[int] = []
-        for place, row in enumerate(ordered_ids[i][:n_alive]):
-            if row in taken:
-                twice += 1
-            elif len(places) < per_anchor:
-                taken.add(row)
-                places.append(place)
-        chosen_Bk[i, order_Bk[i, places]] = True
-    return chosen_Bk, twice
-
-
-def _columns_mask(ids_Bm: Int64, *, hits: _Hits, too_close_Bk: Bool) -> Bool:
-    """Return which of all negatives (columns, B*m) each anchor may be contrasted with [B, B*m]; see `Selection`."""
-    ids_C = ids_Bm.ravel()
-    barred_BC = hits.same_content(ids_C[None]) | hits.same_document(ids_C[None]) | (ids_C == hits.row_ids_B[:, None])
-    mask_BC: Bool = (ids_C >= 0) & ~barred_BC
-    # Where each hit that was too close stands among the columns, if it does: a usable id is in one column only.
-    anchors, places = np.nonzero(too_close_Bk)
-    ids = hits.ids_Bk[anchors, places]
-    by_id = np.argsort(ids_C)
-    columns = by_id[np.minimum(np.searchsorted(ids_C, ids, sorter=by_id), len(ids_C) - 1)]
-    found = ids_C[columns] == ids
-    mask_BC[anchors[found], columns[found]] = False
-    return mask_BC

@@ -104,7 +104,10 @@ class NegativeSource(Protocol):
 
     @property
     def builds_elsewhere(self) -> bool:
-        """Whether a version is made outside of this process, so that :meth:`publish` does not wait for it."""
+        """Whether a version is made outside of this process, so that :meth:`publish` does not wait for it.
+
+        Then all ranks ask the same source, and the first alone publishes; else each has one of its own.
+        """
         ...
 
     def publish(self, weights: Weights, *, step: int, key: str) -> bool:
@@ -132,13 +135,20 @@ class NegativeSource(Protocol):
         ...
 
     def search(
-        self, row_ids: Int64, *, k: int, anchors: Sequence[TokenRow] | None = None, words: WordQuery | None = None
+        self,
+        row_ids: Int64,
+        *,
+        k: int,
+        version: IndexVersion | None = None,
+        anchors: Sequence[TokenRow] | None = None,
+        words: WordQuery | None = None,
     ) -> Hits:
         """Find the k nearest rows of each of B rows.
 
         Args:
             row_ids: the B rows.
             k: hits of each.
+            version: in which; default: the one that is served.
             anchors: what is searched with in place of the rows' own vectors: token ids of a query for each row. They
                 are embedded by the weights that the source has loaded last, which may be a little newer than the
                 version that is searched, as in ANCE (Xiong et al. 2020, arXiv 2007.00808). None: each row is searched
@@ -146,7 +156,7 @@ class NegativeSource(Protocol):
             words: what makes a row near beside its cosine; None: nothing.
 
         Raises:
-            SourceUnavailable: no version is served, or nothing answers.
+            SourceUnavailable: no version is served, this one is not any more, or nothing answers.
         """
         ...
 

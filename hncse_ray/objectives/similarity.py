@@ -144,7 +144,7 @@ def contrast(
     b, D = z1.shape
     g_bmD = z1.new_empty(b, 0, D) if negatives is None else negatives
     dtype = working_dtype(z1, z2, g_bmD)
-    z1_bD, z2_bD, g_bmD = z1.to(dtype), z2.to(dtype), g_bmD.to(dtype)
+    z1_bD, z2_bD = z1.to(dtype), z2.to(dtype)
     m = g_bmD.shape[1]
     z2_BD = share.gather(z2_bD)
     B = len(z2_BD)
@@ -156,6 +156,7 @@ def contrast(
         usable_bm = negatives_mask
         # Padding may hold anything, NaN included, and 0 * NaN would reach z1's gradient: blank it first.
         g_bmD = torch.where(negatives_mask.unsqueeze(-1), g_bmD, 0.0)
+    given_bmD, g_bmD = g_bmD, g_bmD.to(dtype)
     s_bm = (g_bmD @ z1_bD.unsqueeze(-1)).squeeze(-1)
     count_b = torch.full((b,), B - 1 + m, device=z1.device)
     if negatives_mask is not None:
@@ -166,7 +167,7 @@ def contrast(
 
     g_ND, masks_of_all = None, []
     if columns == "all" and m:
-        g_ND = share.gather(g_bmD).flatten(0, 1)
+        g_ND = share.gather(given_bmD).flatten(0, 1).to(dtype)  # they travel as they were given: bf16 is half
         if negatives_mask is not None:
             masks_of_all.append(share.gather(negatives_mask).flatten().expand(b, -1))
         if columns_mask is not None:

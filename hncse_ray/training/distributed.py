@@ -24,6 +24,7 @@ from hncse_ray.errors import HncseError
 from hncse_ray.objectives import Share
 
 Value = TypeVar("Value")
+Decision = TypeVar("Decision")
 
 _MOST_BY_STORE = 1 << 16  # bytes; what is larger is broadcast once the others are there
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 2e-4, 0.1  # between two looks, a tenth of the wait so far
@@ -205,14 +206,22 @@ def from_first(work: Callable[[], Value]) -> Value:
     return value
 
 
-def gather_values(value: Value) -> list[Value]:
-    """Return every rank's value, in rank order; waits, as :func:`from_first` does, for the slowest."""
+def decide_together(value: Value, decide: Callable[[list[Value]], Decision]) -> Decision:
+    """Hand every rank's value to the first, in rank order, and return on all what it makes of them.
+
+    It waits, as :func:`from_first` does, for the slowest.
+    """
     if world_size() == 1:
-        return [value]
+        return decide([value])
     board = _Board()
     if rank() != 0:
         board.put(value)
-    return from_first(lambda: [value, *board.collect()])
+    return from_first(lambda: decide([value, *board.collect()]))
+
+
+def gather_values(value: Value) -> list[Value]:
+    """Return every rank's value on all, in rank order; see :func:`decide_together`."""
+    return decide_together(value, list)
 
 
 def raise_together(error: HncseError | None) -> None:
@@ -227,6 +236,84 @@ def raise_together(error: HncseError | None) -> None:
         raise first
 
 
+class Swap:
+    """What the ranks' threads tell each other of one thing: each hands over a value, and gets those of all.
+
+    It goes by the store of the process group, beside whatever the ranks' main threads do, and so is for small things.
+
+    Args:
+        name: of the thing; each only once.
+        timeout_s: how long to wait for the others.
+        over: whether nobody waits for the outcome any more.
+    """
+
+    def __init__(self, name: str, *, timeout_s: float, over: Callable[[], bool] = lambda: False) -> None:
+        self._name, self._timeout_s, self._over = f"swap/{name}", timeout_s, over
+        self._told = False
+
+    def __call__(self, value: Value) -> list[Value]:
+        """Return the values of all, in rank order.
+
+        Raises:
+            TimeoutError: another has none, or hands none over.
+        """
+        if world_size() == 1:
+            return [value]
+        self._tell(value)
+        names = [f"{self._name}/{other}" for other in range(world_size())]
+        waiting = _Waiting()
+        while not _store().check(names):
+            if self._over() or waiting.seconds > self._timeout_s:
+                raise TimeoutError(f"another rank has not answered within {self._timeout_s:g} s")
+            waiting.pause()
+        values = [pickle.loads(_store().get(name)) for name in names]
+        self._end()
+        if any(isinstance(value, _GivenUp) for value in values):
+            raise TimeoutError("another rank has no answer")
+        return cast(list[Value], values)
+
+    def give_up(self) -> None:
+        """Tell the others that this rank has nothing to hand over."""
+        if world_size() > 1 and not self._told:
+            self._tell(_GivenUp())
+            self._end()
+
+    def _end(self) -> None:
+        """Leave nothing in the store, once nobody reads any more."""
+        if _store().add(f"{self._name}/heard", 1) == world_size():
+            for name in (*map(str, range(world_size())), "heard"):
+                _store().delete_key(f"{self._name}/{name}")
+
+    def _tell(self, value: object) -> None:
+        self._told = True
+        _store().set(f"{self._name}/{rank()}", pickle.dumps(value))
+
+
+class _GivenUp:
+    """Stands for a value that will not come."""
+
+
+class _Waiting:
+    """Ever longer pauses."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return time.monotonic() - self._begun
+
+    def pause(self) -> None:
+        time.sleep(min(_LONGEST_PAUSE_S, max(_SHORTEST_PAUSE_S, 0.1 * self.seconds)))
+
+
+def _store() -> Any:
+    group = dist.group.WORLD
+    assert group is not None
+    return group.get_group_store()
+
+
 class _Board:
     """One message of the first rank to the others, or of these to it, by the store of the process group.
 
@@ -235,9 +322,7 @@ class _Board:
     """
 
     def __init__(self) -> None:
-        group = dist.group.WORLD
-        assert group is not None
-        self._store = group.get_group_store()
+        self._store = _store()
         self._name = f"board/{self._store.add(f'boards/{rank()}', 1)}"
 
     def tell(self, outcome: object) -> None:
@@ -245,7 +330,7 @@ class _Board:
         content = pickle.dumps(outcome)
         is_large = len(content) > _MOST_BY_STORE
         message = pickle.dumps((is_large, len(content) if is_large else content))
-        self._store.set(self._name, message)  # type: ignore[arg-type]  # bytes are taken too
+        self._store.set(self._name, message)
         if is_large:  # the others are there at once: this collective takes as long as the bytes do
             dist.broadcast(torch.frombuffer(bytearray(content), dtype=torch.uint8).to(_device()), src=0)
 
@@ -266,7 +351,7 @@ class _Board:
 
     def put(self, value: object) -> None:
         """Hand a value to the first rank; on the others."""
-        self._store.set(f"{self._name}/{rank()}", pickle.dumps(value))  # type: ignore[arg-type]
+        self._store.set(f"{self._name}/{rank()}", pickle.dumps(value))
 
     def collect(self) -> list[Any]:
         """Return what the others have put, in rank order; on the first rank."""
@@ -277,9 +362,9 @@ class _Board:
         return values
 
     def _wait_for(self, *names: str) -> None:
-        begun = time.monotonic()
+        waiting = _Waiting()
         while not self._store.check(list(names)):
-            time.sleep(min(_LONGEST_PAUSE_S, max(_SHORTEST_PAUSE_S, 0.1 * (time.monotonic() - begun))))
+            waiting.pause()
 
     def _delete(self, *names: str) -> None:
         for name in names:

@@ -1,4 +1,7 @@
-"""The look-up of one batch: search, selection, and what the hits say of the batch itself."""
+"""The look-up of a rank's part of a batch: search, selection, and what the hits say of the batch itself.
+
+Shape letters: b anchors of this rank, B of the whole batch, k hits, m negatives.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hncse_ray.config import Settings
-from hncse_ray.corpus import BatchPlan, Corpus
+from hncse_ray.corpus import BatchPlan, Corpus, rank_slice
 from hncse_ray.negatives import (
     Hits,
     IndexVersion,
+    NearHits,
     NegativeSource,
     Selection,
     SelectionRules,
     SourceUnavailable,
     TokenRow,
     WordQuery,
-    rows_too_close,
+    near_hits,
     score_limit,
     select,
 )
+from hncse_ray.training.distributed import Swap, rank, world_size
 from hncse_ray.training.teacher import teacher_scores
 from hncse_ray.training.views import BatchViews, Views
 
@@ -35,30 +40,31 @@ Bool = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class BatchNegatives:
-    """What the index knows of one global batch; where it knows nothing, the masks say so.
+    """What the index knows of this rank's part of a batch; where it knows nothing, the masks say so.
 
     Attributes:
-        ids_Bm: row ids of the selected neighbours, int64, -1 where not usable.
-        mask_Bm: which are usable.
-        columns_mask: ``[B, B * m]``, see the objectives; None unless ``negatives.columns`` is ``all``.
-        vectors_BmD: of ``stored`` negatives, float32, zero where not usable; None for ``fresh`` ones.
+        ids_bm: row ids of the selected neighbours, int64, -1 where not usable.
+        mask_bm: which are usable.
+        vectors_bmD: of ``stored`` negatives, float32, zero where not usable; None for ``fresh`` ones.
         version: what they come from; None if there are none.
-        ranks_B: how many hits of an anchor are nearer than its own target, int64; -1 where that is not among them, or
+        ranks_b: how many hits of an anchor are nearer than its own target, int64; -1 where that is not among them, or
             the anchor is the target.
-        dropped_B: whose pair the index does not agree with; None where it is not asked.
-        apart_n2: places in the batch that must not repel each other, two a row.
-        teacher_BL: what the index scores the columns of each anchor, see `distillation`; None if it is not asked.
+        dropped_b: whose pair the index does not agree with; None where it is not asked.
+        barred_bk: row ids of hits that are too close to an anchor, -1 elsewhere.
+        near: what the ranks tell each other to know which rows of the batch the index keeps apart; None if it is not
+            asked.
+        teacher_bL: what the index scores the columns of each anchor, see `distillation`; None if it is not asked.
     """
 
-    ids_Bm: Int64
-    mask_Bm: Bool
-    columns_mask: Bool | None
-    vectors_BmD: NDArray[np.float32] | None
+    ids_bm: Int64
+    mask_bm: Bool
+    vectors_bmD: NDArray[np.float32] | None
     version: IndexVersion | None
-    ranks_B: Int64
-    dropped_B: Bool | None
-    apart_n2: Int64
-    teacher_BL: NDArray[np.float32] | None = None
+    ranks_b: Int64
+    dropped_b: Bool | None
+    barred_bk: Int64
+    near: NearHits | None = None
+    teacher_bL: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,22 +73,22 @@ class LookedUp:
 
     Attributes:
         number: of the batch.
-        row_ids_B: its rows.
+        row_ids_b: its rows.
         negatives: for the step.
         selection: which they were selected in.
-        asked_B: which rows were searched by anchors.
+        asked_b: which rows were searched by anchors.
         hits: that it was made in.
-        target_ids_B: the row that each anchor belongs to.
+        target_ids_b: the row that each anchor belongs to.
         search_s: seconds of the search.
     """
 
     number: int
-    row_ids_B: Int64
+    row_ids_b: Int64
     negatives: BatchNegatives
     selection: Selection
-    asked_B: Bool
+    asked_b: Bool
     hits: Hits
-    target_ids_B: Int64
+    target_ids_b: Int64
     search_s: float
 
 
@@ -97,7 +103,7 @@ class _Found:
 
 
 class LookUp:
-    """Looks batches up; from any thread.
+    """Looks up this rank's part of batches; from any thread.
 
     Args:
         settings: of the run.
@@ -105,7 +111,7 @@ class LookUp:
         plan: its batches.
         dimension: width D of the embeddings.
         source: where neighbours come from.
-        views: the anchors of the batches, where they are made of passages.
+        views: the anchors of this rank's rows, where they are made of passages.
         taught: whether the objective asks what the index scores the columns.
     """
 
@@ -130,74 +136,107 @@ class LookUp:
             s,
             per_anchor=settings.neighbours_per_anchor,
             exclude_batch=not smoothing,  # a smoothing group is not repelled: a sentence of the batch may be in it
-            unique=s.columns == "all" and not smoothing,
         )
 
-    def __call__(self, number: int, *, positive_similarity: float) -> LookedUp:
+    def __call__(
+        self, number: int, *, version: IndexVersion, positive_similarity: float, swap: Swap | None
+    ) -> LookedUp:
         """Search, select and fetch for one batch, all in one version.
 
+        Args:
+            number: of the batch.
+            version: what all ranks ask.
+            positive_similarity: the mean cosine of positives when its weights were handed over.
+            swap: tells the other ranks what a teacher must know of this one's part, and learns of theirs; None: nobody
+                teaches.
+
         Raises:
-            SourceUnavailable: the source does not answer, or its version has just given way to the next.
+            SourceUnavailable: the source does not answer, or the version has given way to the next.
         """
+        try:
+            try:
+                found, selection, vectors_bmD, seconds = self._searched(number, version, positive_similarity)
+            except SourceUnavailable:  # a shard may just have been lost: the others answer
+                found, selection, vectors_bmD, seconds = self._searched(number, version, positive_similarity)
+        except BaseException:
+            if self._taught and swap is not None:
+                swap.give_up()
+            raise
+        hits, positive_b = found.hits, self._positive_scores(found, positive_similarity)
+        negatives = BatchNegatives(
+            ids_bm=selection.ids_Bm,
+            mask_bm=selection.mask_Bm,
+            vectors_bmD=vectors_bmD,
+            version=version,
+            ranks_b=found.ranks_B,
+            dropped_b=found.dropped_B,
+            barred_bk=selection.barred_Bk,
+            near=self._near(hits, found.target_ids_B, positive_b),
+            teacher_bL=self._teacher(found, selection, swap) if self._taught and swap is not None else None,
+        )
+        ids_b = rank_slice(self._plan.batch(number), rank(), world_size())
+        return LookedUp(number, ids_b, negatives, selection, found.asked_B, hits, found.target_ids_B, seconds)
+
+    def _searched(
+        self, number: int, version: IndexVersion, positive_similarity: float
+    ) -> tuple[_Found, Selection, NDArray[np.float32] | None, float]:
         started = time.perf_counter()
         ids_B = self._plan.batch(number)
+        own_b = rank_slice(np.arange(len(ids_B)), rank(), world_size())
+        ids_b = ids_B[own_b]
         views = None if self._views is None else self._views.of(number)
-        found = self._search(ids_B) if views is None else self._search_views(number, ids_B, views)
-        hits, seconds = found.hits, time.perf_counter() - started
-        positive_B = self._positive_scores(found, positive_similarity)
+        found = self._search(ids_b, version) if views is None else self._search_views(number, ids_b, views, version)
+        seconds = time.perf_counter() - started
         selection = select(
-            hits.ids_Bk,
-            hits.scores_Bk,
-            row_ids_B=ids_B,
+            found.hits.ids_Bk,
+            found.hits.scores_Bk,
+            row_ids_B=ids_b,
+            batch_ids=ids_B,
+            first=int(own_b[0]),
             contents=self._corpus.contents,
             documents=self._corpus.kept_apart(self._settings.corpus),
-            positive_score=positive_B,
+            positive_score=self._positive_scores(found, positive_similarity),
             rules=self._rules,
             seed=(self._settings.run.seed, number),
         )
-        negatives = BatchNegatives(
-            ids_Bm=selection.ids_Bm,
-            mask_Bm=selection.mask_Bm,
-            columns_mask=selection.columns_mask,
-            vectors_BmD=self._vectors(selection, hits.version) if self._stored else None,
-            version=hits.version,
-            ranks_B=found.ranks_B,
-            dropped_B=found.dropped_B,
-            apart_n2=self._apart(hits, found.target_ids_B, positive_B),
-            teacher_BL=self._teacher(found, selection) if self._taught else None,
-        )
-        return LookedUp(number, ids_B, negatives, selection, found.asked_B, hits, found.target_ids_B, seconds)
+        return found, selection, self._vectors(selection, version) if self._stored else None, seconds
 
     def nothing(self, number: int) -> BatchNegatives:
         """Return what is known of a batch without an answer."""
-        B, m = len(self._plan.batch(number)), self._rules.per_anchor
+        b, m = len(rank_slice(self._plan.batch(number), rank(), world_size())), self._rules.per_anchor
+        nobody_bk = np.zeros((b, self._k), dtype=bool)
+        near = NearHits(np.full((b, self._k), -1), nobody_bk, nobody_bk, np.full(b, -1))
         return BatchNegatives(
-            ids_Bm=np.full((B, m), -1, dtype=np.int64),
-            mask_Bm=np.zeros((B, m), dtype=bool),
-            columns_mask=np.zeros((B, B * m), dtype=bool) if self._rules.unique else None,
-            vectors_BmD=np.zeros((B, m, self._dimension), dtype=np.float32) if self._stored else None,
+            ids_bm=np.full((b, m), -1, dtype=np.int64),
+            mask_bm=np.zeros((b, m), dtype=bool),
+            vectors_bmD=np.zeros((b, m, self._dimension), dtype=np.float32) if self._stored else None,
             version=None,
-            ranks_B=np.full(B, -1, dtype=np.int64),
-            dropped_B=None,
-            apart_n2=np.zeros((0, 2), dtype=np.int64),
+            ranks_b=np.full(b, -1, dtype=np.int64),
+            dropped_b=None,
+            barred_bk=np.full((b, self._k), -1, dtype=np.int64),
+            near=near if self._keeps_apart else None,
         )
+
+    @property
+    def _keeps_apart(self) -> bool:
+        return self._settings.negatives.mask_batch or self._settings.negatives.mask_reciprocal is not None
 
     @property
     def _k(self) -> int:
         return self._settings.negatives.candidates + 1  # the row itself may be one
 
-    def _search(self, ids_B: Int64) -> _Found:
+    def _search(self, ids_B: Int64, version: IndexVersion) -> _Found:
         """Search by the rows of sentences, and by the anchors of pairs, not by their targets."""
         by_anchors = self._corpus.has_pairs and not self._smoothing
         words = self._words(lambda: self._corpus.texts(ids_B) if by_anchors else self._corpus.target_texts(ids_B))
         anchors = self._corpus.token_rows(ids_B) if by_anchors else None
-        hits = self._source.search(ids_B, k=self._k, anchors=anchors, words=words)
+        hits = self._source.search(ids_B, k=self._k, version=version, anchors=anchors, words=words)
         ranks_B = self._own_ranks(hits, ids_B)
         if not by_anchors:
             ranks_B = np.full_like(ranks_B, -1)
         return _Found(hits, words, ids_B, np.full(len(ids_B), by_anchors), ranks_B, None)
 
-    def _search_views(self, number: int, ids_B: Int64, views: Views) -> _Found:
+    def _search_views(self, number: int, ids_B: Int64, views: Views, version: IndexVersion) -> _Found:
         """Search with the anchors of pairs, and by the rows themselves where there is none, or none that is kept."""
         answers: list[tuple[Bool, Hits]] = []
 
@@ -205,14 +244,14 @@ class LookUp:
             if part_B.any():
                 words = self._words(lambda: list(compress(texts, part_B)))
                 rows = None if anchors is None else list(compress(anchors, part_B))
-                hits = self._source.search(ids_B[part_B], k=self._k, anchors=rows, words=words)
+                hits = self._source.search(ids_B[part_B], k=self._k, version=version, anchors=rows, words=words)
                 answers.append((part_B, hits))
 
         r, ranks_B = self._agreement(number), np.full(len(ids_B), -1)
-        asked_B = views.paired_B & (r is not None or not self._smoothing)
+        asked_B = views.paired_b & (r is not None or not self._smoothing)
         ask(asked_B, views.anchors, views.texts)
         for part_B, hits in answers:
-            ranks_B[part_B] = self._own_ranks(hits, views.target_ids_B[part_B])
+            ranks_B[part_B] = self._own_ranks(hits, views.target_ids_b[part_B])
         dropped_B = None
         if r is not None:
             dropped_B = asked_B & ((ranks_B < 0) | (ranks_B >= r))
@@ -221,11 +260,9 @@ class LookUp:
         by_row_B = ~asked_B if dropped_B is None else ~asked_B | dropped_B
         own_texts = self._corpus.texts(ids_B)
         ask(by_row_B | self._smoothing, None, own_texts)
-        if len({hits.version for _, hits in answers}) > 1:
-            raise SourceUnavailable("the version has given way to the next")
         texts = [own_texts[i] if by_row else views.texts[i] for i, by_row in enumerate(by_row_B)]
-        paired_B = views.paired_B if dropped_B is None else views.paired_B & ~dropped_B
-        target_ids_B = np.where(paired_B, views.target_ids_B, ids_B)
+        paired_B = views.paired_b if dropped_B is None else views.paired_b & ~dropped_B
+        target_ids_B = np.where(paired_B, views.target_ids_b, ids_B)
         return _Found(_joined(answers), self._words(lambda: texts), target_ids_B, asked_B, ranks_B, dropped_B)
 
     def _words(self, texts: Callable[[], Sequence[str]]) -> WordQuery | None:
@@ -246,10 +283,16 @@ class LookUp:
             vectors_BmD[selection.mask_Bm] = self._source.vectors(ids, version=version)
         return vectors_BmD
 
-    def _teacher(self, found: _Found, selection: Selection) -> NDArray[np.float32]:
-        return teacher_scores(
-            self._source, found.hits, words=found.words, target_ids_B=found.target_ids_B, selection=selection
-        )
+    def _teacher(self, found: _Found, selection: Selection, swap: Swap) -> NDArray[np.float32]:
+        """Ask for the scores of the columns, which other ranks have a part of."""
+        everyone = self._settings.negatives.columns == "all"
+        try:
+            parts = swap((found.target_ids_B, selection.ids_Bm if everyone else selection.ids_Bm[:0]))
+        except TimeoutError as error:
+            raise SourceUnavailable(str(error)) from None
+        columns = np.concatenate([*(targets_b for targets_b, _ in parts), *(ids_bm.ravel() for _, ids_bm in parts)])
+        own_bm = None if everyone else selection.ids_Bm
+        return teacher_scores(self._source, found.hits, words=found.words, columns=columns, own_bm=own_bm)
 
     def _positive_scores(self, found: _Found, positive_similarity: float) -> NDArray[np.float32]:
         """Return the cosine of each anchor and its target: in the index where it was asked by anchors, else the mean.
@@ -263,13 +306,15 @@ class LookUp:
             positive_B[asked_B] = np.where(np.isfinite(own_B), own_B, last_B)[asked_B]
         return positive_B
 
-    def _apart(self, hits: Hits, target_ids_B: Int64, positive_B: NDArray[np.float32]) -> Int64:
-        """The rows of the batch that may be right for each other's anchors."""
+    def _near(self, hits: Hits, target_ids_B: Int64, positive_B: NDArray[np.float32]) -> NearHits | None:
+        """What decides which rows of the batch may be right for each other's anchors."""
+        if not self._keeps_apart:
+            return None
         s, hashes_N = self._settings.negatives, self._corpus.target_hashes
-        return rows_too_close(
+        return near_hits(
             hashes_N[hits.ids_Bk],
             hits.scores_Bk,
-            batch_keys_B=hashes_N[target_ids_B],
+            own_B=hashes_N[target_ids_B],
             limit_B=score_limit(s.max_score, s.relative_margin, positive_B) if s.mask_batch else None,
             reciprocal=s.mask_reciprocal,
         )

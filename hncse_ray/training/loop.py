@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +37,7 @@ from hncse_ray.training.distributed import (
     ShardedEncode,
     from_first,
     gather_rows,
+    gather_values,
     raise_together,
     rank,
     world_size,
@@ -45,7 +48,7 @@ from hncse_ray.training.guards import Guards, batch_uniformity
 from hncse_ray.training.host_copy import HostCopier, HostCopy
 from hncse_ray.training.label_free import hold_out, label_free_sets
 from hncse_ray.training.lookup import BatchNegatives
-from hncse_ray.training.negatives import GlobalNegatives
+from hncse_ray.training.negatives import GlobalNegatives, Window, check_candidates
 from hncse_ray.training.objective import Metrics, Objective
 from hncse_ray.training.sample import Looks
 from hncse_ray.training.saving import Saving
@@ -59,7 +62,7 @@ _SPLITS: tuple[Split, ...] = ("dev", "test")
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What a rank trains: all of it is the same on every rank, but for ``source``, which only the first has."""
+    """What a rank trains; the same on every rank, but for what ``source`` is to it."""
 
     settings: Settings
     corpus: Corpus
@@ -91,7 +94,7 @@ def fit(job: TrainJob, store: RunStore, emit: Emit) -> RunFinished | None:
 class _Trainer:
     """The parts of one run on one rank, and its loop.
 
-    The first rank alone logs, decides and looks global negatives up; the others are told by ``from_first``.
+    The first rank alone logs and decides; the others are told by ``from_first``.
     """
 
     def __init__(self, job: TrainJob, store: RunStore, emit: Emit, stack: ExitStack) -> None:
@@ -135,7 +138,10 @@ class _Trainer:
         if self.settings.views.active:
             self.views = stack.enter_context(batch_views(self.settings, self.corpus, self.plan, self.encoder))
         self.negatives: GlobalNegatives | None = None
-        from_first(lambda: self._begin(job, resumed, stack))
+        from_first(lambda: self._begin(job, resumed))
+        if job.source is not None and self.settings.negatives.source != "none":
+            self.negatives = self._global_negatives(job.source, stack)
+            self.negatives.resume(self.state, resumed.index)
         if self.settings.encoder.compile:
             self.encoder.backbone.compile(dynamic=True)
         self.model: SentenceEncoder | DistributedDataParallel = self.encoder
@@ -161,7 +167,8 @@ class _Trainer:
             due = map(self._due, (train.log_every_steps, train.evaluate_every_steps, train.checkpoint_every_steps))
             if (last or any(due)) and self.log.steps:
                 self.log.gather()
-                from_first(self._write_log)
+                windows = gather_values(self._windows())
+                from_first(lambda: self._write_log(windows))  # noqa: B023  # called at once
                 self.log = _Log()
                 wish = max(wish, self.store.wish())
             if state.evaluated_step != state.step and (last or self._due(train.evaluate_every_steps)):
@@ -185,6 +192,7 @@ class _Trainer:
                 step=state.step,
                 total_steps=self.total_steps,
                 chunk_size=train.grad_cache_chunk_size,
+                columns_dtype=self.encoder.autocast or torch.float32,
             )
             batches = self._next_batches()
             metrics, seen = train_step(self.model, self.optimizer, batches, context, max_grad_norm=train.max_grad_norm)
@@ -203,37 +211,39 @@ class _Trainer:
         first = self.state.step * self.settings.train.accumulation_steps
         numbers = range(first, first + self.settings.train.accumulation_steps)
         found: Sequence[BatchNegatives | None] = [None] * len(numbers)
-        if self.settings.negatives.source != "none":
-            found = from_first(lambda: self._take_negatives(numbers))
+        if self.negatives is not None:
+            found, waited_s = self.negatives.take(numbers, self.state, self._copy_weights)
+            self.log.seconds -= waited_s  # it is no training
+            self._add_seconds("waiting for the index", waited_s)
         views: Sequence[Views | None] = [None] * len(numbers)
         if self.views is not None:
-            views = self.views.take(numbers, [None if own is None else own.dropped_B for own in found])
+            views = self.views.take(numbers, [None if own is None else own.dropped_b for own in found])
         return [
             local_batch(number, self.plan.batch(number), self.corpus, own, settings=self.settings, views=own_views)
             for number, own, own_views in zip(numbers, found, views, strict=True)
         ]
 
-    def _take_negatives(self, numbers: Sequence[int]) -> list[BatchNegatives]:
-        assert self.negatives is not None
-        waited_s = self.negatives.refresh(self.state, self._copy_weights)
-        self.log.seconds -= waited_s  # it is no training
-        self._add_seconds("waiting for the index", waited_s)
-        return self.negatives.take(numbers, self.state)
-
     def _copy_weights(self) -> HostCopy:
         """Begin to copy what an index is made from."""
         return self.copier.copy(self.encoder.trained(), rounded=self.encoder.seen_rounded())
 
-    def _write_log(self) -> None:
+    def _windows(self) -> tuple[Window | None, tuple[Counter[str], int] | None]:
+        """What this rank has counted since the last log."""
+        return (
+            None if self.negatives is None else self.negatives.window(),
+            None if self.views is None else self.views.window(),
+        )
+
+    def _write_log(self, windows: Sequence[tuple[Any, Any]]) -> None:
         self._settle(block=False)
         started = time.perf_counter()
         means = self.log.means()  # waits for the device
         self.log.seconds += time.perf_counter() - started
         self.state.positive_similarity = means["positive_similarity"]
         if self.negatives is not None:
-            means |= self.negatives.metrics(self.state.step)
+            means |= self.negatives.metrics(self.state.step, [of_rank for of_rank, _ in windows])
         if self.views is not None:
-            means |= self.views.metrics()
+            means |= self.views.metrics([of_rank for _, of_rank in windows])
         speed = self.log.sentences / self.log.seconds
         self.state.train_seconds += self.log.seconds
         self.state.sentences += self.log.sentences
@@ -299,7 +309,7 @@ class _Trainer:
         if saved is not None:
             self.emit(saved)
 
-    def _begin(self, job: TrainJob, resumed: Resumed, stack: ExitStack) -> None:
+    def _begin(self, job: TrainJob, resumed: Resumed) -> None:
         for line in resumed.passed_over:
             self.emit(Notice(f"passed over: {line}"))
         if self.state.step and self.state.corpus_digest != self.corpus.digest:
@@ -322,19 +332,21 @@ class _Trainer:
                 resumed=self.state.step > 0,
             )
         )
-        if job.source is not None and self.settings.negatives.source != "none":
-            self.negatives = GlobalNegatives(
-                self.settings,
-                corpus=self.corpus,
-                plan=self.plan,
-                dimension=self.encoder.dimension,
-                source=job.source,
-                notify=lambda text: self.emit(Notice(text)),
-                views=self.views,
-                taught=self.objective.taught(self.settings),
-            )
-            stack.callback(self.negatives.close)
-            self.negatives.resume(self.state, resumed.index)
+        check_candidates(self.settings, self.corpus)
+
+    def _global_negatives(self, source: NegativeSource, stack: ExitStack) -> GlobalNegatives:
+        negatives = GlobalNegatives(
+            self.settings,
+            corpus=self.corpus,
+            plan=self.plan,
+            dimension=self.encoder.dimension,
+            source=source,
+            notify=lambda text: self.emit(Notice(text)),
+            views=self.views,
+            taught=self.objective.taught(self.settings),
+        )
+        stack.callback(negatives.close)
+        return negatives
 
     def _finish(self, stopped_early: bool) -> RunFinished:
         state = self.state

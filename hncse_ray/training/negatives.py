@@ -1,7 +1,9 @@
 """Global negatives in training: when to publish weights, what to look up ahead, which neighbours to use.
 
-All of it is the first rank's: it talks to the source and selects, and the loop hands the outcome to the others, so
-that all ranks see the same neighbours of the same version.
+The first rank decides which batches are looked up and in which version, and whether the answers are used; each rank
+looks its own anchors up. Before a step they tell each other twice, in some hundred bytes and by the process group's
+store: the first rank what is to be done, then each rank how that went. No rank is ever left in a collective by a shard
+that is lost or slow: a batch has neighbours on all ranks or on none.
 """
 
 from __future__ import annotations
@@ -9,14 +11,15 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hncse_ray.config import Settings
 from hncse_ray.corpus import BatchPlan, Corpus
-from hncse_ray.errors import DataError, TrainingError
+from hncse_ray.errors import DataError, HncseError, TrainingError
 from hncse_ray.negatives import (
     IndexVersion,
     NegativeSource,
@@ -27,10 +30,11 @@ from hncse_ray.negatives import (
     decide,
 )
 from hncse_ray.training.checkpoint import TrainState, Weights
+from hncse_ray.training.distributed import Swap, decide_together, from_first, rank, world_size
 from hncse_ray.training.host_copy import HostCopy
 from hncse_ray.training.lookup import BatchNegatives, LookedUp, LookUp
 from hncse_ray.training.prefetch import Prefetch
-from hncse_ray.training.publish import Publisher
+from hncse_ray.training.publish import Publisher, to_arrays
 from hncse_ray.training.views import BatchViews
 
 _UNUSED_BATCHES = 50
@@ -51,58 +55,89 @@ def check_candidates(settings: Settings, corpus: Corpus) -> None:
         )
 
 
-class _Window:
-    """What has happened since the last log."""
+@dataclass
+class Window:
+    """What has happened to this rank's part of batches since the last log."""
 
-    def __init__(self) -> None:
-        self.missed = 0
-        self.version: IndexVersion | None = None
-        self._waited = 0
-        self._partial = 0
-        self._search_s: list[float] = []
-        self._removed: Counter[str] = Counter()
-        self._slots = 0
-        self._scores: list[NDArray[np.float32]] = []
-        self._ranks: list[NDArray[np.int64]] = []
-        self._apart = 0
+    missed: int = 0
+    answered: int = 0
+    version: IndexVersion | None = None
+    waited: int = 0
+    partial: int = 0
+    search_s: list[float] = field(default_factory=list)
+    removed: Counter[str] = field(default_factory=Counter)
+    slots: int = 0
+    chosen: int = 0
+    scores: float = 0.0
+    asked: int = 0
+    own_found: int = 0
+    own_first: int = 0
 
     def add(self, looked_up: LookedUp, waited: bool) -> None:
         """Count one batch that was answered."""
-        selection = looked_up.selection
+        selection, ranks_b = looked_up.selection, looked_up.negatives.ranks_b[looked_up.asked_b]
+        self.answered += 1
         self.version = looked_up.negatives.version
-        self._waited += waited
-        self._partial += not looked_up.hits.complete
-        self._search_s.append(looked_up.search_s)
-        self._removed.update(selection.removed)
-        self._slots += selection.mask_Bm.size
-        self._scores.append(selection.scores_Bm[selection.mask_Bm])
-        self._ranks.append(looked_up.negatives.ranks_B[looked_up.asked_B])
-        self._apart += len(looked_up.negatives.apart_n2)
+        self.waited += waited
+        self.partial += not looked_up.hits.complete
+        self.search_s.append(looked_up.search_s)
+        self.removed.update(selection.removed)
+        self.slots += selection.mask_Bm.size
+        self.chosen += int(selection.mask_Bm.sum())
+        self.scores += float(selection.scores_Bm.sum(dtype=np.float64))
+        self.asked += len(ranks_b)
+        self.own_found += int((ranks_b >= 0).sum())
+        self.own_first += int((ranks_b == 0).sum())
 
-    def facts(self) -> dict[str, float]:
-        """Return shares of batches, counts a batch, milliseconds and cosines, by name."""
-        answered = len(self._search_s)
-        facts = {"missing": self.missed / max(1, self.missed + answered)}
-        if not answered:
-            return facts
-        scores = np.concatenate(self._scores)
-        p50, p99 = np.percentile(self._search_s, [50, 99])
-        facts |= {
-            "waited": self._waited / answered,
-            "partial": self._partial / answered,
-            "search_ms_p50": float(p50) * 1e3,
-            "search_ms_p99": float(p99) * 1e3,
-            "usable": scores.size / self._slots,
-            "index_similarity": float(scores.mean()) if scores.size else 0.0,
-            "masked_in_batch": self._apart / answered,
-        }
-        if len(ranks := np.concatenate(self._ranks)):
-            facts |= {"own_found": float((ranks >= 0).mean()), "own_first": float((ranks == 0).mean())}
-        return facts | {f"removed_{rule}": count / answered for rule, count in self._removed.items()}
+
+def _facts(windows: Sequence[Window]) -> dict[str, float]:
+    """Return shares of batches, counts a batch, milliseconds and cosines, by name, of all ranks' parts."""
+    first = windows[0]  # all have missed and used the same batches
+    found = {"missing": first.missed / max(1, first.missed + first.answered)}
+    if not first.answered:
+        return found
+
+    def total(name: str) -> float:
+        return float(sum(getattr(window, name) for window in windows))
+
+    removed = sum((window.removed for window in windows), Counter[str]())
+    p50, p99 = np.percentile([s for window in windows for s in window.search_s], [50, 99])
+    found |= {
+        "waited": total("waited") / (len(windows) * first.answered),
+        "partial": total("partial") / (len(windows) * first.answered),
+        "search_ms_p50": float(p50) * 1e3,
+        "search_ms_p99": float(p99) * 1e3,
+        "usable": total("chosen") / total("slots"),
+        "index_similarity": total("scores") / max(1.0, total("chosen")),
+    }
+    if asked := total("asked"):
+        found |= {"own_found": total("own_found") / asked, "own_first": total("own_first") / asked}
+    return found | {f"removed_{rule}": removed[rule] / first.answered for rule in first.removed}
+
+
+class _Order(NamedTuple):
+    """What the first rank has all do before a step; small, as it is told at each.
+
+    Attributes:
+        begin: batches to look up from now on, in this order.
+        forget: whether what has been looked up is not to be used.
+        version: what look-ups ask, and the positive similarity that goes with it; None: as before.
+        publish: the version that ranks with a source of their own make now; None: they do not.
+    """
+
+    begin: tuple[int, ...]
+    forget: bool
+    version: tuple[IndexVersion, float] | None
+    publish: IndexVersion | None
+
+
+# Of one batch on one rank: whether it is answered, and with anything usable; else why not, or the run's end.
+_Outcome = tuple[bool, bool, str | HncseError]
+_Verdict = tuple[tuple[bool, ...], _Order]  # which batches of a step are used, and what is to be looked up again
 
 
 class GlobalNegatives:
-    """What the first rank's loop knows of the world outside its batch.
+    """What a rank's loop knows of the world outside its batch.
 
     Args:
         settings: of the run.
@@ -110,8 +145,8 @@ class GlobalNegatives:
         plan: its batches.
         dimension: width D of the embeddings.
         source: where neighbours come from.
-        notify: takes one line for the user.
-        views: the anchors of the batches, where they are made of passages.
+        notify: takes one line for the user; called on the first rank.
+        views: the anchors of this rank's rows, where they are made of passages.
         taught: whether the objective asks what the index scores the columns.
     """
 
@@ -131,7 +166,6 @@ class GlobalNegatives:
         self._settings, self._source, self._notify = settings, source, notify
         self._refresh_rules = RefreshRules(s.refresh_every_steps, s.refresh, s.max_staleness_steps)
         self._sync = s.refresh == "sync"
-        check_candidates(settings, corpus)
         self._ask = LookUp(
             settings, corpus=corpus, plan=plan, dimension=dimension, source=source, views=views, taught=taught
         )
@@ -139,10 +173,15 @@ class GlobalNegatives:
         self._publisher = Publisher(source)
         self._published: Weights | None = None
         self._positive_similarity = 1.0
-        self._served, self._in_reach = False, True
+        self._served: IndexVersion | None = None
+        self._told: tuple[IndexVersion, float] | None = None  # what look-ups ask from now on
+        self._asked: dict[int, IndexVersion] = {}
+        self._publishes: IndexVersion | None = None
+        self._begun = self._void = 0  # look-ups begun so far; the first of them that still counts
+        self._forget, self._in_reach = False, True
         self._failed_builds = self._shards_alive = 0
         self._unused_batches = 0
-        self._window = _Window()
+        self._window = Window()
 
     def resume(self, state: TrainState, index_weights: Weights | None) -> None:
         """Take up the version that a checkpoint used: in ``sync`` mode the steps after it must see the same.
@@ -158,14 +197,108 @@ class GlobalNegatives:
             return  # the next step begins with a new version
         step = int(state.index_version["step"])
         self._positive_similarity = float(state.index_version["positive_similarity"])
-        self._publish(lambda: index_weights, step, key=state.index_version.get("key"), wait=True)
+        key = str(state.index_version.get("key", step))
+        if rank() == 0:
+            self._publish(lambda: index_weights, step, key=key, wait=True)
+        elif not self._source.builds_elsewhere:
+            self._source.publish(to_arrays(index_weights), step=step, key=key)
 
-    def refresh(self, state: TrainState, copy_weights: Callable[[], HostCopy]) -> float:
-        """Publish the present weights if they are due, and wait if training must. Before each step.
+    def take(
+        self, numbers: Sequence[int], state: TrainState, copy_weights: Callable[[], HostCopy]
+    ) -> tuple[list[BatchNegatives], float]:
+        """Return the neighbours of the batches of this step, and look up those of the next.
+
+        Before that the present weights are published if they are due, and training waits if it must.
+
+        Args:
+            numbers: of the batches.
+            state: of the run.
+            copy_weights: begins to copy the present weights.
 
         Returns:
-            How many seconds training has waited for an index to be made.
+            What is known of this rank's part of each batch; and how many seconds training has waited for an index to
+            be made.
+
+        Raises:
+            TrainingError: selection has left nothing for many batches in a row.
         """
+        waited_s = 0.0
+
+        def order() -> _Order:
+            nonlocal waited_s
+            waited_s = self._refresh(state, copy_weights)
+            return self._order(numbers)
+
+        self._obey(from_first(order), copy_weights)
+        found = [self._outcome(number) for number in numbers]
+        for again in (False, True):
+            outcomes = [outcome for _, _, outcome in found]
+            used, more = decide_together(outcomes, partial(self._decide, numbers, again=again))
+            self._obey(more, copy_weights)
+            if not more.begin:
+                break
+            for i, number in enumerate(numbers):
+                if number in more.begin:
+                    found[i] = self._outcome(number)
+        taken = []
+        for number, is_used, (looked_up, waited, _) in zip(numbers, used, found, strict=True):
+            self._asked.pop(number, None)
+            if is_used and looked_up is not None:
+                self._window.add(looked_up, waited)
+                taken.append(looked_up.negatives)
+            else:
+                self._window.missed += 1
+                taken.append(self._ask.nothing(number))
+        if (version := taken[-1].version) is not None:
+            state.index_version = asdict(version) | {"positive_similarity": self._positive_similarity}
+        return taken, waited_s
+
+    def window(self) -> Window:
+        """Return what has happened on this rank since the last call."""
+        window, self._window = self._window, Window()
+        return window
+
+    def metrics(self, step: int, windows: Sequence[Window]) -> dict[str, float]:
+        """Return the means of all ranks' windows, by name; on the first rank."""
+        status = self._status() or SourceStatus()
+        facts = _facts(windows)
+        version = windows[0].version or status.version
+        if version is not None:
+            facts |= {"index_step": float(version.step), "index_age_steps": float(step - version.step)}
+        facts |= {
+            "shards_alive": float(status.shards_alive),
+            "build_seconds": status.build_seconds,
+            "build_rows_per_s": status.rows_per_s,
+            "failed_builds": float(status.failed_builds),
+        }
+        return {f"negatives/{name}": value for name, value in facts.items()}
+
+    def look_up_again(self, number: int) -> LookedUp | None:
+        """Look this rank's rows of a batch up in what the index holds now; None if it does not answer."""
+        self._status()
+        if self._served is None:
+            return None
+        try:
+            return self._ask(number, version=self._served, positive_similarity=self._positive_similarity, swap=None)
+        except SourceUnavailable:
+            return None
+
+    @property
+    def index_weights(self) -> Weights | None:
+        """What the served version was made from, if a checkpoint must keep it: in ``sync`` mode."""
+        return self._published if self._sync else None
+
+    def close(self) -> None:
+        """Stop looking ahead and let go of the source."""
+        self._void = self._begun
+        self._publisher.close()
+        self._prefetch.close()
+        self._source.close()
+
+    # ---- what the first rank decides
+
+    def _refresh(self, state: TrainState, copy_weights: Callable[[], HostCopy]) -> float:
+        """Publish the present weights if they are due, and wait if training must; return the seconds of the wait."""
         self._hear(wait=False)
         status = self._status()
         facts = RefreshFacts(
@@ -191,70 +324,102 @@ class GlobalNegatives:
                 self._wait()
         return time.perf_counter() - started
 
-    def take(self, numbers: Sequence[int], state: TrainState) -> list[BatchNegatives]:
-        """Return the neighbours of the batches of this step, and look up those of the next.
-
-        Raises:
-            TrainingError: selection has left nothing for many batches in a row.
-        """
+    def _order(self, numbers: Sequence[int]) -> _Order:
+        """Say which batches to look up now."""
         ahead = numbers[-1] + 1 + self._settings.negatives.prefetch_batches
         if self._sync and (every := self._refresh_rules.every_steps) is not None:
             # What is looked up ahead must not be older than what a resumed run would find.
             per_step = self._settings.train.accumulation_steps
             ahead = min(ahead, (numbers[0] // per_step // every + 1) * every * per_step)
-        for number in range(numbers[0], ahead if self._served else 0):
-            self._prefetch.start(number, self._look_up)
-        taken = [self._take(number) for number in numbers]
-        version = taken[-1].version
-        if version is not None:
-            state.index_version = asdict(version) | {"positive_similarity": self._positive_similarity}
-        self._check_used(taken)
-        return taken
+        if self._forget:
+            self._prefetch.forget()
+        wanted = self._prefetch.wanted(range(numbers[0], ahead)) if self._served is not None else ()
+        return self._told_as(wanted, forget=self._forget)
 
-    def metrics(self, step: int) -> dict[str, float]:
-        """Return the means since the last call, by name."""
-        status = self._status() or SourceStatus()
-        window, self._window = self._window, _Window()
-        facts = window.facts()
-        version = window.version or status.version
-        if version is not None:
-            facts |= {"index_step": float(version.step), "index_age_steps": float(step - version.step)}
-        facts |= {
-            "shards_alive": float(status.shards_alive),
-            "build_seconds": status.build_seconds,
-            "build_rows_per_s": status.rows_per_s,
-            "failed_builds": float(status.failed_builds),
-        }
-        return {f"negatives/{name}": value for name, value in facts.items()}
+    def _told_as(self, begin: tuple[int, ...], *, forget: bool) -> _Order:
+        """Put an order, with the version if it is another than before."""
+        version = None
+        if self._served is not None and begin and self._told != (self._served, self._positive_similarity):
+            version = (self._served, self._positive_similarity)
+        order = _Order(begin, forget, version, self._publishes)
+        self._forget, self._publishes = False, None
+        return order
 
-    def look_up_again(self, number: int) -> LookedUp | None:
-        """Look the rows of a batch up in what the index holds now; None if it does not answer."""
-        try:
-            return self._look_up(number)
-        except SourceUnavailable:
-            return None
+    def _decide(self, numbers: Sequence[int], ranks: Sequence[Sequence[_Outcome]], *, again: bool) -> _Verdict:
+        """Say which batches are used, from what all ranks have found; or what they are to look up once more.
 
-    @property
-    def index_weights(self) -> Weights | None:
-        """What the served version was made from, if a checkpoint must keep it: in ``sync`` mode."""
-        return self._published if self._sync else None
-
-    def close(self) -> None:
-        """Stop looking ahead and let go of the source."""
-        self._publisher.close()
-        self._prefetch.close()
-        self._source.close()
-
-    def _check_used(self, negatives: Sequence[BatchNegatives]) -> None:
-        for batch in negatives:
-            if batch.version is not None:
-                self._unused_batches = 0 if batch.mask_Bm.any() else self._unused_batches + 1
+        Raises:
+            HncseError: a look-up has met one, or selection has left nothing for many batches in a row.
+        """
+        for _, _, why in (outcome for of_rank in ranks for outcome in of_rank):
+            if isinstance(why, HncseError):
+                raise why
+        of_batches = list(zip(*ranks, strict=True))
+        failed = [n for n, outcomes in zip(numbers, of_batches, strict=True) if any(why for _, _, why in outcomes)]
+        if failed and not again:
+            self._status()
+            gone = tuple(n for n in failed if self._asked.get(n) != self._served)
+            if gone and self._served is not None:  # the version has given way to the next
+                return (), self._told_as(gone, forget=False)
+        forget = False
+        for number in failed:
+            why = next(why for _, _, why in of_batches[numbers.index(number)] if why)
+            if self._prefetch.pause():
+                self._notify(f"no global negatives for now: {why}; training goes on with those of the batch")
+            forget = True
+        used = []
+        for number, outcomes in zip(numbers, of_batches, strict=True):
+            answered = not failed and all(is_answered for is_answered, _, _ in outcomes)
+            if answered and self._prefetch.returned():
+                self._notify("the negative pool answers again")
+            used.append(answered and self._is_recent(number))
+            if used[-1]:
+                self._unused_batches = 0 if any(usable for _, usable, _ in outcomes) else self._unused_batches + 1
         if self._unused_batches >= _UNUSED_BATCHES:
             raise TrainingError(
                 f"the selection rules have left no global negative in {self._unused_batches} batches in a row",
                 "negatives",
                 "Raise negatives.max_score, lower negatives.skip_hardest, or set negatives.source=none",
             )
+        return tuple(used), _Order((), forget, None, None)
+
+    def _is_recent(self, number: int) -> bool:
+        """Whether the version is not older than allowed: if waiting did not help, rather none than older ones."""
+        limit, step = self._refresh_rules.max_staleness_steps, number // self._settings.train.accumulation_steps
+        return limit is None or step - self._asked[number].step <= limit
+
+    # ---- what every rank does
+
+    def _obey(self, order: _Order, copy_weights: Callable[[], HostCopy]) -> None:
+        """Do what the first rank has said."""
+        if order.forget:
+            self._prefetch.forget()
+            self._void = self._begun
+        if order.version is not None:
+            self._told = order.version
+        if order.publish is not None and rank() != 0:
+            weights = to_arrays(copy_weights().wait())
+            self._source.publish(weights, step=order.publish.step, key=order.publish.key)
+        for number in order.begin:
+            assert self._told is not None
+            self._asked[number] = self._told[0]
+            self._prefetch.start(number, partial(self._look_up, *self._told, serial=self._begun))
+            self._begun += 1
+
+    def _outcome(self, number: int) -> tuple[LookedUp | None, bool, _Outcome]:
+        """Wait for this rank's answer; return it, whether it was waited for, and what to tell the others."""
+        try:
+            looked_up, waited = self._prefetch.take(number)
+        except SourceUnavailable as error:
+            return None, True, (False, False, str(error) or "it does not answer")
+        except HncseError as error:
+            return None, True, (False, False, error)
+        return looked_up, waited, (looked_up is not None, looked_up is not None and _any_usable(looked_up), "")
+
+    def _look_up(self, version: IndexVersion, positive_similarity: float, number: int, *, serial: int) -> LookedUp:
+        """Look one batch up, in the prefetching thread."""
+        swap = Swap(f"{serial}", timeout_s=self._settings.negatives.timeout_s, over=lambda: serial < self._void)
+        return self._ask(number, version=version, positive_similarity=positive_similarity, swap=swap)
 
     def _status(self) -> SourceStatus | None:
         """Ask how the source stands; None if it cannot say. What it last served may still be searched."""
@@ -263,7 +428,7 @@ class GlobalNegatives:
         except SourceUnavailable as error:
             self._out_of_reach(error)
             return None
-        self._served = status.version is not None
+        self._served = status.version
         if status.shards_alive > self._shards_alive:
             self._prefetch.try_again()
         self._shards_alive = status.shards_alive
@@ -294,6 +459,8 @@ class GlobalNegatives:
             self._out_of_reach(error)
             return None
         self._in_reach |= bool(taken)
+        if taken and not self._source.builds_elsewhere and world_size() > 1:  # the others make it as well
+            self._publishes = self._source.status().version
         return taken
 
     def _wait(self) -> None:
@@ -303,7 +470,7 @@ class GlobalNegatives:
             self._source.wait(self._settings.negatives.build_timeout_s)
         except SourceUnavailable as error:
             self._out_of_reach(error)
-        self._prefetch.forget()
+        self._forget = True
         self._status()
 
     def _out_of_reach(self, error: SourceUnavailable) -> None:
@@ -311,29 +478,6 @@ class GlobalNegatives:
             self._notify(f"the index cannot be renewed for now: {error}")
         self._in_reach = False
 
-    def _take(self, number: int) -> BatchNegatives:
-        try:
-            looked_up, waited = self._prefetch.take(number)
-        except SourceUnavailable as error:
-            if self._prefetch.pause():
-                self._notify(f"no global negatives for now: {error}; training goes on with those of the batch")
-            looked_up, waited = None, True
-        if looked_up is None:
-            self._window.missed += 1
-            return self._ask.nothing(number)
-        if self._prefetch.returned():
-            self._notify("the negative pool answers again")
-        limit, version = self._refresh_rules.max_staleness_steps, looked_up.negatives.version
-        step = number // self._settings.train.accumulation_steps
-        if limit is not None and version is not None and step - version.step > limit:
-            self._window.missed += 1  # waiting did not help: rather none than older ones
-            return self._ask.nothing(number)
-        self._window.add(looked_up, waited)
-        return looked_up.negatives
 
-    def _look_up(self, number: int) -> LookedUp:
-        """Look one batch up, in the prefetching thread."""
-        try:
-            return self._ask(number, positive_similarity=self._positive_similarity)
-        except SourceUnavailable:  # the version may just have given way to the next
-            return self._ask(number, positive_similarity=self._positive_similarity)
+def _any_usable(looked_up: LookedUp) -> bool:
+    return bool(looked_up.selection.mask_Bm.any())

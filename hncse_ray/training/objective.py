@@ -125,8 +125,12 @@ class Objective:
         """
         s = self.settings
         if gathers := "share" not in self.takes:
+            own = range(share.start, share.start + len(views[0]))
             views = [share.gather(z) for z in views]
             neighbours = None if neighbours is None else neighbours.of_all(share)
+            if batch_mask is None and share.processes > 1:  # another rank may have one, and all gather or none
+                batch_mask = torch.ones(len(own), len(views[0]), dtype=torch.bool, device=views[0].device)
+                batch_mask.diagonal(own.start).fill_(False)
             batch_mask = None if batch_mask is None else share.gather(batch_mask)
         given = self._given(neighbours) | {"batch_mask": batch_mask, "share": share}
         given |= {"generator": generator, "step": step, "total_steps": total_steps}
@@ -134,6 +138,8 @@ class Objective:
         if isinstance(s, InstanceSmoothing):
             arguments |= self._smoothing(s, neighbours, step=step, total_steps=total_steps)
         elif isinstance(s, OwnObjective):
+            if arguments.get("negatives") is not None:  # which may have travelled in fewer bits
+                arguments["negatives"] = arguments["negatives"].to(views[0].dtype)
             torch.manual_seed(generator.initial_seed())  # whatever else draws from here draws alike on every rank too
         else:
             arguments |= s.model_dump(exclude={"name", "dimensions"})

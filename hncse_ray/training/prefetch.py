@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Generic, TypeVar
@@ -29,10 +29,13 @@ class Prefetch(Generic[Answer]):
         self._pause_s = _FIRST_PAUSE_S
         self._paused_until: float | None = None
 
+    def wanted(self, numbers: Iterable[int]) -> tuple[int, ...]:
+        """Return which batches to look up now: those that have not been begun, none if the source is left alone."""
+        return () if self.paused() else tuple(number for number in numbers if number not in self._futures)
+
     def start(self, number: int, look_up: Callable[[int], Answer]) -> None:
-        """Begin to look up a batch, unless that has begun already or the source is left alone."""
-        if number not in self._futures and not self.paused():
-            self._futures[number] = self._threads.submit(look_up, number)
+        """Begin to look up a batch."""
+        self._futures[number] = self._threads.submit(look_up, number)
 
     def take(self, number: int) -> tuple[Answer | None, bool]:
         """Return the answer for a batch, and whether it had to be waited for; None if it was never asked for.

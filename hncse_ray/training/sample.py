@@ -173,11 +173,11 @@ def mined(looked_up: LookedUp, corpus: Corpus, views: BatchViews | None = None) 
         corpus: that the hits are rows of.
         views: the anchors of the batches, where they are made of passages.
     """
-    anchors = corpus.texts(looked_up.row_ids_B) if views is None else list(views.of(looked_up.number).texts)
+    anchors = corpus.texts(looked_up.row_ids_b) if views is None else list(views.of(looked_up.number).texts)
     hits, fates_Bk = looked_up.hits, looked_up.selection.fates_Bk
     rows = []
     for i in np.unique(np.linspace(0, len(anchors) - 1, _ANCHORS).astype(int)).tolist():
-        target = int(looked_up.target_ids_B[i])
+        target = int(looked_up.target_ids_b[i])
         shown = [k for k, fate in enumerate(fates_Bk[i]) if FATES[fate] not in ("no_hit", "itself")]
         taken = [k for k in shown if FATES[fates_Bk[i, k]] == "taken"]
         shown = sorted({*shown[:_HITS], *taken[: _HITS // 2]})

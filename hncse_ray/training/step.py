@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hncse_ray.encoder import SentenceEncoder, to_device
+from hncse_ray.negatives import NearHits
 from hncse_ray.training.distributed import RankShare, rank, world_size
 from hncse_ray.training.objective import Metrics, Neighbours, Objective
+from hncse_ray.training.repelled import ColumnFacts, apart, columns_mask, share_a_key
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,10 @@ class LocalBatch:
         number: index of the global batch since the start of training; seeds dropout and random pairs.
         rows: token ids of this rank's b sentences.
         sizes: b of every rank.
-        negatives: the global and the given negatives of the whole batch; None where the run uses none.
-        mask_BB: which rows of the whole batch may repel each other; see :func:`~hncse_ray.corpus.batch_mask`.
+        negatives: the global and the given negatives of these; None where the run uses none.
+        mask_bB: which rows of the whole batch they may repel; see :func:`~hncse_ray.corpus.batch_mask`.
+        keys_bn: what else they are known by; rows of the batch that share a key do not repel each other either.
+        near: what the index says of the batch; rows that it keeps apart do not repel each other either.
         targets: token ids of what the sentences belong to, the second view; None: the sentences themselves.
     """
 
@@ -36,27 +40,29 @@ class LocalBatch:
     rows: Sequence[NDArray[np.integer]]
     sizes: tuple[int, ...]
     negatives: StepNegatives | None = None
-    mask_BB: NDArray[np.bool_] | None = None
+    mask_bB: NDArray[np.bool_] | None = None
+    keys_bn: NDArray[np.int64] | None = None
+    near: NearHits | None = None
     targets: Sequence[NDArray[np.integer]] | None = None
 
 
 @dataclass(frozen=True)
 class StepNegatives:
-    """Negatives beside the batch as a step needs them: first those that are stored, then those that it encodes.
+    """Negatives of this rank's anchors as a step needs them: first those that are stored, then those that it encodes.
 
     Attributes:
-        mask_Bm: which are usable, of all ranks.
-        columns_mask: ``[B, B * m]``, see the objectives, or None.
-        stored_BmD: vectors of those that come as the index has them, or None.
-        fresh_bm: token ids of this rank's that are encoded with the batch, None where not usable, or None.
-        teacher_BL: what the index scores the columns of each anchor, see `distillation`; None if it is not asked.
+        mask_bm: which are usable.
+        stored_bmD: vectors of those that come as the index has them, or None.
+        fresh_bm: token ids of those that are encoded with the batch, None where not usable, or None.
+        teacher_bL: what the index scores the columns of each anchor, see `distillation`; None if it is not asked.
+        columns: what decides which of everyone's an anchor is repelled from; None where they are no columns of all.
     """
 
-    mask_Bm: NDArray[np.bool_]
-    columns_mask: NDArray[np.bool_] | None
-    stored_BmD: NDArray[np.float32] | None
+    mask_bm: NDArray[np.bool_]
+    stored_bmD: NDArray[np.float32] | None
     fresh_bm: Sequence[Sequence[NDArray[np.integer] | None]] | None
-    teacher_BL: NDArray[np.float32] | None = None
+    teacher_bL: NDArray[np.float32] | None = None
+    columns: ColumnFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -78,13 +84,23 @@ class Seen:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a step needs besides the model and the batch."""
+    """What a step needs besides the model and the batch.
+
+    Attributes:
+        objective: computes the loss.
+        seed: of the run.
+        step: optimiser steps taken.
+        total_steps: of the run.
+        chunk_size: rows encoded at a time in gradient caching; None: all at once.
+        columns_dtype: what vectors travel in that are columns of all ranks' anchors.
+    """
 
     objective: Objective
     seed: int
     step: int
     total_steps: int
     chunk_size: int | None
+    columns_dtype: torch.dtype = torch.float32
 
 
 def train_step(
@@ -163,17 +179,18 @@ def _backward_cached(
 def _loss(embedded: list[Tensor], batch: LocalBatch, context: StepContext) -> tuple[Tensor, Metrics, Seen]:
     views, fresh = embedded[: context.objective.views], embedded[context.objective.views :]
     device, share = views[0].device, RankShare.of(batch.sizes)
-    own = slice(share.start, share.start + len(views[0]))
     # Every rank draws the same pairs: the generator knows the batch's number, not the rank.
     generator = torch.Generator(device=device).manual_seed(_seed(context.seed, batch.number))
     neighbours = None
     if (negatives := batch.negatives) is not None:
-        stored = [] if negatives.stored_BmD is None else [to_device(negatives.stored_BmD[own], device)]
-        vectors_bmD = torch.cat([*stored, *fresh], dim=1)
-        columns_mask = None if negatives.columns_mask is None else to_device(negatives.columns_mask[own], device)
-        teacher_bL = None if negatives.teacher_BL is None else to_device(negatives.teacher_BL[own], device)
-        neighbours = Neighbours(vectors_bmD, to_device(negatives.mask_Bm[own], device), columns_mask, teacher_bL)
-    mask_bB = None if batch.mask_BB is None else to_device(batch.mask_BB[own], device)
+        stored = [] if negatives.stored_bmD is None else [to_device(negatives.stored_bmD, device)]
+        vectors_bmD, mask_bm, everyone = torch.cat([*stored, *fresh], dim=1), to_device(negatives.mask_bm, device), None
+        if negatives.columns is not None:
+            everyone = columns_mask(negatives.columns, mask_bm, share)
+            vectors_bmD = vectors_bmD.to(context.columns_dtype)
+        teacher_bL = None if negatives.teacher_bL is None else to_device(negatives.teacher_bL, device)
+        neighbours = Neighbours(vectors_bmD, mask_bm, everyone, teacher_bL)
+    mask_bB, of_index = _repelled(batch, share, device)
     loss, metrics = context.objective(
         views,
         neighbours,
@@ -184,11 +201,25 @@ def _loss(embedded: list[Tensor], batch: LocalBatch, context: StepContext) -> tu
         generator=generator,
     )
     found = None if neighbours is None else replace(neighbours, vectors_BmD=neighbours.vectors_BmD.detach())
-    return (
-        loss,
-        metrics,
-        Seen(views[0].detach(), views[1].detach(), None if mask_bB is None else mask_bB[:, own], found),
-    )
+    own = slice(share.start, share.start + len(views[0]))
+    mask_bb = None if mask_bB is None else mask_bB[:, own]
+    return loss, metrics | of_index, Seen(views[0].detach(), views[1].detach(), mask_bb, found)
+
+
+def _repelled(batch: LocalBatch, share: RankShare, device: torch.device) -> tuple[Tensor | None, Metrics]:
+    """Which rows of the batch the own ones may repel, None = all others; and how many pairs the index keeps apart."""
+    mask_bB = None if batch.mask_bB is None else to_device(batch.mask_bB, device)
+    found: Metrics = {}
+    if batch.keys_bn is not None:
+        shared_bB = share_a_key(batch.keys_bn, share, device)
+        mask_bB = ~shared_bB if mask_bB is None else mask_bB & ~shared_bB
+    if batch.near is not None:
+        apart_bB = apart(batch.near, share, device)
+        own_bB = torch.zeros_like(apart_bB)
+        own_bB.diagonal(share.start).fill_(True)
+        mask_bB = ~(apart_bB | own_bB) if mask_bB is None else mask_bB & ~apart_bB
+        found["negatives/masked_in_batch"] = share.add(apart_bB.sum().float()) / 2
+    return mask_bB, found
 
 
 def _encode(model: Any, batch: LocalBatch, context: StepContext, *, chunk: int, rows: slice) -> list[Tensor]:

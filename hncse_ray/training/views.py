@@ -1,7 +1,7 @@
 """Positives from structure: what an anchor and its positive are where a corpus of passages gives no pairs.
 
 Texts are made and tokenised when their batch comes near, in a thread beside the steps. They depend on the run's seed,
-the batch's number and the row alone, so all ranks make the same, and so does a resumed run.
+the batch's number and the row alone: a rank makes those of its own rows, a resumed run the same again.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hncse_ray.config import Settings, Side, ViewKind
-from hncse_ray.corpus import BatchPlan, Corpus, row_hash, sentences_or_runs
+from hncse_ray.corpus import BatchPlan, Corpus, rank_slice, row_hash, sentences_or_runs
 from hncse_ray.corpus.sentences import count_words
 from hncse_ray.encoder import SentenceEncoder
 from hncse_ray.errors import DataError
 from hncse_ray.reading import titled
+from hncse_ray.training.distributed import rank, world_size
 
 Int64 = NDArray[np.int64]
 Bool = NDArray[np.bool_]
@@ -39,17 +40,17 @@ _STREAM = 0x5EED  # tells these draws from others of the same seed and number
 
 @dataclass(frozen=True)
 class Views:
-    """The two views of each row of a global batch.
+    """The two views of each row of a batch, or of a part of it.
 
     Attributes:
-        kinds: of each row [B].
-        anchors: token rows of the first views [B].
-        texts: of the anchors [B].
-        targets: token rows of the second views [B].
-        target_ids_B: the row whose passage the target is of: the row itself, but for kind ``neighbour``.
-        hashes_B2: of the token rows of both views.
-        rows: the rows' own token rows [B], both views of kind ``dropout``.
-        row_hashes_B: of these.
+        kinds: of each row [b].
+        anchors: token rows of the first views [b].
+        texts: of the anchors [b].
+        targets: token rows of the second views [b].
+        target_ids_b: the row whose passage the target is of: the row itself, but for kind ``neighbour``.
+        hashes_b2: of the token rows of both views.
+        rows: the rows' own token rows [b], both views of kind ``dropout``.
+        row_hashes_b: of these.
         impossible: how often a kind was drawn that a row does not do for.
         dropped: of how many rows the pair was given up, by its kind.
     """
@@ -58,24 +59,24 @@ class Views:
     anchors: Sequence[TokenRow]
     texts: Sequence[str]
     targets: Sequence[TokenRow]
-    target_ids_B: Int64
-    hashes_B2: Int64
+    target_ids_b: Int64
+    hashes_b2: Int64
     rows: Sequence[TokenRow]
-    row_hashes_B: Int64
+    row_hashes_b: Int64
     impossible: Counter[ViewKind]
     dropped: Counter[ViewKind]
 
     @property
-    def paired_B(self) -> Bool:
+    def paired_b(self) -> Bool:
         """Which rows have an anchor of their own."""
         return np.array([kind != "dropout" for kind in self.kinds])
 
-    def without(self, dropped_B: Bool) -> Views:
+    def without(self, dropped_b: Bool) -> Views:
         """Return these views, but for some rows whose two views are dropout passes now."""
-        if not dropped_B.any():
+        if not dropped_b.any():
             return self
         kinds, anchors, targets = list(self.kinds), list(self.anchors), list(self.targets)
-        places = np.flatnonzero(dropped_B).tolist()
+        places = np.flatnonzero(dropped_b).tolist()
         for i in places:
             kinds[i], anchors[i], targets[i] = "dropout", self.rows[i], self.rows[i]
         return replace(
@@ -83,7 +84,7 @@ class Views:
             kinds=tuple(kinds),
             anchors=anchors,
             targets=targets,
-            hashes_B2=np.where(dropped_B[:, None], self.row_hashes_B[:, None], self.hashes_B2),
+            hashes_b2=np.where(dropped_b[:, None], self.row_hashes_b[:, None], self.hashes_b2),
             dropped=Counter(self.kinds[i] for i in places),
         )
 
@@ -117,13 +118,13 @@ class ViewMaker:
         self._kinds, self._log_weights = tuple(weights), np.log(list(weights.values()))
         self._nothing: dict[Side, TokenRow] = {}
 
-    def __call__(self, number: int, ids_B: Int64) -> Views:
+    def __call__(self, number: int, ids_b: Int64) -> Views:
         """Return the views of a batch."""
-        rows, impossible = self._corpus.token_rows(ids_B), Counter[ViewKind]()
-        kinds: list[ViewKind] = ["dropout"] * len(ids_B)
+        rows, impossible = self._corpus.token_rows(ids_b), Counter[ViewKind]()
+        kinds: list[ViewKind] = ["dropout"] * len(ids_b)
         pairs: dict[int, Pair] = {}
-        target_ids_B = np.array(ids_B, dtype=np.int64)
-        passages = self._passages(ids_B)
+        target_ids_b = np.array(ids_b, dtype=np.int64)
+        passages = self._passages(ids_b)
         for i, passage in enumerate(passages):
             rng = np.random.default_rng((self._seed, number, passage.id, _STREAM))
             for k in np.argsort(-(self._log_weights + rng.gumbel(size=len(self._kinds))), kind="stable"):
@@ -143,17 +144,17 @@ class ViewMaker:
                 continue
             anchors[i], targets[i], texts[i] = anchor, target, pairs[i][0]
             if kinds[i] == "neighbour":
-                target_ids_B[i] = self._adjacent(int(ids_B[i]))
-        hashes_B2 = np.array([[row_hash(a), row_hash(t)] for a, t in zip(anchors, targets, strict=True)], np.int64)
+                target_ids_b[i] = self._adjacent(int(ids_b[i]))
+        hashes_b2 = np.array([[row_hash(a), row_hash(t)] for a, t in zip(anchors, targets, strict=True)], np.int64)
         return Views(
             kinds=tuple(kinds),
             anchors=anchors,
             texts=texts,
             targets=targets,
-            target_ids_B=target_ids_B,
-            hashes_B2=hashes_B2,
+            target_ids_b=target_ids_b,
+            hashes_b2=hashes_b2,
             rows=rows,
-            row_hashes_B=self._corpus.hashes[ids_B],
+            row_hashes_b=self._corpus.hashes[ids_b],
             impossible=impossible,
             dropped=Counter(),
         )
@@ -261,7 +262,7 @@ def batch_views(settings: Settings, corpus: Corpus, plan: BatchPlan, encoder: Se
 
 
 class BatchViews:
-    """The views of a run's batches, made some batches ahead in a thread.
+    """The views of this rank's rows of a run's batches, made some batches ahead in a thread.
 
     Args:
         make: of a batch's number and rows.
@@ -291,24 +292,29 @@ class BatchViews:
 
         Args:
             numbers: of the batches.
-            dropped: of each batch, the rows [B] whose pair is given up; None: none.
+            dropped: of each batch, the rows [b] whose pair is given up; None: none.
         """
         for number in range(numbers[0], numbers[-1] + 1 + self._ahead):
             self._begun(number)
         taken = []
-        for number, dropped_B in zip(numbers, dropped, strict=True):
+        for number, dropped_b in zip(numbers, dropped, strict=True):
             views = self.of(number)
-            taken.append(views if dropped_B is None else views.without(dropped_B))
+            taken.append(views if dropped_b is None else views.without(dropped_b))
             self._count(taken[-1])
         with self._lock:
             self._futures = {n: future for n, future in self._futures.items() if n > numbers[-1]}
         return taken
 
-    def metrics(self) -> dict[str, float]:
-        """Return rows a batch since the last call, by kind and what became of them."""
-        counts, batches = self._counts, max(1, self._batches)
+    def window(self) -> tuple[Counter[str], int]:
+        """Return what became of this rank's rows since the last call, and in how many batches."""
+        window = self._counts, self._batches
         self._counts, self._batches = Counter(), 0
-        return {f"views/{name}": counts[name] / batches for name in self._names}
+        return window
+
+    def metrics(self, windows: Sequence[tuple[Counter[str], int]]) -> dict[str, float]:
+        """Return rows a batch, by kind and what became of them, from what all ranks have counted."""
+        counts = sum((counts for counts, _ in windows), Counter[str]())
+        return {f"views/{name}": counts[name] / max(1, windows[0][1]) for name in self._names}
 
     def __enter__(self) -> BatchViews:
         """Use it until it is left; then no more are made."""
@@ -320,7 +326,8 @@ class BatchViews:
     def _begun(self, number: int) -> Future[Views]:
         with self._lock:
             if number not in self._futures:
-                self._futures[number] = self._thread.submit(self._make, number, self._plan.batch(number))
+                ids_b = rank_slice(self._plan.batch(number), rank(), world_size())
+                self._futures[number] = self._thread.submit(self._make, number, ids_b)
             return self._futures[number]
 
     def _count(self, views: Views) -> None:

@@ -59,8 +59,8 @@ def one_step(
     fresh = [[rows[16 + 2 * i] if mask_Bm[i, 0] else None, rows[17 + 2 * i] if i != 3 else None] for i in range(16)]
     negatives = {
         "none": None,
-        "stored": StepNegatives(mask_Bm, None, stored_BmD, None),
-        "fresh": StepNegatives(mask_Bm, None, None, fresh),
+        "stored": StepNegatives(mask_Bm, stored_BmD, None),
+        "fresh": StepNegatives(mask_Bm, None, fresh),
     }[use]
     optimizer = torch.optim.SGD([p for p in encoder.parameters() if p.requires_grad], lr=0.0)
     context = StepContext(objective=loss, seed=1, step=0, total_steps=10, chunk_size=chunk)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from negative_runs import FolderStore, negatives_settings, prepared
+from negative_runs import RanksStore, negatives_settings, prepared
 from rank_parity import free_port
 
 from hncse_ray.errors import DataError, HncseError, StorageError, TrainingError
@@ -103,14 +103,6 @@ def test_nothing_of_it_is_kept(told: list[Found]) -> None:
 # ------------------------------------------------------------------------------------------------ whole runs
 
 
-class RanksStore(FolderStore):
-    """Checkpoints in a folder that all ranks see; they are written, and the model is, by the first."""
-
-    def save(self, step: int, write: Callable[[Path], None] | None) -> None:
-        if write is not None:
-            super().save(step, write)
-
-
 class TwoMinds(EvaluationSets):
     """Dev scores as the ranks' own processors find them."""
 
@@ -161,7 +153,7 @@ def run(case: str, rank: int, tree: Found, root: Path) -> Found:
         if case == "collapse":
             check, odd = Guards.check, {"uniformity": -2.0 if rank == 0 else 0.0}
             patch.setattr(Guards, "check", lambda self, step, metrics: check(self, step, metrics | odd))
-        job = TrainJob(settings, prepared_run.corpus, prepared_run.encoder, sets, source=source if rank == 0 else None)
+        job = TrainJob(settings, prepared_run.corpus, prepared_run.encoder, sets, source=source)
         try:
             found["finished"] = fit(job, RanksStore(root / case), emit)
         except HncseError as error:

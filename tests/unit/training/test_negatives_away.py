@@ -227,7 +227,7 @@ def test_no_batch_uses_a_version_older_than_the_limit(
     used = [step for step, found in batches.items() for batch in found if batch.version is not None]
     first = 1 if refresh == "async" else 0  # async does not wait for the first version
     assert used == [step for step in range(first, 5) for _ in range(accumulation)]
-    assert not any(batch.mask_Bm.any() for step in range(5, 9) for batch in batches[step])
+    assert not any(batch.mask_bm.any() for step in range(5, 9) for batch in batches[step])
     assert source.steps[:2] == [0, 5]  # a new one was asked for as soon as the first was too old
     assert any("5 steps old (limit 4)" in text for text in run.notices)
 

@@ -19,15 +19,18 @@ from rank_parity import free_port, join_group
 from torch.nn.parallel import DistributedDataParallel
 
 from hncse_ray.config import OBJECTIVES, Settings
-from hncse_ray.corpus import Corpus, prepare_corpus
+from hncse_ray.corpus import Corpus, prepare_corpus, rank_slice
 from hncse_ray.encoder import SentenceEncoder, freeze_unused
 from hncse_ray.negatives import IndexVersion, plan_index, share_anchors
 from hncse_ray.negatives.in_process import InProcessSource
+from hncse_ray.objectives import WHOLE
 from hncse_ray.reporting import Event
 from hncse_ray.reporting.events import CheckpointSaved, StepsLogged
+from hncse_ray.training import distributed
 from hncse_ray.training.batch import local_batch
 from hncse_ray.training.lookup import BatchNegatives
 from hncse_ray.training.objective import Objective
+from hncse_ray.training.repelled import columns_mask
 from hncse_ray.training.shard import build_shard
 from hncse_ray.training.step import LocalBatch, StepContext, train_step
 
@@ -57,19 +60,21 @@ def corpus_of(settings: Settings, encoder: SentenceEncoder) -> Corpus:
     )
 
 
-def found_for(corpus: Corpus, encoder: SentenceEncoder, *, use: str, columns: str, seed: int = 3) -> BatchNegatives:
-    """Neighbours as they are selected, drawn at random."""
+def found_for(corpus: Corpus, encoder: SentenceEncoder, *, use: str, seed: int = 3) -> BatchNegatives:
+    """Neighbours of this rank's rows as they are selected, drawn at random."""
     rng = np.random.default_rng(seed)
     ids_Bm = rng.integers(40, len(corpus), (B, M))
+    ids_Bm[5, 0] = ids_Bm[2, 1]
     mask_Bm = rng.random((B, M)) < 0.8
     ids_Bm[~mask_Bm] = -1
-    vectors_BmD = None
+    barred_Bk = rng.permutation(ids_Bm, axis=0)
+    vectors_bmD = None
+    here = distributed.rank(), distributed.world_size()
+    ids_bm, mask_bm, barred_bk = (rank_slice(of_all, *here) for of_all in (ids_Bm, mask_Bm, barred_Bk))
     if use == "stored":
-        vectors_BmD = encoder.encode_rows(corpus.targets(range(len(corpus))), unit_norm=True)[ids_Bm]
-        vectors_BmD[~mask_Bm] = 0
-    columns_mask = (rng.random((B, B * M)) < 0.9) & mask_Bm.ravel() if columns == "all" else None
-    nobody = np.zeros((0, 2), dtype=np.int64)
-    return BatchNegatives(ids_Bm, mask_Bm, columns_mask, vectors_BmD, None, np.full(B, -1), None, nobody)
+        vectors_bmD = encoder.encode_rows(corpus.targets(range(len(corpus))), unit_norm=True)[ids_bm]
+        vectors_bmD[~mask_bm] = 0
+    return BatchNegatives(ids_bm, mask_bm, vectors_bmD, None, np.full(len(ids_bm), -1), None, barred_bk)
 
 
 def step(
@@ -114,15 +119,15 @@ def test_a_batch_of_pairs(tree: Tree) -> None:
     assert (batch.number, batch.sizes) == (5, (B,))
     questions = encoder.tokenize([ROWS[i]["question"] for i in IDS], 24)
     answers = encoder.tokenize([ROWS[i]["answer"] or ROWS[i]["question"] for i in IDS], 24)
-    assert batch.targets is not None and batch.mask_BB is not None
+    assert batch.targets is not None and batch.mask_bB is not None
     assert [row.tolist() for row in batch.rows] == [row.tolist() for row in questions]
     assert [row.tolist() for row in batch.targets] == [row.tolist() for row in answers]
-    assert batch.mask_BB.tolist() == [[repels(i, j) for j in IDS] for i in IDS]
-    assert (~batch.mask_BB).sum() > B + 6  # there is something to see
+    assert batch.mask_bB.tolist() == [[repels(i, j) for j in IDS] for i in IDS]
+    assert (~batch.mask_bB).sum() > B + 6  # there is something to see
     within = settings.model_copy(update={"corpus": settings.corpus.model_copy(update={"repel_within_document": True})})
-    mask_BB = local_batch(5, np.array(IDS), corpus, None, settings=within).mask_BB
-    assert mask_BB is not None and (mask_BB != batch.mask_BB).any()
-    assert mask_BB.tolist() == [[repels(i, j, within_document=True) for j in IDS] for i in IDS]
+    mask_bB = local_batch(5, np.array(IDS), corpus, None, settings=within).mask_bB
+    assert mask_bB is not None and (mask_bB != batch.mask_bB).any()
+    assert mask_bB.tolist() == [[repels(i, j, within_document=True) for j in IDS] for i in IDS]
 
 
 @pytest.mark.parametrize("columns", ["own", "all"])
@@ -133,7 +138,7 @@ def test_given_negatives_are_masked_where_an_anchor_must_not_be_contrasted_with_
     ids = np.arange(28)
     batch = local_batch(0, ids, corpus, None, settings=settings)
     n = batch.negatives
-    assert n is not None and n.fresh_bm is not None and n.stored_BmD is None
+    assert n is not None and n.fresh_bm is not None and n.stored_bmD is None
     width = max(len(given_to(i)) for i in ids)
 
     def barred(i: int, text: str) -> bool:
@@ -146,15 +151,16 @@ def test_given_negatives_are_masked_where_an_anchor_must_not_be_contrasted_with_
             row = n.fresh_bm[i][k]
             assert (row is not None) == expected[i, k]
             assert row is None or row.tolist() == encoder.tokenize([text], 24)[0].tolist()
-    np.testing.assert_array_equal(n.mask_Bm, expected)
+    np.testing.assert_array_equal(n.mask_bm, expected)
     assert expected.sum() < sum(len(given_to(i)) for i in ids)
     if columns == "own":
-        assert n.columns_mask is None
+        assert n.columns is None
         return
-    assert n.columns_mask is not None
+    assert n.columns is not None
+    found = columns_mask(n.columns, torch.from_numpy(n.mask_bm), WHOLE).numpy()
     texts = [text for j in ids for text in [*given_to(j), *[""] * (width - len(given_to(j)))]]
     barred_everywhere = np.array([[barred(i, text) for text in texts] for i in ids])
-    np.testing.assert_array_equal(n.columns_mask & expected.ravel(), expected.ravel() & ~barred_everywhere)
+    np.testing.assert_array_equal(found, expected.ravel() & ~barred_everywhere)
 
 
 # ------------------------------------------------------------------------------------------------ the step by hand
@@ -187,13 +193,18 @@ def by_hand(
                     columns.append(vector)
             for n in range(M) if found is not None else ():
                 assert found is not None
-                if not found.mask_Bm[j, n] or (found.columns_mask is not None and not found.columns_mask[i, j * M + n]):
+                hit, earlier = found.ids_bm[j, n], found.ids_bm.ravel()[: j * M + n]
+                if not found.mask_bm[j, n]:
                     continue
-                if found.vectors_BmD is None:
-                    row = ROWS[found.ids_Bm[j, n]]
+                if settings.negatives.columns == "all" and (
+                    hit in earlier or hit in found.barred_bk[i] or not repels(IDS[i], hit)
+                ):
+                    continue
+                if found.vectors_bmD is None:
+                    row = ROWS[found.ids_bm[j, n]]
                     columns.append(embed(row["answer"] or row["question"]))
                 else:
-                    columns.append(torch.from_numpy(found.vectors_BmD[j, n]))
+                    columns.append(torch.from_numpy(found.vectors_bmD[j, n]))
         logits = torch.stack([questions[i] @ column for column in columns]) / T
         losses.append(torch.logsumexp(logits, 0) - logits[0])
     loss = torch.stack(losses).mean()
@@ -209,7 +220,7 @@ def test_loss_and_gradient_are_those_worked_out_by_hand(tree: Tree, found: str, 
     settings = negatives_settings(tree, *changes)
     encoder = fresh_encoder(settings)
     corpus = corpus_of(settings, encoder)
-    neighbours = None if found == "none" else found_for(corpus, encoder, use=found, columns=columns)
+    neighbours = None if found == "none" else found_for(corpus, encoder, use=found)
     loss, gradient = step(settings, encoder, [local_batch(0, np.array(IDS), corpus, neighbours, settings=settings)])
     expected, by_autograd = by_hand(settings, encoder, corpus, neighbours)
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -260,14 +271,14 @@ def case_settings(tree: Tree, case: str) -> Settings:
 
 def steps_of_all_cases(tree: Tree, world: int) -> dict[str, tuple[float, torch.Tensor]]:
     results = {}
-    for case, (_, use, columns, _, accumulation) in CASES.items():
+    for case, (_, use, _, _, accumulation) in CASES.items():
         settings = case_settings(tree, case)
         encoder = fresh_encoder(settings)
         freeze_unused(encoder)
         corpus = corpus_of(settings, encoder)
         batches = []
         for number in range(accumulation):
-            found = None if use == "none" else found_for(corpus, encoder, use=use, columns=columns, seed=number)
+            found = None if use == "none" else found_for(corpus, encoder, use=use, seed=number)
             ids = (np.array(IDS) + number * 24) % len(corpus)
             batches.append(local_batch(number, ids, corpus, found, settings=settings))
         model = encoder if world == 1 else DistributedDataParallel(encoder, broadcast_buffers=False)
@@ -381,20 +392,20 @@ def test_the_pool_holds_targets_and_negatives_are_targets_of_the_hits(
     anchors = np.concatenate([encoder.encode_rows([row], unit_norm=True) for row in questions]).astype(np.float64)
     cosines = np.where(allowed, anchors @ vectors.T, -2)
     nearest = np.sort(cosines, axis=1)[:, ::-1][:, :3]
-    assert batch.mask_Bm.all()
-    np.testing.assert_allclose(np.take_along_axis(cosines, batch.ids_Bm, 1), nearest, atol=1e-5)
-    assert_own_ranks(batch.ranks_B, anchors @ vectors.T, ids_B, k=31)
-    found = batch.ranks_B >= 0
+    assert batch.mask_bm.all()
+    np.testing.assert_allclose(np.take_along_axis(cosines, batch.ids_bm, 1), nearest, atol=1e-5)
+    assert_own_ranks(batch.ranks_b, anchors @ vectors.T, ids_B, k=31)
+    found = batch.ranks_b >= 0
     assert found.any() and not found.all()
-    assert run.series("own_found") == [found.mean()] and run.series("own_first") == [(batch.ranks_B == 0).mean()]
+    assert run.series("own_found") == [found.mean()] and run.series("own_first") == [(batch.ranks_b == 0).mean()]
     step_batch = local_batch(0, ids_B, corpus, batch, settings=settings)
     assert step_batch.negatives is not None and step_batch.negatives.fresh_bm is not None
     if use == "fresh":
         rows = step_batch.negatives.fresh_bm[0][:3]
-        expected = corpus.targets(batch.ids_Bm[0])
+        expected = corpus.targets(batch.ids_bm[0])
         assert [row.tolist() for row in rows if row is not None] == [row.tolist() for row in expected]
     else:
-        assert len(step_batch.negatives.fresh_bm[0]) == step_batch.negatives.mask_Bm.shape[1] - 3
+        assert len(step_batch.negatives.fresh_bm[0]) == step_batch.negatives.mask_bm.shape[1] - 3
 
 
 def test_a_smoothing_group_is_near_the_positive_and_not_near_the_anchor(
@@ -405,12 +416,12 @@ def test_a_smoothing_group_is_near_the_positive_and_not_near_the_anchor(
     with taken(monkeypatch) as batches:
         run = carry_out(negatives_settings(tree, *changes), tmp_path)
     batch, ids_B = batches[0][0], run.plan.batch(0)
-    assert batch.version is not None and batch.mask_Bm.all()
+    assert batch.version is not None and batch.mask_bm.all()
     vectors = run.source.inner.vectors(np.arange(len(ROWS)), version=batch.version).astype(np.float64)
     allowed = np.array([[repels(i, hit, within_document=True) for hit in range(len(ROWS))] for i in ids_B])
     cosines = np.where(allowed, vectors[ids_B] @ vectors.T, -2)
     nearest = np.sort(cosines, axis=1)[:, ::-1][:, :3]
-    np.testing.assert_allclose(np.take_along_axis(cosines, batch.ids_Bm, 1), nearest, atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(cosines, batch.ids_bm, 1), nearest, atol=1e-5)
     assert "negatives/own_found" not in run.logs[0].metrics
 
 
@@ -519,7 +530,7 @@ def test_prompts_that_are_not_pooled_are_left_out_of_both_sides(tree: Tree) -> N
             return super().__call__(views, neighbours, **how)
 
     objective = Watched(settings.objective, dimension=encoder.dimension, device=encoder.device)
-    batch = replace(local_batch(0, np.array([0, 1, 2]), corpus, None, settings=settings), mask_BB=None)
+    batch = replace(local_batch(0, np.array([0, 1, 2]), corpus, None, settings=settings), mask_bB=None)
     context = StepContext(objective, seed=1, step=0, total_steps=10, chunk_size=None)
     train_step(encoder, torch.optim.SGD(encoder.parameters(), lr=0.0), [batch], context, max_grad_norm=1.0)
     for view, column, side in ((seen[0], "question", "query"), (seen[1], "answer", "document")):

@@ -56,6 +56,12 @@ def prefetch(clock: Clock, look_up: LookUps) -> Iterator[Prefetch[int]]:
     made.close()
 
 
+def begin(prefetch: Prefetch[int], look_up: LookUps, number: int) -> None:
+    """As the loop does."""
+    for wanted in prefetch.wanted([number]):
+        prefetch.start(wanted, look_up)
+
+
 def settled(prefetch: Prefetch[Any]) -> None:
     """Return when everything that was begun is done."""
     for future in list(prefetch._futures.values()):
@@ -64,7 +70,7 @@ def settled(prefetch: Prefetch[Any]) -> None:
 
 def test_an_answer_that_is_there_is_not_waited_for(prefetch: Prefetch[int], look_up: LookUps) -> None:
     for number in (3, 4):
-        prefetch.start(number, look_up)
+        begin(prefetch, look_up, number)
     settled(prefetch)
     assert prefetch.take(3) == (30, False)
     assert prefetch.take(4) == (40, False)
@@ -72,7 +78,7 @@ def test_an_answer_that_is_there_is_not_waited_for(prefetch: Prefetch[int], look
 
 def test_an_answer_that_is_not_there_is_waited_for(prefetch: Prefetch[int], look_up: LookUps) -> None:
     look_up.gate.clear()
-    prefetch.start(3, look_up)
+    begin(prefetch, look_up, 3)
     timer = threading.Timer(0.05, look_up.gate.set)
     timer.start()
     assert prefetch.take(3) == (30, True)
@@ -81,16 +87,16 @@ def test_an_answer_that_is_not_there_is_waited_for(prefetch: Prefetch[int], look
 
 def test_what_was_never_asked_for_is_none_at_once(prefetch: Prefetch[int], look_up: LookUps) -> None:
     assert prefetch.take(3) == (None, False)
-    prefetch.start(3, look_up)
+    begin(prefetch, look_up, 3)
     prefetch.take(3)
     assert prefetch.take(3) == (None, False)  # an answer is taken once
 
 
 def test_a_batch_is_looked_up_once_however_often_it_is_started(prefetch: Prefetch[int], look_up: LookUps) -> None:
     for _ in range(3):
-        prefetch.start(3, look_up)
+        begin(prefetch, look_up, 3)
     settled(prefetch)
-    prefetch.start(3, look_up)
+    begin(prefetch, look_up, 3)
     assert prefetch.take(3) == (30, False)
     assert look_up.asked == [3]
 
@@ -98,7 +104,7 @@ def test_a_batch_is_looked_up_once_however_often_it_is_started(prefetch: Prefetc
 def test_no_answer_in_time_is_a_source_that_is_away(clock: Clock, look_up: LookUps) -> None:
     prefetch: Prefetch[int] = Prefetch(0.02, clock=clock)
     look_up.gate.clear()
-    prefetch.start(3, look_up)
+    begin(prefetch, look_up, 3)
     with pytest.raises(SourceUnavailable, match=r"no answer within 0\.02 s"):
         prefetch.take(3)
     look_up.gate.set()
@@ -108,14 +114,14 @@ def test_no_answer_in_time_is_a_source_that_is_away(clock: Clock, look_up: LookU
 @pytest.mark.parametrize("error", [SourceUnavailable("the shard is gone"), ValueError("a mistake")])
 def test_what_the_look_up_raised_is_raised(prefetch: Prefetch[int], look_up: LookUps, error: Exception) -> None:
     look_up.error = error
-    prefetch.start(3, look_up)
+    begin(prefetch, look_up, 3)
     with pytest.raises(type(error), match=str(error)):
         prefetch.take(3)
 
 
 def test_a_time_out_that_the_look_up_itself_raised_is_told_as_such(prefetch: Prefetch[int], look_up: LookUps) -> None:
     look_up.error = SourceUnavailable("timed out inside")
-    prefetch.start(3, look_up)
+    begin(prefetch, look_up, 3)
     with pytest.raises(SourceUnavailable, match="timed out inside"):
         prefetch.take(3)
 
@@ -125,14 +131,14 @@ def test_a_source_left_alone_is_not_asked_until_the_pause_is_over(
 ) -> None:
     assert not prefetch.paused()
     assert prefetch.pause()
-    prefetch.start(3, look_up)
+    begin(prefetch, look_up, 3)
     assert prefetch.paused() and prefetch.take(3) == (None, False)
     clock.now += _FIRST_PAUSE_S - 0.01
-    prefetch.start(4, look_up)
+    begin(prefetch, look_up, 4)
     assert prefetch.paused() and prefetch.take(4) == (None, False)
     clock.now += 0.01
     assert not prefetch.paused()
-    prefetch.start(5, look_up)
+    begin(prefetch, look_up, 5)
     assert prefetch.take(5)[0] == 50
     assert look_up.asked == [5]
 
@@ -164,18 +170,18 @@ def test_pauses_double_up_to_a_bound_and_start_again_after_an_answer(prefetch: P
 def test_an_answer_ends_a_pause(prefetch: Prefetch[int], look_up: LookUps) -> None:
     prefetch.pause()
     assert prefetch.returned()
-    prefetch.start(3, look_up)
+    begin(prefetch, look_up, 3)
     assert prefetch.take(3)[0] == 30
 
 
 @pytest.mark.parametrize("how", ["forget", "pause"])
 def test_what_is_forgotten_is_looked_up_anew(prefetch: Prefetch[int], look_up: LookUps, clock: Clock, how: str) -> None:
-    prefetch.start(3, look_up)
+    begin(prefetch, look_up, 3)
     settled(prefetch)
     getattr(prefetch, how)()
     assert prefetch.take(3) == (None, False)
     clock.now += 1000
-    prefetch.start(3, look_up)
+    begin(prefetch, look_up, 3)
     assert prefetch.take(3)[0] == 30
     assert look_up.asked == [3, 3]
 
@@ -185,10 +191,10 @@ def test_what_waits_for_a_thread_is_never_looked_up_once_it_is_forgotten(
 ) -> None:
     look_up.gate.clear()
     for number in range(5):
-        prefetch.start(number, look_up)
+        begin(prefetch, look_up, number)
     prefetch.forget()
     look_up.gate.set()
-    prefetch.start(9, look_up)
+    begin(prefetch, look_up, 9)
     assert prefetch.take(9)[0] == 90
     assert not set(look_up.asked) & {2, 3, 4}  # there are two threads
 
@@ -197,7 +203,7 @@ def test_closing_neither_waits_nor_begins_anything(look_up: LookUps, clock: Cloc
     prefetch: Prefetch[int] = Prefetch(20.0, clock=clock)
     look_up.gate.clear()
     for number in range(5):
-        prefetch.start(number, look_up)
+        begin(prefetch, look_up, number)
     closing = threading.Thread(target=prefetch.close)
     closing.start()
     closing.join(seconds(10))

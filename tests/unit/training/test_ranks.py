@@ -19,6 +19,7 @@ from hncse_ray.errors import ModelError
 from hncse_ray.evaluation import StsPair, StsPairs, evaluate_retrieval, paired_set, spearman
 from hncse_ray.training.distributed import ShardedEncode, gather_rows
 from hncse_ray.training.objective import Objective
+from hncse_ray.training.repelled import ColumnFacts
 from hncse_ray.training.step import LocalBatch, StepContext, StepNegatives, train_step
 
 M = 3
@@ -76,14 +77,23 @@ def step_negatives(
     if slots == "few":
         mask_Bm[3:] = False  # the later ranks have none, and so have later chunks of the first
     mask_Bm[0] = slots == "most"
-    columns_mask = (rng.random((BATCH, BATCH * M)) < 0.9) & mask_Bm.ravel() if columns == "all" else None
     teacher_BL = rng.random((BATCH, BATCH + M * (BATCH if columns == "all" else 1))).astype(np.float32)
+    barred_BM = np.where(rng.random((BATCH, M)) < 0.3, ids_Bm[::-1], -1)
+
+    def own(of_all: np.ndarray) -> np.ndarray:
+        return rank_slice(of_all, rank, world)
+
+    ids_bm, mask_bm = own(np.where(mask_Bm, ids_Bm, -1)), own(mask_Bm)
+    facts = None
+    if columns == "all":
+        anchors = own(np.arange(number * BATCH, (number + 1) * BATCH))
+        documents = np.arange(len(SENTENCES)) // 3
+        facts = ColumnFacts(ids_bm, ids_bm[..., None], documents[ids_bm], anchors, anchors[:, None],
+                            documents[anchors], own(barred_BM))  # fmt: skip
     if use == "stored":
-        vectors_BmD = vectors_ND[ids_Bm]
-        return StepNegatives(mask_Bm, columns_mask, vectors_BmD * mask_Bm[..., None], None, teacher_BL)
-    mine = zip(rank_slice(ids_Bm, rank, world), rank_slice(mask_Bm, rank, world), strict=True)
-    chosen = [[i if usable else -1 for i, usable in zip(*row, strict=True)] for row in mine]
-    return StepNegatives(mask_Bm, columns_mask, None, chosen, teacher_BL)  # type: ignore[arg-type]
+        return StepNegatives(mask_bm, own(vectors_ND[ids_Bm] * mask_Bm[..., None]), None, own(teacher_BL), facts)
+    chosen = [[int(i) for i in row] for row in ids_bm]
+    return StepNegatives(mask_bm, None, chosen, own(teacher_BL), facts)  # type: ignore[arg-type]
 
 
 def global_gradients(model: str, rank: int, world: int) -> Found:
@@ -114,7 +124,8 @@ def global_gradients(model: str, rank: int, world: int) -> Found:
             if n.fresh_bm is not None:
                 tokens = [[rows[i] if i >= 0 else None for i in own] for own in n.fresh_bm]
                 n = replace(n, fresh_bm=tokens)
-            mask = batch_mask(ids)
+            start = sum(sizes[:rank])
+            mask = batch_mask(ids, own=slice(start, start + sizes[rank]))
             batches.append(LocalBatch(number, [rows[i] for i in rank_slice(ids, rank, world)], sizes, n, mask))
         context = StepContext(objective=objective, seed=1, step=0, total_steps=10, chunk_size=chunk)
         optimizer = torch.optim.SGD(encoder.parameters(), lr=0.0)

@@ -171,7 +171,7 @@ def test_a_step_is_the_same_whether_its_rows_are_packed_or_padded(tiny_model: Pa
         fresh = encoder.tokenize([SENTENCES[8], "one", " ".join(SENTENCES[9:12]), *SENTENCES[12:24]])
         slots = [fresh[2 * i : 2 * i + 2] if i != 4 else [None, fresh[14]] for i in range(7)] + [[None, None]]
         mask = np.array([[tokens is not None for tokens in own] for own in slots])
-        batch = LocalBatch(0, rows, (8,), StepNegatives(mask, None, None, slots))
+        batch = LocalBatch(0, rows, (8,), StepNegatives(mask, None, slots))
         context = StepContext(objective=watched, seed=1, step=0, total_steps=10, chunk_size=chunk)
         train_step(encoder, torch.optim.SGD(encoder.parameters(), lr=0.0), [batch], context, max_grad_norm=1e9)
         gradients.append(gradient(encoder))

@@ -62,16 +62,16 @@ def test_the_teacher_scores_every_column_exactly(
         run = carry_out(settings, tmp_path)
     batch, ids_B = batches[0][0], run.plan.batch(0)
     expected = scores_by_hand(run, settings, ids_B)
-    B, m = batch.ids_Bm.shape
-    assert batch.mask_Bm.all() and batch.teacher_BL is not None
-    np.testing.assert_allclose(batch.teacher_BL[:, :B], expected[:, ids_B], atol=2e-6)
-    of_negatives = expected[:, batch.ids_Bm.ravel()]
+    B, m = batch.ids_bm.shape
+    assert batch.mask_bm.all() and batch.teacher_bL is not None
+    np.testing.assert_allclose(batch.teacher_bL[:, :B], expected[:, ids_B], atol=2e-6)
+    of_negatives = expected[:, batch.ids_bm.ravel()]
     if columns == "own":
-        of_negatives = np.take_along_axis(expected, batch.ids_Bm, 1)
-    np.testing.assert_allclose(batch.teacher_BL[:, B:], of_negatives, atol=2e-6)
+        of_negatives = np.take_along_axis(expected, batch.ids_bm, 1)
+    np.testing.assert_allclose(batch.teacher_bL[:, B:], of_negatives, atol=2e-6)
     # One of each band of ranks: 1-2, 3-6, 7-12, among the rows outside the batch.
     expected[:, ids_B] = -9
-    ranks = (expected[:, None, :] > np.take_along_axis(expected, batch.ids_Bm, 1)[:, :, None] + 1e-7).sum(-1)
+    ranks = (expected[:, None, :] > np.take_along_axis(expected, batch.ids_bm, 1)[:, :, None] + 1e-7).sum(-1)
     if columns == "own":
         assert (ranks[:, 0] < 2).all() or score == "lexical"
 
@@ -96,11 +96,11 @@ def test_anchors_made_of_passages_are_scored_by_what_they_say(
     sides = [encoder.encode_rows(rows, side=side, unit_norm=True).astype(np.float64)
              for rows, side in ((views.anchors, "query"), (run.corpus.token_rows(everyone), "document"))]  # fmt: skip
     expected = sides[0] @ sides[1].T + 0.3 * share
-    columns = np.concatenate([ids_B, batch.ids_Bm.ravel()])
-    assert batch.teacher_BL is not None
+    columns = np.concatenate([ids_B, batch.ids_bm.ravel()])
+    assert batch.teacher_bL is not None
     usable = columns >= 0
-    np.testing.assert_allclose(batch.teacher_BL[:, usable], expected[:, columns[usable]], atol=2e-6)
-    assert (batch.teacher_BL[:, ~usable] == -np.inf).all()
+    np.testing.assert_allclose(batch.teacher_bL[:, usable], expected[:, columns[usable]], atol=2e-6)
+    assert (batch.teacher_bL[:, ~usable] == -np.inf).all()
 
 
 def test_the_teachers_order_is_learnt(tree: Tree, tmp_path: Path) -> None:

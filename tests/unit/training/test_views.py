@@ -22,15 +22,16 @@ from torch.nn.parallel import DistributedDataParallel
 from waits import seconds
 
 from hncse_ray.config import Settings, ViewKind, load_settings
-from hncse_ray.corpus import row_hash, sentences_or_runs
+from hncse_ray.corpus import rank_slice, row_hash, sentences_or_runs
 from hncse_ray.errors import SettingsError
 from hncse_ray.negatives import Hits
 from hncse_ray.reading import titled
 from hncse_ray.reporting import Event
 from hncse_ray.reporting.events import CheckpointSaved, StepsLogged
+from hncse_ray.training import distributed
 from hncse_ray.training.batch import local_batch
 from hncse_ray.training.objective import Objective
-from hncse_ray.training.step import StepContext, train_step
+from hncse_ray.training.step import LocalBatch, StepContext, _repelled, train_step
 from hncse_ray.training.views import BatchViews, ViewMaker, Views, batch_views
 
 Tree = dict[str, Any]
@@ -123,7 +124,7 @@ def test_a_passage_and_the_next_of_its_document_or_the_one_before(tree: Tree) ->
             expected[i] = i + 1
         elif i and documents[i - 1] == document:
             expected[i] = i - 1
-    assert {i: int(t) for i, t in enumerate(views.target_ids_B) if i != t} == expected
+    assert {i: int(t) for i, t in enumerate(views.target_ids_b) if i != t} == expected
     assert pairs_of(run, settings, "neighbour") == {i: (bodies[i], texts[j]) for i, j in expected.items()}
     assert views.kinds == tuple("neighbour" if i in expected else "dropout" for i in range(len(documents)))
 
@@ -172,7 +173,7 @@ def test_dropout_in_the_mixture_is_two_views_of_the_row(tree: Tree) -> None:
     share = np.mean([kind == "dropout" for kind in views.kinds])
     assert 0.4 < share < 0.8
     rows = run.corpus.token_rows(range(len(run.corpus)))
-    for i in np.flatnonzero(~views.paired_B):
+    for i in np.flatnonzero(~views.paired_b):
         assert views.anchors[i] is views.targets[i] and np.array_equal(views.anchors[i], rows[i])
 
 
@@ -183,8 +184,8 @@ def test_views_hang_on_seed_number_and_row_alone(tree: Tree) -> None:
         assert some.kinds[place] == everyone.kinds[i]
         assert np.array_equal(some.anchors[place], everyone.anchors[i])
         assert np.array_equal(some.targets[place], everyone.targets[i])
-        assert some.target_ids_B[place] == everyone.target_ids_B[i]
-    np.testing.assert_array_equal(some.hashes_B2, everyone.hashes_B2[ids])
+        assert some.target_ids_b[place] == everyone.target_ids_b[i]
+    np.testing.assert_array_equal(some.hashes_b2, everyone.hashes_b2[ids])
     for other in (made(run, settings, 8), made(run, negatives_settings(tree, ALL, "run.seed=4"), 7)):
         assert sum(np.array_equal(a, b) for a, b in zip(other.anchors, everyone.anchors, strict=True)) < 70
 
@@ -197,7 +198,7 @@ def test_anchors_are_queries_and_positives_documents_cut_to_the_length_of_traini
     for i, (title, body) in pairs.items():
         assert views.anchors[i].tolist() == run.encoder.tokenize([title], 9, side="query")[0].tolist()
         assert views.targets[i].tolist() == run.encoder.tokenize([body], 9, side="document")[0].tolist()
-        assert views.hashes_B2[i].tolist() == [row_hash(views.anchors[i]), row_hash(views.targets[i])]
+        assert views.hashes_b2[i].tolist() == [row_hash(views.anchors[i]), row_hash(views.targets[i])]
     assert max(map(len, views.targets)) == 9
     texts = run.corpus.texts([0])
     assert run.corpus.token_rows([0])[0].tolist() == run.encoder.tokenize(texts, 9, side="document")[0].tolist()
@@ -231,9 +232,16 @@ def test_the_batch_of_a_step_holds_the_views_and_rows_that_share_a_text_do_not_r
     views = made(run, settings, 0, ids)
     batch = local_batch(0, ids, run.corpus, None, settings=settings, views=views)
     assert batch.rows == views.anchors and batch.targets == views.targets
-    assert batch.mask_BB is not None and not batch.mask_BB[0, 1] and batch.mask_BB[0, 2]
-    without = local_batch(0, ids, run.corpus, None, settings=settings).mask_BB
+    mask = repelled(batch)
+    assert mask is not None and not mask[0, 1] and mask[0, 2]
+    without = repelled(local_batch(0, ids, run.corpus, None, settings=settings))
     assert without is None or without[0, 1]
+
+
+def repelled(batch: LocalBatch) -> np.ndarray | None:
+    """Which rows repel each other, as a step finds it."""
+    mask, _ = _repelled(batch, distributed.RankShare.of(batch.sizes), torch.device("cpu"))
+    return None if mask is None else mask.numpy()
 
 
 def test_views_are_made_ahead_in_one_thread_and_no_more_than_asked_for(tree: Tree) -> None:
@@ -248,17 +256,17 @@ def test_views_are_made_ahead_in_one_thread_and_no_more_than_asked_for(tree: Tre
 
     with BatchViews(watched, run.plan, kinds=KINDS, ahead=3) as views:
         (first,) = views.take([0], [None])
-        assert np.array_equal(first.hashes_B2, make(0, run.plan.batch(0)).hashes_B2)
+        assert np.array_equal(first.hashes_b2, make(0, run.plan.batch(0)).hashes_b2)
         assert views.of(2) is views.of(2) and max(n for n, _ in begun) <= 3
         assert [v.kinds for v in views.take([1, 2], [None, None])] == [make(n, run.plan.batch(n)).kinds for n in (1, 2)]
         hold.set()
         views.of(5)
         assert sorted(n for n, _ in begun) == [0, 1, 2, 3, 4, 5]  # each once
         assert len({name for _, name in begun}) == 1 and begun[0][1] != threading.current_thread().name
-        facts = views.metrics()
+        facts = views.metrics([views.window()])
         assert sum(value for name, value in facts.items() if name.endswith(("dropout", "_kept"))) == 8
         assert facts.keys() == {"views/dropout", *(f"views/{k}_{f}" for k in KINDS for f in FATES)}
-        assert sum(views.metrics().values()) == 0
+        assert sum(views.metrics([views.window()]).values()) == 0
 
 
 FATES = ("kept", "dropped", "impossible")
@@ -269,7 +277,7 @@ def views_step(tree: Tree, world: int) -> tuple[float, torch.Tensor]:
     settings = negatives_settings(tree, ALL, "encoder.dropout=0", "train.batch_size=13")
     run = prepared(settings)
     with batch_views(settings, run.corpus, run.plan, run.encoder) as ahead:
-        (views,) = ahead.take([2], [np.arange(13) % 4 == 0])
+        (views,) = ahead.take([2], [rank_slice(np.arange(13), distributed.rank(), distributed.world_size()) % 4 == 0])
     batch = local_batch(2, run.plan.batch(2), run.corpus, None, settings=settings, views=views)
     objective = Objective(settings.objective, dimension=run.encoder.dimension, device=run.encoder.device)
     context = StepContext(objective, seed=1, step=0, total_steps=10, chunk_size=None)
@@ -304,7 +312,7 @@ def own_cosines(run: Run, views: Views, batch: Any) -> tuple[np.ndarray, np.ndar
     vectors = run.source.inner.vectors(np.arange(len(run.corpus)), version=batch.version).astype(np.float64)
     anchors = np.stack([run.encoder.encode_rows([row], side="query", unit_norm=True)[0] for row in views.anchors])
     cosines = anchors.astype(np.float64) @ vectors.T
-    return cosines, np.take_along_axis(cosines, views.target_ids_B[:, None], 1)[:, 0]
+    return cosines, np.take_along_axis(cosines, views.target_ids_b[:, None], 1)[:, 0]
 
 
 @pytest.mark.parametrize("agreement", [2, 5])
@@ -319,24 +327,24 @@ def test_a_pair_is_used_if_the_index_finds_its_passage(
     cosines, own = own_cosines(run, views, batch)
     sure = np.array([(row > o - 1e-5).sum() - 1 == (row > o + 1e-5).sum() for row, o in zip(cosines, own, strict=True)])
     nearer = (cosines > own[:, None] + 1e-5).sum(axis=1)
-    assert batch.dropped_B is not None and sure.sum() > 30
-    np.testing.assert_array_equal(batch.dropped_B[sure], (views.paired_B & (nearer >= agreement))[sure])
-    assert batch.dropped_B.any() and (views.paired_B & ~batch.dropped_B).any()
+    assert batch.dropped_b is not None and sure.sum() > 30
+    np.testing.assert_array_equal(batch.dropped_b[sure], (views.paired_b & (nearer >= agreement))[sure])
+    assert batch.dropped_b.any() and (views.paired_b & ~batch.dropped_b).any()
     # What is dropped is trained on as a dropout view, and its neighbours are those of its passage.
-    final = views.without(batch.dropped_B)
-    for i in np.flatnonzero(batch.dropped_B):
+    final = views.without(batch.dropped_b)
+    for i in np.flatnonzero(batch.dropped_b):
         assert final.kinds[i] == "dropout" and final.anchors[i] is final.targets[i]
     vectors = run.source.inner.vectors(np.arange(len(run.corpus)), version=batch.version)
-    for i in np.flatnonzero(batch.dropped_B)[:10]:
-        cosines_N = vectors[run.plan.batch(0)[i]] @ vectors[batch.ids_Bm[i]].T
+    for i in np.flatnonzero(batch.dropped_b)[:10]:
+        cosines_N = vectors[run.plan.batch(0)[i]] @ vectors[batch.ids_bm[i]].T
         np.testing.assert_allclose(np.sort(cosines_N)[::-1], cosines_N, atol=1e-6)
     logged = run.logs[0].metrics
     for kind in KINDS:
         of_kind = np.array([k == kind for k in views.kinds])
-        assert logged[f"views/{kind}_dropped"] == (of_kind & batch.dropped_B).sum()
-        assert logged[f"views/{kind}_kept"] == (of_kind & ~batch.dropped_B).sum()
+        assert logged[f"views/{kind}_dropped"] == (of_kind & batch.dropped_b).sum()
+        assert logged[f"views/{kind}_kept"] == (of_kind & ~batch.dropped_b).sum()
         assert logged[f"views/{kind}_impossible"] == views.impossible[kind]
-    assert logged["views/dropout"] == (~views.paired_B).sum() + batch.dropped_B.sum()
+    assert logged["views/dropout"] == (~views.paired_b).sum() + batch.dropped_b.sum()
 
 
 def planted(folder: Path, cache_dir: str) -> dict[str, Any]:
@@ -359,13 +367,13 @@ def test_a_title_of_another_document_is_not_used(
         run = carry_out(settings, tmp_path / "run")
     wrong = {i for i in range(0, len(run.corpus) - 1, 3)}
     for step, (batch,) in batches.items():
-        assert batch.dropped_B is not None
-        assert batch.dropped_B.tolist() == [int(i) in wrong for i in run.plan.batch(step)]
+        assert batch.dropped_b is not None
+        assert batch.dropped_b.tolist() == [int(i) in wrong for i in run.plan.batch(step)]
     assert sum(log.metrics["views/title_dropped"] for log in run.logs) > 1
     late = ["views.agreement_after_steps=2", "train.learning_rate=1e-9"]
     with taken(monkeypatch) as batches:
         run = carry_out(negatives_settings(tree, *changes, *late, "negatives.candidates=6"), tmp_path / "late")
-    assert [batch.dropped_B is None for (batch,) in batches.values()] == [True, True, False]
+    assert [batch.dropped_b is None for (batch,) in batches.values()] == [True, True, False]
 
 
 def test_an_answer_without_some_shard_drops_no_pair_that_it_could_not_find(tree: Tree, tmp_path: Path) -> None:
@@ -435,11 +443,11 @@ def test_smoothing_groups_of_views_are_near_the_passages(
     with taken(monkeypatch) as batches:
         run = carry_out(negatives_settings(tree, *changes), tmp_path)
     batch, ids_B, documents = batches[0][0], run.plan.batch(0), run.corpus.documents
-    assert documents is not None and (batch.dropped_B is not None) == (agreement is not None)
+    assert documents is not None and (batch.dropped_b is not None) == (agreement is not None)
     vectors = run.source.inner.vectors(np.arange(len(run.corpus)), version=batch.version).astype(np.float64)
     cosines = np.where(documents[ids_B][:, None] != documents, vectors[ids_B] @ vectors.T, -2)
     nearest = np.sort(cosines, axis=1)[:, ::-1][:, :3]
-    np.testing.assert_allclose(np.take_along_axis(cosines, batch.ids_Bm, 1), nearest, atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(cosines, batch.ids_bm, 1), nearest, atol=1e-5)
 
 
 def test_training_on_titles_finds_passages_by_their_titles(tree: Tree, tmp_path: Path) -> None:
@@ -469,15 +477,14 @@ def test_a_near_duplicate_in_the_batch_is_not_repelled(
         with taken(monkeypatch) as batches:
             run = carry_out(settings, tmp_path / name)
         ids = run.plan.batch(0)
-        masks[name] = local_batch(0, ids, run.corpus, batches[0][0], settings=settings).mask_BB
+        masks[name] = repelled(local_batch(0, ids, run.corpus, batches[0][0], settings=settings))
         losses[name] = run.logs[0].metrics["loss"]
-        apart = batches[0][0].apart_n2
-        assert run.series("masked_in_batch") == [len(apart)]
+    masked = run.series("masked_in_batch")[0]
     i, j = (int(np.flatnonzero(ids == row)[0]) for row in (5, everything - 1))
     mask = masks["with"]
     assert masks["without"] is None and mask is not None
     assert not mask[i, j] and not mask[j, i] and (mask == mask.T).all() and not mask.diagonal().any()
-    assert (~mask).sum() == everything + 2 * len(apart) and len(apart) < everything
+    assert (~mask).sum() == everything + 2 * masked and masked < everything
     assert losses["with"] < losses["without"]
 
 
