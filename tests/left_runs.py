@@ -67,7 +67,7 @@ def leave_samples(folder: Path, **changes: Any) -> None:
     before = {"neighbours": near, "query_neighbours": [[[1, 0.9], [0, 0.5]]], "map": places, "explained": 0.5}
     turned = [[y, x] for x, y in places]
     after = before | {"neighbours": [[[2, 0.7]], *near[1:]], "query_neighbours": [[[0, 0.8], [1, 0.6]]], "map": turned}
-    after |= {"texts": texts, "queries": ["sort a list"], "right": [[0]]}
+    sentences = {"texts": texts, "queries": ["sort a list"], "right": [[0]], "before": before, "after": after}
     hits = [
         {"text": texts[1], "cosine": 0.95, "rank": 1, "fate": "max_score", "is_target": False},
         {"text": texts[2], "cosine": 0.55, "rank": 2, "fate": "taken", "is_target": False},
@@ -75,6 +75,6 @@ def leave_samples(folder: Path, **changes: Any) -> None:
     negatives = {"index_step": 8, "anchors": [{"anchor": texts[0], "target": None, "hits": hits}]}
     cosines = {"bins": [-1.0, -0.5, 0.0, 0.5, 1.0], "positive": [0, 0, 0, 4], "in batch": [0, 6, 6, 0]}
     rows = [{"step": step, "similarities": cosines} for step in (1, 5, 10, 15, 20)]
-    rows = [{"step": 0, "before": before}, *rows, {"step": 20, "after": after}, {"step": 20, "negatives": negatives}]
+    rows = [*rows, {"step": 20, "sentences": sentences}, {"step": 20, "negatives": negatives}]
     text = "".join(json.dumps(row | {key: changes[key] for key in changes if key in row}) + "\n" for row in rows)
     (folder / "samples.jsonl").write_text(text, encoding="utf-8")

@@ -65,12 +65,12 @@ class Sampled:
 
     Attributes:
         step: optimiser steps taken.
-        kind: ``similarities``, ``before``, ``after`` or ``negatives``; see :mod:`hncse_ray.training.sample`.
+        kind: ``similarities``, ``sentences`` or ``negatives``; see :mod:`hncse_ray.training.sample`.
         facts: plain values.
     """
 
     step: int
-    kind: Literal["similarities", "before", "after", "negatives"]
+    kind: Literal["similarities", "sentences", "negatives"]
     facts: dict[str, Any]
 
 

@@ -116,7 +116,7 @@ class _Lines:
                 break  # cut short by a kill: the last line
             # A run that starts over at step 0 scores it again; one that goes on from later does not. Verdict, test
             # scores and the last samples are the end of a run: written again when it gets there.
-            is_end = row.get("split") == "test" or not row.keys().isdisjoint(("verdict", "after", "negatives"))
+            is_end = row.get("split") == "test" or not row.keys().isdisjoint(("verdict", "sentences", "negatives"))
             if not is_end and (row["step"] < event.step or (row["step"] == event.step and event.step > 0)):
                 kept.append(line + "\n")
         partial = self._path.with_suffix(".partial")

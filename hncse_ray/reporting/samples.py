@@ -81,13 +81,13 @@ def show_samples(rows: Sequence[Row], path: Path) -> Samples:
     Raises:
         StorageError: they are of another version.
     """
-    latest = {kind: row[kind] for row in rows for kind in ("before", "after", "negatives") if kind in row}
+    latest = {kind: row[kind] for row in rows for kind in ("sentences", "negatives") if kind in row}
     try:
         histograms = _histograms([(row["step"], row["similarities"]) for row in rows if "similarities" in row])
-        before, after, negatives = (latest.get(kind) for kind in ("before", "after", "negatives"))
+        sentences, negatives = latest.get("sentences"), latest.get("negatives")
         found = Samples(histograms=histograms)
-        if before is not None and after is not None:
-            found = _compared(before, after, histograms)
+        if sentences is not None:
+            found = _compared(sentences, histograms)
         if negatives is None:
             return found
         anchors = [
@@ -101,8 +101,9 @@ def show_samples(rows: Sequence[Row], path: Path) -> Samples:
         raise StorageError(problem, str(path), "Delete it: the page does without") from error
 
 
-def _compared(before: Row, after: Row, histograms: Sequence[Figure]) -> Samples:
-    texts, right = after["texts"], after["right"]
+def _compared(sentences: Row, histograms: Sequence[Figure]) -> Samples:
+    texts, right = sentences["texts"], sentences["right"]
+    before, after = sentences["before"], sentences["after"]
     pairs = list(zip(before["neighbours"], after["neighbours"], strict=True))
     shared = [_shared(old, new) for old, new in pairs]
     by_change = [i for i in np.argsort(shared, kind="stable").tolist() if shared[i] < 1][:_MOVED]
@@ -110,7 +111,7 @@ def _compared(before: Row, after: Row, histograms: Sequence[Figure]) -> Samples:
     query_pairs = zip(before["query_neighbours"], after["query_neighbours"], strict=True)
     queries = [
         _both(query, both, texts, places)
-        for query, both, places in zip(after["queries"], query_pairs, right, strict=True)
+        for query, both, places in zip(sentences["queries"], query_pairs, right, strict=True)
     ]
     kept = float(np.mean(shared)) if shared else 1.0
     return Samples(queries, moved, kept, histograms=histograms, maps=_maps(before, after))

@@ -123,7 +123,9 @@ class _Trainer:
         self.guards = Guards(train)
         self.looks: Looks | None = None
         if self.settings.evaluation.test:  # the trials of a sweep are not looked at one by one
-            self.looks = Looks(self.settings, self.corpus, self.sets, total_steps=self.total_steps, emit=emit)
+            self.looks = Looks(
+                self.settings, self.corpus, self.sets, self.encoder, total_steps=self.total_steps, emit=emit
+            )
         self.log = _Log()
         self.base = self.encoder.weights() if ExportChoice.needs_base(self.settings) else None
         resumed = read_newest(
@@ -155,8 +157,6 @@ class _Trainer:
             dev, test = (self._measure(self.untouched, split) for split in _SPLITS)
             state.before, state.before_earned = {"dev": dev.scores, "test": test.scores}, dev.earned
             self._consider_best(dev)
-            if self.looks is not None:
-                self.looks.first(self.encode)
         del self.untouched
         while True:
             # Rare events first: what is due now, before the next step is taken.
@@ -351,6 +351,8 @@ class _Trainer:
     def _finish(self, stopped_early: bool) -> RunFinished:
         state = self.state
         assert self.best is not None  # the weights of step 0 were the first
+        if self.looks is not None:
+            self.looks.at_base()  # the choice brings weights of its own
         choice = ExportChoice(
             self.settings,
             self.encoder,
@@ -369,7 +371,7 @@ class _Trainer:
             metric = self.settings.evaluation.metric
             self._tell(Evaluated(state.best_step, "test", after["test"], metric, is_best=True))
         if self.looks is not None:
-            self.looks.last(state.step, self.encode, self.negatives, self.views)
+            self.looks.last(state.step, self.negatives, self.views)
         started = time.perf_counter()
         from_first(
             lambda: self.store.export(

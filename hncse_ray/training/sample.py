@@ -1,7 +1,7 @@
 """What people look at to judge a run: a few hundred sentences and their neighbours, before and after training.
 
-It is encoded twice, before the first step and at the end, and kept as plain values (:class:`Sampled`); the page of the
-run only draws it.
+It is encoded at the end, with the weights from before training and with those that are exported, and kept as plain
+values (:class:`Sampled`); the page of the run only draws it.
 
 Shape letters: n sentences, q queries, b rows of a rank's batch.
 """
@@ -10,19 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hncse_ray.config import Settings
+from hncse_ray.config import Settings, Side
 from hncse_ray.corpus import Corpus
+from hncse_ray.encoder import SentenceEncoder
 from hncse_ray.evaluation import Encode, RetrievalSet, encode_unit, on_side
 from hncse_ray.negatives import FATES
 from hncse_ray.reporting.events import Event, Sampled
-from hncse_ray.training.distributed import from_first
+from hncse_ray.training.distributed import from_first, rank
 from hncse_ray.training.evaluator import EvaluationSets
 from hncse_ray.training.lookup import LookedUp
 from hncse_ray.training.negatives import GlobalNegatives
@@ -100,12 +101,13 @@ class Sample:
 
 
 class Looks:
-    """Tells, at a few moments of a run, what there is to look at. All ranks call it alike; the first one tells.
+    """Tells, at a few moments of a run, what there is to look at. All ranks call it alike; the first one does it.
 
     Args:
         settings: of the run.
         corpus: its rows.
         sets: what it is scored on.
+        encoder: before training; the first rank keeps a copy of its weights.
         total_steps: of the run.
         emit: takes what is told.
     """
@@ -115,6 +117,7 @@ class Looks:
         settings: Settings,
         corpus: Corpus,
         sets: EvaluationSets,
+        encoder: SentenceEncoder,
         *,
         total_steps: int,
         emit: Callable[[Event], None],
@@ -122,29 +125,48 @@ class Looks:
         self._corpus, self._total, self._emit = corpus, total_steps, emit
         self._batches_a_step = settings.train.accumulation_steps
         self._sample = Sample.draw(corpus, sets, seed=settings.run.seed)
-
-    def first(self, encode: Encode) -> None:
-        """Before the first step."""
-        self._tell(0, "before", self._sample.seen_by(encode))
+        self._encoder, self._encode = encoder, _Alone(encoder, settings.evaluation.batch_size)
+        self._base = encoder.weights() if rank() == 0 else {}
+        self._before: dict[str, Any] = {}
 
     def step(self, step: int, seen: Seen) -> None:
         """After a step: at the start, a few times on the way, and at the end."""
         if step == 1 or step * _LOOKS // self._total > (step - 1) * _LOOKS // self._total:
             from_first(lambda: self._emit(Sampled(step, "similarities", similarities(seen))))
 
-    def last(self, step: int, encode: Encode, negatives: GlobalNegatives | None, views: BatchViews | None) -> None:
-        """At the end, with what is exported; ``negatives`` are the first rank's."""
-        self._tell(step, "after", self._sample.described() | self._sample.seen_by(encode))
-        from_first(lambda: self._mined(step, negatives, views))
+    def at_base(self) -> None:
+        """At the end, with the weights from before training, which the first rank's encoder is left with."""
 
-    def _mined(self, step: int, negatives: GlobalNegatives | None, views: BatchViews | None) -> None:
-        """Look the rows of the last batch up again, in what the index holds now."""
+        def look() -> None:
+            self._encoder.load_weights(self._base)
+            self._before = self._sample.seen_by(self._encode)
+
+        from_first(look)
+
+    def last(self, step: int, negatives: GlobalNegatives | None, views: BatchViews | None) -> None:
+        """At the end, with what is exported; ``negatives`` are the first rank's."""
+        from_first(lambda: self._tell(step, negatives, views))
+
+    def _tell(self, step: int, negatives: GlobalNegatives | None, views: BatchViews | None) -> None:
+        facts = self._sample.described() | {"before": self._before, "after": self._sample.seen_by(self._encode)}
+        self._emit(Sampled(step, "sentences", facts))
+        # The rows of the last batch again, in what the index holds now.
         looked_up = None if negatives is None or step == 0 else negatives.look_up_again(step * self._batches_a_step - 1)
         if looked_up is not None:
             self._emit(Sampled(step, "negatives", mined(looked_up, self._corpus, views)))
 
-    def _tell(self, step: int, kind: Literal["before", "after"], facts: dict[str, Any]) -> None:
-        from_first(lambda: self._emit(Sampled(step, kind, facts)))
+
+class _Alone:
+    """What the first rank encodes with by itself."""
+
+    def __init__(self, encoder: SentenceEncoder, batch_size: int, side: Side | None = None) -> None:
+        self._encoder, self._batch_size, self._side = encoder, batch_size, side
+
+    def __call__(self, texts: list[str]) -> NDArray[np.float32]:
+        return self._encoder.encode(texts, side=self._side, batch_size=self._batch_size)
+
+    def on_side(self, side: Side) -> _Alone:
+        return _Alone(self._encoder, self._batch_size, side)
 
 
 def similarities(seen: Seen) -> dict[str, Any]:

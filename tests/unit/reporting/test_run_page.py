@@ -294,7 +294,7 @@ class TestSamples:
 
     def test_samples_of_another_version_are_told(self, tmp_path: Path) -> None:
         leave_run(tmp_path)
-        leave_samples(tmp_path, after={"other": 1})
+        leave_samples(tmp_path, sentences={"other": 1})
         with pytest.raises(StorageError, match=r"samples.jsonl: holds samples of another version"):
             write_run_page(tmp_path)
 

@@ -57,9 +57,9 @@ def test_neighbours_are_those_of_the_base_and_of_what_is_exported(tree: Tree, tm
     sets = Rising(load_evaluation_sets(settings.evaluation, settings.corpus).sets)
     run = carry_out(settings, tmp_path / "run", sets=sets)
     found = kept(run)
-    (before,), (after,) = found["before"], found["after"]
-    assert (before.step, after.step) == (0, 10)
-    texts, facts = after.facts["texts"], {"before": before.facts, "after": after.facts}
+    (event,) = found["sentences"]
+    texts, facts = event.facts["texts"], event.facts
+    assert event.step == 10
     exported = load_encoder(str(tmp_path / "run" / "model"), settings.encoder)
     encoders = {"before": fresh_encoder(settings), "after": exported}
     for name, encoder in encoders.items():
@@ -70,11 +70,11 @@ def test_neighbours_are_those_of_the_base_and_of_what_is_exported(tree: Tree, tm
             assert len(near) == 10
             assert [cosine for _, cosine in near] == pytest.approx(np.sort(cosines)[::-1][:10], abs=2e-3)
             assert all(abs(cosines[at] - cosine) < 2e-3 for at, cosine in near)
-    assert before.facts["neighbours"] != after.facts["neighbours"]
+    assert facts["before"]["neighbours"] != facts["after"]["neighbours"]
     queries = [json.loads(line)["text"] for line in (collection / "queries.jsonl").read_text().splitlines()]
-    assert set(after.facts["queries"]) <= set(queries) and len(after.facts["queries"]) == 8
-    assert all(after.facts["right"]) and len(after.facts["query_neighbours"]) == 8
-    assert np.array(after.facts["map"]).shape == (len(texts), 2) and 0 < after.facts["explained"] <= 1
+    assert set(facts["queries"]) <= set(queries) and len(facts["queries"]) == 8
+    assert all(facts["right"]) and len(facts["after"]["query_neighbours"]) == 8
+    assert np.array(facts["after"]["map"]).shape == (len(texts), 2) and 0 < facts["after"]["explained"] <= 1
 
 
 def test_mined_hits_tell_what_the_rules_do(tree: Tree, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_resumed_run_keeps_the_same(tree: Tree, tmp_path: Path) -> None:
     assert [row["step"] for row in straight if "similarities" in row] == [1, 2, 3, 4, 5, 7, 8, 9, 10]
     SamplesFile(tmp_path / "straight.jsonl").on(RunStarted("small", 8, 10, 1, 1, 1, "cpu", "", resumed=True))
     rows = [json.loads(line) for line in (tmp_path / "straight.jsonl").read_text().splitlines()]
-    assert max(row["step"] for row in rows) == 8 and not any("after" in row or "negatives" in row for row in rows)
+    assert max(row["step"] for row in rows) == 8 and not any("sentences" in row or "negatives" in row for row in rows)
 
 
 def test_the_trials_of_a_sweep_are_not_looked_at(tree: Tree, tmp_path: Path) -> None:
