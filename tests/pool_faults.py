@@ -31,7 +31,7 @@ from hncse_ray.storage import is_url
 from hncse_ray.training.remote_run import working_folder
 
 POOL = ("ShardActor", "PoolCoordinator")
-TIMINGS = {"sentences_per_s"} | {
+TIMINGS = {"sentences_per_s", "data/waited"} | {
     f"negatives/{name}" for name in ("waited", "search_ms_p50", "search_ms_p99", "build_seconds", "build_rows_per_s")
 }
 

@@ -1,7 +1,7 @@
 """The encoder: a SentenceTransformer fed with packed token rows; loading it, its precision, its head."""
 
 from hncse_ray.encoder.encoder import Progress, SentenceEncoder
-from hncse_ray.encoder.hardware import autocast_dtype, choose_device, to_device
+from hncse_ray.encoder.hardware import autocast_dtype, choose_device, ready_for, to_device
 from hncse_ray.encoder.lengths import TokenRows, length_batches
 from hncse_ray.encoder.load import freeze_unused, has_dropout, load_encoder
 from hncse_ray.encoder.resolve import hub_name, resolve_model
@@ -17,6 +17,7 @@ __all__ = [
     "hub_name",
     "length_batches",
     "load_encoder",
+    "ready_for",
     "resolve_model",
     "to_device",
 ]

@@ -23,7 +23,7 @@ from hncse_ray.config import Precision, Side
 from hncse_ray.corpus.batches import pad_rows
 from hncse_ray.encoder.adapters import has_adapters, merged_adapters
 from hncse_ray.encoder.attention import use_packed_attention
-from hncse_ray.encoder.hardware import autocast_dtype, to_device
+from hncse_ray.encoder.hardware import autocast_dtype, ready_for, to_device
 from hncse_ray.encoder.head import TrainingHead
 from hncse_ray.encoder.lengths import TokenRows, attention_reach, first_position, length_batches, length_limit
 from hncse_ray.encoder.quiet import quiet
@@ -145,7 +145,21 @@ class SentenceEncoder(nn.Module):
         return vectors_BD if order_B is None else vectors_BD[order_B]
 
     def features(self, rows: TokenRows, *, side: Side | None = None, pack: bool | None = None) -> dict[str, Any]:
-        """Lay token rows out for the model, on its device.
+        """Lay token rows out for the model, on its device; see :meth:`layout`."""
+        return self.placed(self.layout(rows, side=side, pack=pack))
+
+    def placed(self, layout: dict[str, Any]) -> dict[str, Any]:
+        """Return what :meth:`layout` has laid out on the model's device."""
+        features = {
+            name: to_device(value, self.device) if isinstance(value, Tensor) else value
+            for name, value in layout.items()
+        }
+        if "cu_seq_lens_q" in features:
+            features["cu_seq_lens_k"] = features["cu_seq_lens_q"]
+        return features
+
+    def layout(self, rows: TokenRows, *, side: Side | None = None, pack: bool | None = None) -> dict[str, Any]:
+        """Lay token rows out in the host's memory; from any thread.
 
         Args:
             rows: B token rows of :meth:`tokenize`, none empty.
@@ -176,10 +190,7 @@ class SentenceEncoder(nn.Module):
         else:
             ids_BL, mask_BL = pad_rows(rows, pad_id=int(self.tokenizer.pad_token_id), side=self.tokenizer.padding_side)
             arrays = {"input_ids": ids_BL, "attention_mask": mask_BL}
-        features |= {name: to_device(array, self.device) for name, array in arrays.items()}
-        if "cu_seq_lens_q" in features:
-            features["cu_seq_lens_k"] = features["cu_seq_lens_q"]
-        return features
+        return features | {name: ready_for(array, self.device) for name, array in arrays.items()}
 
     def prompt(self, side: Side | None) -> str:
         """Return what is put before a text: of a side as ``encode_query`` and ``encode_document`` choose it."""
@@ -195,7 +206,8 @@ class SentenceEncoder(nn.Module):
         pooled = all(stage.include_prompt for stage in self.model if isinstance(stage, Pooling))
         if pooled or not (prompt := self.prompt(side)):
             return 0
-        return int(self.model.preprocess(["text"], prompt=prompt).get("prompt_length", 0))
+        with _TOKENISING:
+            return int(self.model.preprocess(["text"], prompt=prompt).get("prompt_length", 0))
 
     def tokenize(
         self, texts: Sequence[str], max_length: int | None = None, *, side: Side | None = None

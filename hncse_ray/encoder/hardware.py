@@ -32,10 +32,15 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
-def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+def to_device(array: NDArray[Any] | Tensor, device: torch.device) -> Tensor:
     """Copy an array to a device; from pinned memory to a GPU, or the host would wait for all that it has to do."""
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    return ready_for(array, device).to(device, non_blocking=True)
+
+
+def ready_for(array: NDArray[Any] | Tensor, device: torch.device) -> Tensor:
+    """Return an array as a tensor that :func:`to_device` copies at once: pinned, if the device is a GPU."""
+    tensor = array if isinstance(array, Tensor) else torch.from_numpy(array)
+    return tensor if device.type == "cpu" or tensor.is_pinned() else tensor.pin_memory()
 
 
 def autocast_dtype(precision: Precision, device: torch.device) -> tuple[torch.dtype | None, str]:

@@ -46,15 +46,17 @@ from hncse_ray.training.evaluator import EvaluationSets, Measured, Split
 from hncse_ray.training.export import write_model
 from hncse_ray.training.guards import Guards, batch_uniformity
 from hncse_ray.training.host_copy import HostCopier, HostCopy
+from hncse_ray.training.input import Input, InputWindow
 from hncse_ray.training.label_free import hold_out, label_free_sets
 from hncse_ray.training.lookup import BatchNegatives
-from hncse_ray.training.negatives import GlobalNegatives, Window, check_candidates
+from hncse_ray.training.negatives import GlobalNegatives, check_candidates
 from hncse_ray.training.objective import Metrics, Objective
 from hncse_ray.training.sample import Looks
 from hncse_ray.training.saving import Saving
 from hncse_ray.training.schedule import build_optimizer, build_schedule, count_steps, plan_batches
-from hncse_ray.training.step import LocalBatch, StepContext, train_step
-from hncse_ray.training.views import BatchViews, Views, batch_views
+from hncse_ray.training.step import LocalBatch, StepContext, lay_out, train_step
+from hncse_ray.training.views import BatchViews, batch_views
+from hncse_ray.training.window import Window
 
 Emit = Callable[[Event], None]
 _SPLITS: tuple[Split, ...] = ("dev", "test")
@@ -144,6 +146,8 @@ class _Trainer:
         if job.source is not None and self.settings.negatives.source != "none":
             self.negatives = self._global_negatives(job.source, stack)
             self.negatives.resume(self.state, resumed.index)
+        self.input = Input(self._make_batch, None if self.negatives is None else self.negatives.nothing)
+        stack.callback(self.input.close)
         if self.settings.encoder.compile:
             self.encoder.backbone.compile(dynamic=True)
         self.model: SentenceEncoder | DistributedDataParallel = self.encoder
@@ -208,42 +212,57 @@ class _Trainer:
         return self.state.step > 0 and self.state.step % every == 0
 
     def _next_batches(self) -> list[LocalBatch]:
-        first = self.state.step * self.settings.train.accumulation_steps
-        numbers = range(first, first + self.settings.train.accumulation_steps)
+        a_step = self.settings.train.accumulation_steps
+        numbers = range(self.state.step * a_step, (self.state.step + 1) * a_step)
         found: Sequence[BatchNegatives | None] = [None] * len(numbers)
         if self.negatives is not None:
             found, waited_s = self.negatives.take(numbers, self.state, self._copy_weights)
             self.log.seconds -= waited_s  # it is no training
             self._add_seconds("waiting for the index", waited_s)
-        views: Sequence[Views | None] = [None] * len(numbers)
+        batches = [self.input.take(number, own) for number, own in zip(numbers, found, strict=True)]
         if self.views is not None:
-            views = self.views.take(numbers, [None if own is None else own.dropped_b for own in found])
-        return [
-            local_batch(number, self.plan.batch(number), self.corpus, own, settings=self.settings, views=own_views)
-            for number, own, own_views in zip(numbers, found, views, strict=True)
-        ]
+            self.views.take(numbers, [None if own is None else own.dropped_b for own in found])
+        if self.state.step + 1 < self.total_steps:
+            for number in range(numbers[-1] + 1, numbers[-1] + 1 + a_step):
+                self.input.begin(number, None if self.negatives is None else self.negatives.begun(number))
+        return batches
 
     def _copy_weights(self) -> HostCopy:
         """Begin to copy what an index is made from."""
         return self.copier.copy(self.encoder.trained(), rounded=self.encoder.seen_rounded())
 
-    def _windows(self) -> tuple[Window | None, tuple[Counter[str], int] | None]:
+    def _make_batch(self, number: int, found: BatchNegatives | None) -> LocalBatch:
+        """Read and lay out this rank's part of a batch; in the thread that looks ahead, or in this one."""
+        views = None
+        if self.views is not None:
+            views = self.views.of(number)
+            if found is not None and found.dropped_b is not None:
+                views = views.without(found.dropped_b)
+        ids_B = self.plan.batch(number)
+        batch = local_batch(number, ids_B, self.corpus, found, settings=self.settings, views=views)
+        chunk_size = self.settings.train.grad_cache_chunk_size
+        return lay_out(batch, self.encoder, views=self.objective.views, chunk_size=chunk_size)
+
+    def _windows(self) -> tuple[InputWindow, Window | None, tuple[Counter[str], int] | None]:
         """What this rank has counted since the last log."""
         return (
+            self.input.window(),
             None if self.negatives is None else self.negatives.window(),
             None if self.views is None else self.views.window(),
         )
 
-    def _write_log(self, windows: Sequence[tuple[Any, Any]]) -> None:
+    def _write_log(self, windows: Sequence[tuple[InputWindow, Any, Any]]) -> None:
         self._settle(block=False)
         started = time.perf_counter()
         means = self.log.means()  # waits for the device
         self.log.seconds += time.perf_counter() - started
         self.state.positive_similarity = means["positive_similarity"]
+        waited, batches = (sum(getattr(of_rank, name) for of_rank, _, _ in windows) for name in ("waited", "batches"))
+        means["data/waited"] = waited / max(1, batches)
         if self.negatives is not None:
-            means |= self.negatives.metrics(self.state.step, [of_rank for of_rank, _ in windows])
+            means |= self.negatives.metrics(self.state.step, [of_rank for _, of_rank, _ in windows])
         if self.views is not None:
-            means |= self.views.metrics([of_rank for _, of_rank in windows])
+            means |= self.views.metrics([of_rank for _, _, of_rank in windows])
         speed = self.log.sentences / self.log.seconds
         self.state.train_seconds += self.log.seconds
         self.state.sentences += self.log.sentences

@@ -9,13 +9,11 @@ that is lost or slow: a batch has neighbours on all ranks or on none.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import Future
+from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
-
-import numpy as np
 
 from hncse_ray.config import Settings
 from hncse_ray.corpus import BatchPlan, Corpus
@@ -36,6 +34,7 @@ from hncse_ray.training.lookup import BatchNegatives, LookedUp, LookUp
 from hncse_ray.training.prefetch import Prefetch
 from hncse_ray.training.publish import Publisher, to_arrays
 from hncse_ray.training.views import BatchViews
+from hncse_ray.training.window import Window, window_facts
 
 _UNUSED_BATCHES = 50
 
@@ -53,66 +52,6 @@ def check_candidates(settings: Settings, corpus: Corpus) -> None:
             f"corpus {settings.corpus.place}",
             "Lower negatives.candidates or give a larger corpus",
         )
-
-
-@dataclass
-class Window:
-    """What has happened to this rank's part of batches since the last log."""
-
-    missed: int = 0
-    answered: int = 0
-    version: IndexVersion | None = None
-    waited: int = 0
-    partial: int = 0
-    search_s: list[float] = field(default_factory=list)
-    removed: Counter[str] = field(default_factory=Counter)
-    slots: int = 0
-    chosen: int = 0
-    scores: float = 0.0
-    asked: int = 0
-    own_found: int = 0
-    own_first: int = 0
-
-    def add(self, looked_up: LookedUp, waited: bool) -> None:
-        """Count one batch that was answered."""
-        selection, ranks_b = looked_up.selection, looked_up.negatives.ranks_b[looked_up.asked_b]
-        self.answered += 1
-        self.version = looked_up.negatives.version
-        self.waited += waited
-        self.partial += not looked_up.hits.complete
-        self.search_s.append(looked_up.search_s)
-        self.removed.update(selection.removed)
-        self.slots += selection.mask_Bm.size
-        self.chosen += int(selection.mask_Bm.sum())
-        self.scores += float(selection.scores_Bm.sum(dtype=np.float64))
-        self.asked += len(ranks_b)
-        self.own_found += int((ranks_b >= 0).sum())
-        self.own_first += int((ranks_b == 0).sum())
-
-
-def _facts(windows: Sequence[Window]) -> dict[str, float]:
-    """Return shares of batches, counts a batch, milliseconds and cosines, by name, of all ranks' parts."""
-    first = windows[0]  # all have missed and used the same batches
-    found = {"missing": first.missed / max(1, first.missed + first.answered)}
-    if not first.answered:
-        return found
-
-    def total(name: str) -> float:
-        return float(sum(getattr(window, name) for window in windows))
-
-    removed = sum((window.removed for window in windows), Counter[str]())
-    p50, p99 = np.percentile([s for window in windows for s in window.search_s], [50, 99])
-    found |= {
-        "waited": total("waited") / (len(windows) * first.answered),
-        "partial": total("partial") / (len(windows) * first.answered),
-        "search_ms_p50": float(p50) * 1e3,
-        "search_ms_p99": float(p99) * 1e3,
-        "usable": total("chosen") / total("slots"),
-        "index_similarity": total("scores") / max(1.0, total("chosen")),
-    }
-    if asked := total("asked"):
-        found |= {"own_found": total("own_found") / asked, "own_first": total("own_first") / asked}
-    return found | {f"removed_{rule}": removed[rule] / first.answered for rule in first.removed}
 
 
 class _Order(NamedTuple):
@@ -253,6 +192,14 @@ class GlobalNegatives:
             state.index_version = asdict(version) | {"positive_similarity": self._positive_similarity}
         return taken, waited_s
 
+    def begun(self, number: int) -> Future[LookedUp] | None:
+        """Return this rank's answer to come for a batch; None if it is not looked up yet."""
+        return self._prefetch.begun(number)
+
+    def nothing(self, number: int) -> BatchNegatives:
+        """Return what is known of a batch without an answer."""
+        return self._ask.nothing(number)
+
     def window(self) -> Window:
         """Return what has happened on this rank since the last call."""
         window, self._window = self._window, Window()
@@ -261,7 +208,7 @@ class GlobalNegatives:
     def metrics(self, step: int, windows: Sequence[Window]) -> dict[str, float]:
         """Return the means of all ranks' windows, by name; on the first rank."""
         status = self._status() or SourceStatus()
-        facts = _facts(windows)
+        facts = window_facts(windows)
         version = windows[0].version or status.version
         if version is not None:
             facts |= {"index_step": float(version.step), "index_age_steps": float(step - version.step)}

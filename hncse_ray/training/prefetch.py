@@ -37,6 +37,10 @@ class Prefetch(Generic[Answer]):
         """Begin to look up a batch."""
         self._futures[number] = self._threads.submit(look_up, number)
 
+    def begun(self, number: int) -> Future[Answer] | None:
+        """Return the answer to come for a batch; None if it was never asked for."""
+        return self._futures.get(number)
+
     def take(self, number: int) -> tuple[Answer | None, bool]:
         """Return the answer for a batch, and whether it had to be waited for; None if it was never asked for.
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hncse_ray.encoder import SentenceEncoder, to_device
+from hncse_ray.encoder import SentenceEncoder, ready_for, to_device
 from hncse_ray.negatives import NearHits
 from hncse_ray.training.distributed import RankShare, rank, world_size
 from hncse_ray.training.objective import Metrics, Neighbours, Objective
@@ -34,6 +34,7 @@ class LocalBatch:
         keys_bn: what else they are known by; rows of the batch that share a key do not repel each other either.
         near: what the index says of the batch; rows that it keeps apart do not repel each other either.
         targets: token ids of what the sentences belong to, the second view; None: the sentences themselves.
+        layouts: of each chunk that is encoded at a time, see :func:`lay_out`; None: they are laid out by the step.
     """
 
     number: int
@@ -44,6 +45,7 @@ class LocalBatch:
     keys_bn: NDArray[np.int64] | None = None
     near: NearHits | None = None
     targets: Sequence[NDArray[np.integer]] | None = None
+    layouts: Sequence[Layout] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ def train_step(
     for i, batch in enumerate(batches):
         accumulate = i < len(batches) - 1
         backward = _backward_cached if context.chunk_size else _backward_whole
+        batch = lay_out(batch, _encoder_of(model), views=context.objective.views, chunk_size=context.chunk_size)
         metrics, seen = backward(model, batch, context, scale=world_size() / len(batches), accumulate=accumulate)
         collected.append(metrics)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
@@ -142,7 +145,7 @@ def _backward_whole(
     model: Any, batch: LocalBatch, context: StepContext, *, scale: float, accumulate: bool
 ) -> tuple[Metrics, Seen]:
     with _no_sync(model, accumulate):
-        local = _encode(model, batch, context, chunk=0, rows=slice(None))
+        local = _encode(model, batch, context, chunk=0)
         loss, metrics, seen = _loss(local, batch, context)
         (loss * scale).backward()  # type: ignore[no-untyped-call]
     return metrics | {"loss": loss.detach()}, seen
@@ -158,9 +161,9 @@ def _backward_cached(
     """
     assert context.chunk_size is not None
     chunks = [slice(start, start + context.chunk_size) for start in range(0, len(batch.rows), context.chunk_size)]
-    encoder: SentenceEncoder = getattr(model, "module", model)
+    encoder = _encoder_of(model)
     with torch.no_grad():
-        parts = [_encode(encoder, batch, context, chunk=c, rows=rows) for c, rows in enumerate(chunks)]
+        parts = [_encode(encoder, batch, context, chunk=c) for c in range(len(chunks))]
     local = [torch.cat(part).requires_grad_() for part in zip(*parts, strict=True)]
     loss, metrics, seen = _loss(local, batch, context)
     (loss * scale).backward()  # type: ignore[no-untyped-call]
@@ -169,7 +172,7 @@ def _backward_cached(
             # A chunk may have no fresh negative at all, and a loss may use none of them: then there is no gradient.
             pairs = [
                 (z_c, z.grad[rows])
-                for z_c, z in zip(_encode(model, batch, context, chunk=c, rows=rows), local, strict=True)
+                for z_c, z in zip(_encode(model, batch, context, chunk=c), local, strict=True)
                 if z.grad is not None and z_c.requires_grad
             ]
             torch.autograd.backward([z_c for z_c, _ in pairs], [grad for _, grad in pairs])
@@ -222,31 +225,71 @@ def _repelled(batch: LocalBatch, share: RankShare, device: torch.device) -> tupl
     return mask_bB, found
 
 
-def _encode(model: Any, batch: LocalBatch, context: StepContext, *, chunk: int, rows: slice) -> list[Tensor]:
-    """Embed rows once a view, all views in one forward, and their fresh negatives: ``[c, D]`` each, ``[c, m, D]``.
+@dataclass(frozen=True)
+class Layout:
+    """Rows that are encoded at a time, in the host's memory: those of all views, then the fresh negatives.
 
-    The second view is that of the targets, where there are any. Dropout depends on seed, batch, rank and chunk alone.
+    Attributes:
+        features: what the encoder's ``placed`` takes.
+        rows: of one view.
+        slots: of fresh negatives, usable or not; None where none are encoded.
+        usable: which of the slots are.
     """
-    torch.manual_seed(_seed(context.seed, batch.number, rank(), chunk))
-    n, own = context.objective.views, list(batch.rows[rows])
+
+    features: dict[str, Any]
+    rows: int
+    slots: int | None
+    usable: Tensor
+
+
+def lay_out(batch: LocalBatch, encoder: SentenceEncoder, *, views: int, chunk_size: int | None) -> LocalBatch:
+    """Return a batch with what its chunks are encoded from; in the thread that reads ahead, or by the step itself."""
+    if batch.layouts is not None:
+        return batch
+    size = chunk_size or len(batch.rows)
+    chunks = [slice(start, start + size) for start in range(0, len(batch.rows), size)]
+    return replace(batch, layouts=[_layout(batch, encoder, rows, views=views) for rows in chunks])
+
+
+def _layout(batch: LocalBatch, encoder: SentenceEncoder, rows: slice, *, views: int) -> Layout:
+    own = list(batch.rows[rows])
     fresh_cm = None if batch.negatives is None else batch.negatives.fresh_bm
     slots = [] if fresh_cm is None else [tokens for of_row in fresh_cm[rows] for tokens in of_row]
-    usable = [i for i, tokens in enumerate(slots) if tokens is not None]
-    encoder: SentenceEncoder = getattr(model, "module", model)
-    views_of = [own] * n
+    views_of = [own] * views
     if batch.targets is not None:
         views_of[1] = list(batch.targets[rows])
     tokens = [*itertools.chain(*views_of), *(row for row in slots if row is not None)]
     # Where a side's prompt is left out of the pooling, that of the other has as many tokens: see `check_run`.
-    z = model(encoder.features(tokens, side=None if batch.targets is None else "query"))
-    z, fresh = z[: n * len(own)], z[n * len(own) :]
-    views = list(z.chunk(n))
-    if fresh_cm is not None:
+    features = encoder.layout(tokens, side=None if batch.targets is None else "query")
+    usable = np.array([i for i, tokens in enumerate(slots) if tokens is not None], dtype=np.int64)
+    return Layout(features, len(own), None if fresh_cm is None else len(slots), ready_for(usable, encoder.device))
+
+
+def _encode(model: Any, batch: LocalBatch, context: StepContext, *, chunk: int) -> list[Tensor]:
+    """Embed a chunk's rows once a view, all views in one forward, and their fresh negatives.
+
+    The second view is that of the targets, where there are any. Dropout depends on seed, batch, rank and chunk alone.
+
+    Returns:
+        ``[c, D]`` of each view, and ``[c, m, D]`` of fresh negatives, where there are any.
+    """
+    torch.manual_seed(_seed(context.seed, batch.number, rank(), chunk))
+    assert batch.layouts is not None
+    layout = batch.layouts[chunk]
+    z = model(_encoder_of(model).placed(layout.features))
+    z, fresh = z[: context.objective.views * layout.rows], z[context.objective.views * layout.rows :]
+    views = list(z.chunk(context.objective.views))
+    if layout.slots is not None:
         # Even where there is none: all ranks push gradient through the same collectives.
-        where = to_device(np.array(usable, dtype=np.int64), z.device)
-        placed = z.new_zeros(len(slots), z.shape[1]).index_copy(0, where, fresh)
-        views.append(placed.view(len(own), -1, z.shape[1]))
+        where = to_device(layout.usable, z.device)
+        placed = z.new_zeros(layout.slots, z.shape[1]).index_copy(0, where, fresh)
+        views.append(placed.view(layout.rows, -1, z.shape[1]))
     return views
+
+
+def _encoder_of(model: Any) -> SentenceEncoder:
+    encoder: SentenceEncoder = getattr(model, "module", model)
+    return encoder
 
 
 def _seed(*parts: int) -> int:

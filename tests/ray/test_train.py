@@ -20,7 +20,7 @@ STEPS = 100  # long enough that a kill at a checkpoint comes before the end
 
 def lines_of(run: Path) -> list[dict]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "sentences_per_s"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("sentences_per_s", "data/waited")} for row in rows]
 
 
 def weights_of(run: Path) -> bytes:

@@ -122,12 +122,16 @@ def run(
         return events, None
 
 
+def untimed(event: StepsLogged) -> dict[str, float]:
+    return {name: value for name, value in event.metrics.items() if name != "data/waited"}
+
+
 def facts(events: Sequence[Event]) -> dict[tuple[object, ...], object]:
     """What must not hang on interruptions: all that was logged and scored, without the speed."""
     found: dict[tuple[object, ...], object] = {}
     for event in events:
         if isinstance(event, StepsLogged):
-            found["log", event.step] = (event.metrics, event.learning_rate)
+            found["log", event.step] = (untimed(event), event.learning_rate)
         elif isinstance(event, Evaluated):
             found["scores", event.split, event.step] = (event.scores, event.is_best)
     return found
@@ -384,7 +388,9 @@ def test_a_run_stopped_again_and_again_goes_on_bit_for_bit(tree: Tree, tmp_path:
 def test_the_metrics_file_of_a_stopped_run_is_that_of_one_never_stopped(tree: Tree, tmp_path: Path, stop: str) -> None:
     def rows(path: Path) -> list[dict[str, object]]:
         found = [json.loads(line) for line in path.read_text().splitlines()]
-        return [{key: value for key, value in row.items() if key != "sentences_per_s"} for row in found]
+        return [
+            {key: value for key, value in row.items() if key not in ("sentences_per_s", "data/waited")} for row in found
+        ]
 
     settings = load_settings(tree, BASE)
     run(settings, FolderStore(tmp_path / "whole"), also=MetricsFile(tmp_path / "whole.jsonl").on)
@@ -491,7 +497,7 @@ def test_a_checkpoint_out_of_turn_is_written_once_and_changes_nothing_else(tree:
     assert [path.name[-2:] for path in in_turn.checkpoints()] == ["12"]
     assert [path.name[-2:] for path in asked.checkpoints()] == ["12", "06", "04"]
     assert asked.asked == in_turn.asked == 6  # once a line of the log: it is a barrier
-    assert [event.metrics for event in courses[0]] == [event.metrics for event in courses[1]]
+    assert [untimed(event) for event in courses[0]] == [untimed(event) for event in courses[1]]
 
 
 def test_a_run_that_pauses_goes_on_from_there_as_if_it_had_not(tree: Tree, tmp_path: Path) -> None:

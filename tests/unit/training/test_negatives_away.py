@@ -23,7 +23,7 @@ from hncse_ray.training.prefetch import Prefetch
 Tree = dict[str, Any]
 AWAY, BACK, OLD = "no global negatives for now", "the negative pool answers again", "the index cannot be renewed"
 TIMED = (
-    "negatives/waited", "negatives/search_ms_p50", "negatives/search_ms_p99", "negatives/build_seconds",
+    "data/waited", "negatives/waited", "negatives/search_ms_p50", "negatives/search_ms_p99", "negatives/build_seconds",
     "negatives/build_rows_per_s",
 )  # fmt: skip
 
