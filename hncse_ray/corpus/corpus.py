@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from hncse_ray.config import CorpusSettings
 from hncse_ray.corpus.batches import RowLengths
-from hncse_ray.corpus.files import DAMAGED, Chunk, Manifest, map_shard, shard_name
+from hncse_ray.corpus.files import DAMAGED, Chunk, Manifest, Shard
 from hncse_ray.corpus.text import row_hash
 from hncse_ray.errors import DataError
 
@@ -70,7 +70,7 @@ class Corpus:
         self.tokenizer: str = facts["tokenizer"]
         self.report = PrepareReport(**{n: facts[n] for n in PrepareReport.__dataclass_fields__ if n in facts})
         self._manifest = manifest
-        self._shards: dict[int, list[Chunk]] = {}
+        self._shards: dict[int, Shard] = {}
         self.lengths: Int32 = manifest.map_numbers("length")
         self.hashes: Int64 = manifest.map_numbers("hash")
         self.has_pairs = "positive_ids" in columns
@@ -220,24 +220,23 @@ class Corpus:
         shards, rows = np.divmod(wanted, self._manifest.shard_rows)
         chunks, rows = np.divmod(rows, self._manifest.batch_rows)
         places = zip(shards.tolist(), chunks.tolist(), rows.tolist(), strict=True)
-        return [(self._shard(shard)[chunk], row) for shard, chunk, row in places]
+        return [(self._shard(shard).chunk(chunk), row) for shard, chunk, row in places]
 
     def _check_ids(self, wanted: Int64) -> None:
         if len(wanted) and not (0 <= wanted.min() and wanted.max() < len(self)):
             raise IndexError(f"row ids {wanted.min()}..{wanted.max()} of a corpus of {len(self)} rows")
 
-    def _shard(self, number: int) -> list[Chunk]:
-        if (chunks := self._shards.get(number)) is None:
-            chunks = map_shard(self._manifest, number)
-            first, rows = number * self._manifest.shard_rows, self._manifest.shards[number].rows
-            for row in {0, rows - 1}:
+    def _shard(self, number: int) -> Shard:
+        if (shard := self._shards.get(number)) is None:
+            shard = Shard(self._manifest, number)
+            for row in {0, shard.facts.rows - 1}:
                 chunk, within = divmod(row, self._manifest.batch_rows)
-                ids = chunks[chunk].rows("input_ids")[within]
-                if (row_hash(ids), len(ids)) != (self.hashes[first + row], self.lengths[first + row]):
-                    what = f"is a damaged corpus: {shard_name(number)} is of another one than its files of numbers"
+                ids, known = shard.chunk(chunk).rows("input_ids")[within], number * self._manifest.shard_rows + row
+                if (row_hash(ids), len(ids)) != (self.hashes[known], self.lengths[known]):
+                    what = f"is a damaged corpus: {shard.name} is of another one than its files of numbers"
                     raise DataError(what, str(self.path), DAMAGED)
-            self._shards[number] = chunks
-        return chunks
+            self._shards[number] = shard
+        return shard
 
 
 class _Longer:

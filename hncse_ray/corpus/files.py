@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ class ShardFacts:
         rows: of the shard.
         bytes: of its Arrow file.
         digest: XXH3, 128 bits, of that file and of the shard's part of each file of numbers.
+        batches: where its record batches begin in the file, so that one is opened without a look at the others.
         tokens: of all its rows.
         without_positive: rows without a positive.
     """
@@ -65,6 +67,7 @@ class ShardFacts:
     rows: int
     bytes: int
     digest: str
+    batches: tuple[int, ...]
     tokens: int
     without_positive: int
 
@@ -109,9 +112,10 @@ def write_shard(folder: Path, number: int, batches: Iterable[pa.RecordBatch], sc
     own = pa.schema([field for field in schema if field.name not in NUMBERS])
     found: dict[str, list[npt.NDArray[np.integer]]] = {}
     path = folder / shard_name(number)
-    without_positive = 0
+    starts, without_positive = [], 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, own) as writer:
         for batch in batches:
+            starts.append(sink.tell() or own.serialize().size)  # the schema is written with the first
             writer.write_batch(batch.select(own.names))
             for name, numbers in _numbers_of(batch).items():
                 found.setdefault(name, []).append(numbers)
@@ -125,7 +129,7 @@ def write_shard(folder: Path, number: int, batches: Iterable[pa.RecordBatch], sc
         digest.update(numbers.tobytes())
         _write_at(folder / numbers_name(name), numbers, number * SHARD_ROWS)
     rows, tokens = sum(map(len, found["length"])), sum(int(part.sum()) for part in found["length"])
-    return ShardFacts(rows, path.stat().st_size, digest.hexdigest(), tokens, without_positive)
+    return ShardFacts(rows, path.stat().st_size, digest.hexdigest(), tuple(starts), tokens, without_positive)
 
 
 def _numbers_of(batch: pa.RecordBatch) -> dict[str, npt.NDArray[np.integer]]:
@@ -267,20 +271,41 @@ class Ragged:
         return [self._inner[i] for i in range(self._offsets[row], self._offsets[row + 1])]
 
 
-def map_shard(manifest: Manifest, number: int) -> list[Chunk]:
-    """Map a shard.
+class Shard:
+    """A mapped shard, whose record batches are opened when a row of them is asked for.
 
     Raises:
         DataError: it is not what the manifest says.
     """
-    path, facts = manifest.folder / shard_name(number), manifest.shards[number]
-    try:
-        with pa.memory_map(str(path)) as stream, pa.ipc.open_stream(stream) as reader:
-            batches = list(reader)
-        whole, rest = divmod(facts.rows, manifest.batch_rows)
-        if [batch.num_rows for batch in batches] != [manifest.batch_rows] * whole + [rest] * (rest > 0):
-            raise ValueError(f"its rows are not the {facts.rows:,} of {MANIFEST}")
-        return [Chunk(batch) for batch in batches]
-    except (OSError, ValueError, pa.ArrowException) as error:
-        what = f"is a damaged corpus: {path.name} cannot be read ({error})"
-        raise DataError(what, str(manifest.folder), DAMAGED) from None
+
+    def __init__(self, manifest: Manifest, number: int) -> None:
+        """Map it."""
+        self._manifest, self.facts = manifest, manifest.shards[number]
+        self.name = shard_name(number)
+        self._chunks: dict[int, Chunk] = {}
+        with self._explained():
+            with pa.memory_map(str(manifest.folder / self.name)) as file:
+                self._bytes = file.read_buffer()  # keeps the file mapped
+            self._schema = pa.ipc.read_schema(self._bytes)
+            if self._schema.names != [name for name in manifest.columns if name not in NUMBERS]:
+                raise ValueError(f"its columns are {', '.join(self._schema.names)}")
+
+    def chunk(self, number: int) -> Chunk:
+        """Return one of its record batches."""
+        if (found := self._chunks.get(number)) is None:
+            with self._explained():
+                message = pa.ipc.read_message(self._bytes[self.facts.batches[number] :])
+                batch = pa.ipc.read_record_batch(message, self._schema)
+                expected = min(self._manifest.batch_rows, self.facts.rows - number * self._manifest.batch_rows)
+                if batch.num_rows != expected:
+                    raise ValueError(f"{batch.num_rows} rows where {MANIFEST} says {expected}")
+            found = self._chunks[number] = Chunk(batch)
+        return found
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, IndexError, pa.ArrowException) as error:
+            what = f"is a damaged corpus: {self.name} cannot be read ({error})"
+            raise DataError(what, str(self._manifest.folder), DAMAGED) from None
