@@ -147,7 +147,8 @@ def _shares(index: LexicalIndex, queries: Sequence[str], own_Q: NDArray[np.int_]
     """BM25 of each query with each candidate but its own, over the query's best."""
     score_QA = np.array([index.scores(query) for query in queries], np.float64)
     score_QA[np.arange(len(queries)), own_Q] = 0
-    return score_QA / np.maximum(score_QA.max(axis=1, keepdims=True), 1e-9)
+    shares_QA: Floats = score_QA / np.maximum(score_QA.max(axis=1, keepdims=True), 1e-9)
+    return shares_QA
 
 
 def _best(score_QA: NDArray[np.floating], own_Q: NDArray[np.int_], k: int) -> NDArray[np.int_]:
