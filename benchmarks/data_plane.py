@@ -247,7 +247,8 @@ def steps_of_a_run(part: str, args: argparse.Namespace) -> dict[str, list[float]
             "quickstart",
             [
                 f"run.storage_path={folder}", f"encoder.model={args.model}", "evaluation.suites=[]",
-                "corpus.min_words=16", "corpus.max_sentences=600", "encoder.max_length=16",  # steps of equal tokens
+                # steps of equal tokens
+                "corpus.min_words=24", f"corpus.max_sentences={8 * args.step_rows}", "encoder.max_length=24",
                 f"train.batch_size={args.step_rows}", f"train.max_steps={args.steps}", "train.log_every_steps=1",
                 f"train.checkpoint_every_steps={EVERY if part == 'checkpoint' else 10**6}", "objective.name=info_nce",
                 "negatives.refresh=async", f"negatives.refresh_every_steps={EVERY}", "negatives.candidates=8",
