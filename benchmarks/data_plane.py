@@ -5,6 +5,9 @@
   memory above what the inputs take; a process for each figure. A fresh checkout of bc9c010 is given by ``--before``.
 - ``weak``: ranks by gloo, one thread each, B = 512 W: what a step does beside the encoder (gathering, loss, backward,
   sending gradients back), in seconds of CPU of the busiest rank and by the clock. The encoder is a fixed product.
+- ``lookup``: W ranks by gloo and a pool of 64 shards, for which stand-ins in each rank's process answer with recorded
+  bytes: seconds of CPU of the busiest rank for a batch's look-up (client, merging, selection, what the ranks tell each
+  other), and the bytes that the first rank sends to the others for it, beside bc9c010's.
 - ``publish`` and ``checkpoint``: a run of one trainer in this process, whose steps are all alike, with a pool of one
   shard or with checkpoints. Steps that begin with a publication or a checkpoint against the median of the others, in
   seconds of CPU of the step's own thread (on a CPU what is built or written meanwhile takes its part of the clock) and
@@ -43,6 +46,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 AIMS = {"memory": 1 / 8, "seconds": 1 / 5}
 PER_RANK = 512
+LOOKUP = {"shards": 64, "batch": 4096, "k": 32, "m": 1}
+LOOKUP_AIMS = {"cpu_s": 1 / 8, "sent_bytes": 4096}
 BESIDE = ("publish", "checkpoint")
 BESIDE_AIM = 1.05
 EVERY = 6  # steps between two publications or checkpoints
@@ -50,7 +55,7 @@ EVERY = 6  # steps between two publications or checkpoints
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=["loss", "weak", *BESIDE], default=["loss", "weak"])
+    parser.add_argument("--parts", nargs="+", choices=["loss", "weak", "lookup", *BESIDE], default=["loss", "weak"])
     parser.add_argument("--before", type=Path, help="a checkout of bc9c010")
     parser.add_argument("--batch-size", type=int, default=16_384)
     parser.add_argument("--dim", type=int, default=768)
@@ -73,7 +78,9 @@ def main() -> None:
     about = provenance(torch.device(args.device))
     for part in args.parts:
         found = (
-            steps_beside(part, args) if part in BESIDE else {"loss": loss_of_one_rank, "weak": weak_scaling}[part](args)
+            steps_beside(part, args)
+            if part in BESIDE
+            else {"loss": loss_of_one_rank, "weak": weak_scaling, "lookup": look_up}[part](args)
         )
         result[part] = about | found
         print(json.dumps({part: found}, indent=2), flush=True)
@@ -163,6 +170,41 @@ def resident(mark: str) -> int:
     """Bytes of this process's memory now (VmRSS) or at most (VmHWM)."""
     (line,) = (row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(mark + ":"))
     return int(line.split()[1]) * 1024
+
+
+# ------------------------------------------------------------------------------------------------ look-ups
+
+
+def look_up(args: argparse.Namespace) -> dict[str, Any]:
+    """Both ways in turns, each in processes of its own."""
+    if args.before is None:
+        raise SystemExit("--before is needed for the part lookup")
+    sizes = LOOKUP | {"dim": args.dim, "ranks": args.ranks, "rounds": 4}
+    rounds: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
+    for _ in range(args.rounds):
+        for way, checkout in (("before", args.before), ("after", Path(__file__).parents[1])):
+            with tempfile.TemporaryDirectory() as folder:
+                command = [
+                    sys.executable,
+                    str(Path(__file__).with_name("data_plane_lookup.py")),
+                    json.dumps(sizes),
+                    folder,
+                ]
+                environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+                subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+                ranks = [json.loads((Path(folder) / f"{r}.json").read_text()) for r in range(args.ranks)]
+            rounds[way].append({name: max(of_rank[name] for of_rank in ranks) for name in ranks[0]})
+            print("lookup", way, rounds[way][-1], flush=True)
+    found: dict[str, Any] = {
+        way: {name: statistics.median(of_round[name] for of_round in own) for name in own[0]}
+        for way, own in rounds.items()
+    }
+    ratio = found["after"]["cpu_s"] / found["before"]["cpu_s"]
+    reached = {
+        "cpu_s": ratio <= LOOKUP_AIMS["cpu_s"],
+        "sent_bytes": found["after"]["sent_bytes"] <= LOOKUP_AIMS["sent_bytes"],
+    }
+    return sizes | found | {"ratio": ratio, "aims": LOOKUP_AIMS, "reached": reached}
 
 
 # ------------------------------------------------------------------------------------------------ weak scaling
