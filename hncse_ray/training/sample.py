@@ -25,6 +25,7 @@ from hncse_ray.negatives import FATES
 from hncse_ray.reporting.events import Event, Sampled
 from hncse_ray.training.distributed import from_first, rank
 from hncse_ray.training.evaluator import EvaluationSets
+from hncse_ray.training.label_free import SUITES as LABEL_FREE
 from hncse_ray.training.lookup import LookedUp
 from hncse_ray.training.negatives import GlobalNegatives
 from hncse_ray.training.step import Seen
@@ -66,7 +67,7 @@ class Sample:
         sides = corpus.has_pairs or corpus.has_passages
         queries: dict[str, list[str]] = {}
         for (name, split), data in sets.sets.items():
-            if split != "dev" or not isinstance(data, RetrievalSet) or name == "cloze" or queries:
+            if split != "dev" or not isinstance(data, RetrievalSet) or name in LABEL_FREE or queries:
                 continue
             sides = sides or data.sides
             for i in rng.choice(len(data.queries), min(_QUERIES, len(data.queries)), replace=False).tolist():

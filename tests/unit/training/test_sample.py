@@ -13,7 +13,7 @@ from negative_runs import Stopped, carry_out, fresh_encoder, negatives_settings,
 from tiny import make_collection
 
 from hncse_ray.encoder import load_encoder
-from hncse_ray.evaluation import encode_unit
+from hncse_ray.evaluation import encode_unit, paired_set
 from hncse_ray.negatives import FATES, SourceUnavailable
 from hncse_ray.reporting import Event, RunStarted
 from hncse_ray.reporting.events import Sampled, StepsLogged
@@ -21,7 +21,7 @@ from hncse_ray.reporting.reporters import SamplesFile
 from hncse_ray.training import EvaluationSets, load_evaluation_sets
 from hncse_ray.training.evaluator import Measured
 from hncse_ray.training.objective import Neighbours
-from hncse_ray.training.sample import similarities
+from hncse_ray.training.sample import Sample, similarities
 from hncse_ray.training.step import Seen
 
 Tree = dict[str, Any]
@@ -75,6 +75,25 @@ def test_neighbours_are_those_of_the_base_and_of_what_is_exported(tree: Tree, tm
     assert set(facts["queries"]) <= set(queries) and len(facts["queries"]) == 8
     assert all(facts["right"]) and len(facts["after"]["query_neighbours"]) == 8
     assert np.array(facts["after"]["map"]).shape == (len(texts), 2) and 0 < facts["after"]["explained"] <= 1
+
+
+def test_queries_that_are_made_of_the_corpus_are_not_shown_as_those_of_a_user() -> None:
+    data = paired_set(["a query"], ["its answer"])
+
+    class Rows:
+        has_pairs = has_passages = False
+
+        def __len__(self) -> int:
+            return 3
+
+        def target_texts(self, rows: np.ndarray) -> list[str]:
+            return [f"text {row}" for row in rows]
+
+    def drawn(name: str) -> Sample:
+        return Sample.draw(Rows(), EvaluationSets({(name, "dev"): data}), seed=0)  # type: ignore[arg-type]
+
+    assert drawn("pairs").queries == ("a query",) and drawn("pairs").right == ((3,),)
+    assert drawn("cloze").queries == drawn("pseudo-relevance").queries == ()
 
 
 def test_mined_hits_tell_what_the_rules_do(tree: Tree, tmp_path: Path) -> None:
