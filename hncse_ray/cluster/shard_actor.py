@@ -1,20 +1,25 @@
-"""The actor of one shard; a plain class that becomes an actor in :mod:`hncse_ray.cluster.pool`."""
+"""The actor of one shard; a plain class that becomes an actor in :mod:`hncse_ray.cluster.pool`.
+
+Whoever looks an actor up by its name imports its class: the coordinator does, which has to be up soon and encodes
+nothing. So what a shard computes with is imported where it begins.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from hncse_ray.cluster.node_corpus import NodeCorpus
 from hncse_ray.config import EncoderSettings, NegativesSettings
 from hncse_ray.errors import HncseError
 from hncse_ray.negatives import BuildReport, Hits, IndexPlan, IndexVersion, Offers, TokenRow, Weights, WordQuery
-from hncse_ray.negatives.shard import IndexShard
-from hncse_ray.training.shard import build_shard
+
+if TYPE_CHECKING:
+    from hncse_ray.cluster.node_corpus import NodeCorpus
+    from hncse_ray.negatives.shard import IndexShard
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class ShardActor:
     """
 
     def __init__(self, spec: ShardSpec) -> None:
+        import torch
+
         torch.set_num_threads(spec.threads)
         self._spec, self._loading = spec, threading.Lock()
         self._loaded: IndexShard | None = None
@@ -61,6 +68,10 @@ class ShardActor:
         return None
 
     def _shard(self) -> IndexShard:
+        import torch
+
+        from hncse_ray.training.shard import build_shard
+
         with self._loading:
             if self._failure is not None:
                 raise self._failure
