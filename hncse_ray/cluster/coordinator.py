@@ -209,7 +209,7 @@ class PoolCoordinator:
             logger.warning("old weights of the index could not be deleted (%s)", error)
 
     def _recover(self) -> None:
-        """Take up what this actor has committed before it was killed; what an earlier run left is not used."""
+        """Resume what this actor has committed before it was killed; what an earlier run left is not used."""
         served = self._folder / "served.json"
         if not ray.get_runtime_context().was_current_actor_reconstructed:
             shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Workers that come and go: a run goes on with fewer of them while nodes are away, and takes more in as there is room.
 
-Places for the missing ones are asked for by placement groups, one each: so Ray keeps them free once they are, and an
+Bundles for the missing ones are asked for by placement groups, one each: so Ray keeps them free once they are, and an
 autoscaler starts nodes for them. Ray Train's own elastic policy (2.60) adds up what the nodes have, the negative pool's
 share included, and would start more workers than fit.
 """
@@ -29,8 +29,8 @@ _MOST_IN_VAIN = 3
 
 
 @dataclass(frozen=True)
-class Places:
-    """Places of workers.
+class Bundles:
+    """Bundles of workers, each a placement group of its own.
 
     Attributes:
         number: how many.
@@ -43,8 +43,8 @@ class Places:
     labels: dict[str, str]
 
     @contextmanager
-    def asked_for(self) -> Iterator[list[PlacementGroup]]:
-        """Ask for them, each by itself; on leaving they are given back."""
+    def requested(self) -> Iterator[list[PlacementGroup]]:
+        """Request them; on leaving they are given back."""
         selector = [self.labels] if self.labels else None
         groups = [placement_group([self.each], bundle_label_selector=selector) for _ in range(self.number)]
         try:
@@ -60,7 +60,7 @@ class NoRoom(ClusterError):
 
 
 class Starts:
-    """Knows when workers have last begun or taken up a run; Ray itself keeps it, so nothing of ours can lose it.
+    """Knows when workers have last begun or resumed a run; Ray itself keeps it, so nothing of ours can lose it.
 
     Travels to the workers.
     """
@@ -82,7 +82,7 @@ class Starts:
             _internal_kv_del(self._key)
 
 
-Attempt = Callable[[int, Places], RunFinished | None]
+Attempt = Callable[[int, Bundles], RunFinished | None]
 
 
 def fit_elastic(
@@ -97,7 +97,7 @@ def fit_elastic(
 
     Args:
         attempt: trains with so many workers until they have finished, or, which returns None, have paused because
-            there is one of the missing places, or one of theirs will be taken away. Raises NoRoom when workers cannot
+            there is one of the missing bundles, or one of theirs will be taken away. Raises NoRoom when workers cannot
             be started, as a lost one that has no place any more. It asks for the missing ones when its own workers have
             their places, which Ray would else give away.
         plan: the most workers, and what each gets.
@@ -115,7 +115,7 @@ def fit_elastic(
             notify(f"{n} of {plan.num_workers} workers have room; the others join as soon as there is more")
         before = starts.last()
         try:
-            finished = attempt(n, Places(plan.num_workers - n, plan.each(), cluster.worker_labels))
+            finished = attempt(n, Bundles(plan.num_workers - n, plan.each(), cluster.worker_labels))
         except NoRoom:
             in_vain = 0 if starts.last() != before else in_vain + 1
             if cluster.min_workers is None or in_vain == _MOST_IN_VAIN:
@@ -138,7 +138,7 @@ def _room(plan: WorkerPlan, cluster: ClusterSettings, least: int) -> int:
         ClusterError: there is no room for the least within ``start_timeout_s``.
     """
     begun = time.monotonic()
-    with Places(plan.num_workers, plan.each(), cluster.worker_labels).asked_for() as groups:
+    with Bundles(plan.num_workers, plan.each(), cluster.worker_labels).requested() as groups:
         while (n := placed(groups)) < plan.num_workers:
             waited = time.monotonic() - begun
             if n >= least and waited > _GRACE_S:

@@ -8,26 +8,26 @@ from contextlib import contextmanager, nullcontext
 import ray.train
 from ray.util.placement_group import PlacementGroup
 
-from hncse_ray.cluster.elastic import Places, placed
+from hncse_ray.cluster.elastic import Bundles, placed
 from hncse_ray.training.checkpoint import Wish
 from hncse_ray.training.distributed import from_first, rank, world_size
 
 
 @contextmanager
-def surroundings(notify: Callable[[str], None], missing: Places, least: int | None) -> Iterator[Surroundings]:
-    """Watch the nodes of a run's workers, and ask for places of further workers meanwhile.
+def watch_nodes(notify: Callable[[str], None], missing: Bundles, least: int | None) -> Iterator[NodeWatch]:
+    """Watch the nodes of a run's workers, and request bundles of further workers meanwhile.
 
     Args:
         notify: told when nodes are about to go or have come.
-        missing: places of further workers; when there is one, the run is asked to pause.
+        missing: bundles of further workers; when one is placed, the run is asked to pause.
         least: how many workers are enough to go on with before others are taken away; None = wait until they are.
     """
-    with missing.asked_for() if missing.number and rank() == 0 else nullcontext() as groups:
-        yield Surroundings(notify, missing.number, groups, least)
+    with missing.requested() if missing.number and rank() == 0 else nullcontext() as groups:
+        yield NodeWatch(notify, missing.number, groups, least)
 
 
-class Surroundings:
-    """Nodes of the run's workers that will be taken away, such as spot instances, and new places for more workers."""
+class NodeWatch:
+    """Nodes of the run's workers that will be taken away, such as spot instances, and bundles for more workers."""
 
     def __init__(
         self,

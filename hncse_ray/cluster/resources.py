@@ -277,7 +277,7 @@ class SweepPlan:
         concurrent: trials side by side.
         cpus_per_worker: reserved for each of a trial's workers.
         gpus_per_worker: likewise; 0 = they train on CPUs.
-        in_one_process: whether a trial trains in its own process, which then takes up the next one; else Ray Train
+        in_one_process: whether a trial trains in its own process, which then runs the next one; else Ray Train
             starts workers for each.
     """
 

@@ -221,7 +221,7 @@ def _fit(
     os.environ.update(_QUIET)
     scratch = tempfile.mkdtemp(prefix="hncse-tune-")  # Ray Tune's own state is of no use to us: the study has it all
     try:
-        # A run in one process is taken up as often as Ray Train would start its worker again.
+        # A run in one process is resumed as often as Ray Train would start its worker again.
         retries = sweep.settings.cluster.max_failures if plan.in_one_process else _RETRIES
         run_config = RunConfig(
             name="sweep", storage_path=scratch, verbose=0, failure_config=FailureConfig(max_failures=retries)

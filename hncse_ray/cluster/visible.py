@@ -65,7 +65,7 @@ def explain(folder: str, seen: Mapping[str, str | None], token: str) -> StorageE
     return None
 
 
-def unseen(folder: Path) -> StorageError:
+def not_visible(folder: Path) -> StorageError:
     """Return the refusal of a worker that does not see the run's folder: of a node that joined later, perhaps."""
     return StorageError(f"is not seen by node {socket.gethostname()}", str(folder), _HINT)
 

@@ -12,8 +12,8 @@ import torch
 
 from hncse_ray.cluster.metrics import RayMetrics
 from hncse_ray.cluster.pool import LONGEST_POLL_S, POLL_S, PoolClient
-from hncse_ray.cluster.surroundings import surroundings
-from hncse_ray.cluster.visible import unseen
+from hncse_ray.cluster.preemption import watch_nodes
+from hncse_ray.cluster.visible import not_visible
 from hncse_ray.config import Settings
 from hncse_ray.encoder import load_encoder
 from hncse_ray.errors import HncseError
@@ -54,8 +54,8 @@ def train_worker(config: dict[str, Any]) -> RunFinished | HncseError | None:
         if rank() == 0:
             config["starts"].note()
         with (
-            surroundings(notify, config["missing"], settings.cluster.min_workers) as around,
-            folder_store(folder, mirror, notify, is_first_on_node=_is_first_on_node(), wish=around.wish) as store,
+            watch_nodes(notify, config["missing"], settings.cluster.min_workers) as nodes,
+            folder_store(folder, mirror, notify, is_first_on_node=_is_first_on_node(), wish=nodes.wish) as store,
             run_records(folder, RayMetrics(settings.run.name)) as files,
         ):
 
@@ -75,7 +75,7 @@ def _reach_run(folder: Path, mirror: MirrorPlan | None, notify: Callable[[str], 
     if mirror is not None:
         keep_trying(lambda: bring_run(mirror.remote, folder, notify), timeout_s=PATIENCE_S)
     elif not (folder / "settings.yaml").exists():
-        raise unseen(folder)
+        raise not_visible(folder)
 
 
 def _is_first_on_node() -> bool:

@@ -107,7 +107,7 @@ class Tracking:
     Args:
         name: of the tracker.
         tracker: made in the thread, since its package may take seconds to import.
-        folder: of the run; what the run is known by there is kept in it, for a run that is taken up again.
+        folder: of the run; what the run is known by there is kept in it, for a run that is resumed again.
         settings: of the run, by path.
     """
 

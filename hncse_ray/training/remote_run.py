@@ -135,7 +135,7 @@ def claim_run(settings: Settings) -> Iterator[RunFolder]:
         lease.acquire()
         stack.callback(lease.release)
         is_new = _refuse(remote, settings)  # again: another process may have been first
-        folder = _take_up(remote, work, lease.token, settings, is_new=is_new)
+        folder = _resume(remote, work, lease.token, settings, is_new=is_new)
         stack.callback(_leave, folder, is_new=is_new)
         yield folder
 
@@ -162,7 +162,7 @@ def _refuse(remote: Remote, settings: Settings) -> bool:
     return True
 
 
-def _take_up(remote: Remote, work: Path, token: str, settings: Settings, *, is_new: bool) -> RemoteRunFolder:
+def _resume(remote: Remote, work: Path, token: str, settings: Settings, *, is_new: bool) -> RemoteRunFolder:
     """Make the local folder fit what is at the URL, as far as the driver needs it."""
     if is_new:
         if (work / "settings.yaml").exists():  # of a run that was removed from the URL
@@ -296,7 +296,7 @@ class RunMirror:
             if model is None or checkpoint.name not in whole:
                 send_folder(remote, f"checkpoints/{checkpoint.name}", checkpoint)
             older = [name for name in whole if name < checkpoint.name]
-            # One beyond it is of a course that was not taken: it would be taken up in place of this one.
+            # One beyond it is of a course that was not taken: it would be resumed from in place of this one.
             for name in [name for name in whole if name > checkpoint.name] + older[self._plan.keep - 1 :]:
                 delete_folder(remote, f"checkpoints/{name}")
         if model is not None:

@@ -33,7 +33,7 @@ from hncse_ray.storage import write_atomically
 from hncse_ray.tuning.space import SearchSpace, apply_values, parse_space
 from hncse_ray.tuning.study import Stopping
 
-# The share of the cluster and where things lie may differ when a sweep is taken up again: they change no score.
+# The share of the cluster and where things lie may differ when a sweep is resumed: they change no score.
 _FREE_SETTINGS = ("run.storage_path", "cluster.", "corpus.cache_dir", "corpus.num_processes")
 # Of the options of a sweep: the least and the most.
 _LIMITS = {

@@ -78,7 +78,7 @@ class SweepStudy:
             for point in space.first:
                 self.study.enqueue_trial(point, skip_if_exists=True)
             self.study.set_user_attr("enqueued", True)
-        self._interrupted = [TrialTask(t.number, t.user_attrs["values"]) for t in self._take_up()]
+        self._interrupted = [TrialTask(t.number, t.user_attrs["values"]) for t in self._interrupted_trials()]
 
     def unfinished(self, total: int) -> int:
         """Return how many of ``total`` trials are still to be run or gone on with."""
@@ -145,7 +145,7 @@ class SweepStudy:
             trial.set_user_attr(key, fact)
         self.study.tell(number, value, state=state)
 
-    def _take_up(self) -> Iterator[FrozenTrial]:
+    def _interrupted_trials(self) -> Iterator[FrozenTrial]:
         """Yield the trials that were at work; end those that a kill left before their values were known."""
         for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
             if "values" in trial.user_attrs:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from hncse_ray.cluster.elastic import NoRoom, Places, Starts, fit_elastic
+from hncse_ray.cluster.elastic import Bundles, NoRoom, Starts, fit_elastic
 from hncse_ray.cluster.resources import WorkerPlan
 from hncse_ray.config import ClusterSettings
 from hncse_ray.reporting import RunFinished
@@ -37,7 +37,7 @@ def fit(starts: Starts, *, losses: int, begins: bool) -> tuple[RunFinished, list
     cluster = ClusterSettings(num_workers=1, min_workers=1, use_gpu=False)
     begin, said, left = ray.remote(Starts.note), list[str](), iter(range(losses))
 
-    def attempt(workers: int, missing: Places) -> RunFinished:
+    def attempt(workers: int, missing: Bundles) -> RunFinished:
         if begins:
             ray.get(begin.remote(starts))
         if next(left, None) is not None:
