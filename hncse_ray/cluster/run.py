@@ -63,7 +63,7 @@ def train(settings: Settings, *, sentences: Sequence[str] | None = None, reporte
     Raises:
         HncseError: bad settings, data, model, cluster or storage; or training failed for a known cause.
     """
-    return train_by(_engine(settings), settings, sentences=sentences, reporter=reporter)
+    return train_by(choose_engine(settings), settings, sentences=sentences, reporter=reporter)
 
 
 def train_by(
@@ -109,8 +109,8 @@ class _Start:
         """Nothing to close."""
 
 
-def _engine(settings: Settings) -> Engine:
-    """Return what trains a run; each brings its own imports when it begins.
+def choose_engine(settings: Settings) -> Engine:
+    """Return what trains a run where this process is; each engine brings its own imports when it begins.
 
     Raises:
         SettingsError: it cannot be used here.

@@ -17,6 +17,7 @@ from tiny import make_sentences
 from waits import seconds, soon
 
 import hncse_ray
+from hncse_ray.cluster import run
 from hncse_ray.config import load_settings
 from hncse_ray.errors import SettingsError
 from hncse_ray.reporting import Event, Notice, RunStarted
@@ -137,6 +138,31 @@ def test_a_reporter_that_fails_does_not_end_the_run(local: Tree) -> None:
     settings = load_settings(local)
     assert hncse_ray.train(settings, reporter=Broken()).steps == 12
     assert "an event could not be reported" in (Path(settings.run_dir) / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "variables", "engine"),
+    [
+        ([], {}, run.train_here),
+        ([], {"RAY_ADDRESS": "local"}, run.train_here),
+        (["negatives.source=pool"], {}, run.train_beside_pool),
+        (["negatives.source=pool", "cluster.engine=local"], {}, run.train_here),
+        (["cluster.engine=ray"], {}, run.train_on_ray),
+        (["cluster.num_workers=2"], {}, run.train_on_ray),
+        (["cluster.min_workers=1", "cluster.use_gpu=false"], {}, run.train_on_ray),
+        (["cluster.trainer_labels={role: trainer}"], {}, run.train_on_ray),
+        (["negatives.source=pool", "negatives.gpus_per_shard=1"], {}, run.train_on_ray),
+        ([], {"RAY_ADDRESS": "10.0.0.1:6379"}, run.train_on_ray),
+        ([], {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}, run.train_on_ray),
+    ],
+)
+def test_one_worker_that_nothing_else_is_asked_of_is_this_process(
+    local: Tree, monkeypatch: pytest.MonkeyPatch, overrides: list[str], variables: dict[str, str], engine: run.Engine
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run.choose_engine(load_settings(local, overrides)) is engine
 
 
 @pytest.mark.parametrize(
