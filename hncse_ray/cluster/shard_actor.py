@@ -68,14 +68,14 @@ class ShardActor:
         return None
 
     def _shard(self) -> IndexShard:
-        import torch
-
-        from hncse_ray.training.shard import build_shard
-
         with self._loading:
             if self._failure is not None:
                 raise self._failure
             if self._loaded is None:
+                import torch
+
+                from hncse_ray.training.shard import build_shard
+
                 spec = self._spec
                 try:
                     self._loaded = build_shard(
