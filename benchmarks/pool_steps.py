@@ -33,10 +33,11 @@ from hncse_ray.config import Settings
 from hncse_ray.corpus import BatchPlan, Corpus
 from hncse_ray.encoder import SentenceEncoder, load_encoder
 from hncse_ray.reporting import LineReporter
+from hncse_ray.training.batch import local_batch
 from hncse_ray.training.checkpoint import TrainState
 from hncse_ray.training.checks import prepare
 from hncse_ray.training.host_copy import HostCopier
-from hncse_ray.training.negatives import GlobalNegatives, to_step
+from hncse_ray.training.negatives import GlobalNegatives
 from hncse_ray.training.objective import Objective
 from hncse_ray.training.publish import to_arrays
 from hncse_ray.training.schedule import build_optimizer
@@ -127,10 +128,14 @@ def measure(
     for use, source in sources.items():
         source.take([0], states[use], copy)  # has the index made
     client.wait(3600)
-    known = [
-        to_step(sources["fresh"].take([number], states["fresh"], copy)[0][0], corpus)
-        for number in range(args.batches + 2)
-    ]
+
+    def look_up(use: str, number: int) -> StepNegatives:
+        found = sources[use].take([number], states[use], copy)[0][0]
+        negatives = local_batch(number, plan.batch(number), corpus, found, settings=settings[use]).negatives
+        assert negatives is not None
+        return negatives
+
+    known = [look_up("fresh", number) for number in range(args.batches + 2)]
     seconds = {mode: np.zeros((args.rounds, args.batches)) for mode in MODES}
     tokens = {mode: np.zeros(args.batches, dtype=np.int64) for mode in MODES}
     steps = [(0, number) for number in (args.batches, args.batches + 1)]  # these warm up
@@ -140,7 +145,7 @@ def measure(
             started = time.perf_counter()
             taken = None
             if mode in sources:
-                taken = to_step(sources[mode].take([number], states[mode], copy)[0][0], corpus)
+                taken = look_up(mode, number)
                 if not taken.mask_bm.any():
                     raise RuntimeError("no negatives came")
             elif mode == "3B rows":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,18 @@ def test_what_is_not_public_of_ray_is_listed() -> None:
     )
     assert used <= listed
     assert {name for name in listed if private.search(name)} <= used
+
+
+@pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="not a checkout")
+def test_what_benchmarks_import_of_the_package_is_there() -> None:
+    missing = []
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        for found in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(found, ast.ImportFrom) and (found.module or "").partition(".")[0] == "hncse_ray":
+                module = importlib.import_module(str(found.module))
+                missing += [
+                    f"{path.name}: {found.module}.{name.name}"
+                    for name in found.names
+                    if not hasattr(module, name.name) and find_spec(f"{found.module}.{name.name}") is None
+                ]
+    assert not missing
