@@ -42,6 +42,7 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in ("sentences_per_s", "data/waited")} for row in rows]
 
 
+@pytest.mark.slow
 def test_its_file_is_found_beside_where_the_command_is_started_by_all_workers(recipe: Path, tmp_path: Path) -> None:
     pool = ["cluster.num_workers=2", "negatives.source=pool", "negatives.max_score=null", "train.max_steps=12"]
     command = Command("train", "recipe.yaml", *pool, cwd=tmp_path)

@@ -423,6 +423,7 @@ def _reachable(client: PoolClient) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_a_build_that_hangs_is_given_up_and_an_error_in_the_body_leaves_nothing(world: World) -> None:
     """The hanging shard is stopped by a signal; the pool has CPUs of its own, so a placement group holds them."""
     with pytest.raises(ZeroDivisionError):
@@ -460,6 +461,7 @@ def test_a_build_that_hangs_is_given_up_and_an_error_in_the_body_leaves_nothing(
     soon(lambda: ray.available_resources().get("CPU") == 8, within_s=20, what="all CPUs")
 
 
+@pytest.mark.slow
 def test_a_pool_that_cannot_come_up_says_why_and_leaves_nothing(world: World) -> None:
     settings = world.settings.model_copy(
         update={"encoder": world.settings.encoder.model_copy(update={"model": str(world.folder / "none")})}

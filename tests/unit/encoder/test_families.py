@@ -39,7 +39,7 @@ def train_two_steps(encoder: SentenceEncoder) -> list[float]:
     optimizer = torch.optim.SGD(encoder.parameters(), lr=1e-3)
     rows = encoder.tokenize(SENTENCES)
     negatives = StepNegatives(
-        mask_Bm=np.ones((4, 1), dtype=bool), columns_mask=None, stored_BmD=None, fresh_bm=[[row] for row in rows[4:]]
+        mask_bm=np.ones((4, 1), dtype=bool), stored_bmD=None, fresh_bm=[[row] for row in rows[4:]]
     )
     context = StepContext(objective=objective, seed=0, step=0, total_steps=2, chunk_size=None)
     batch = LocalBatch(number=0, rows=rows[:4], sizes=(4,), negatives=negatives)

@@ -20,7 +20,7 @@ from hncse_ray.training.objective import Neighbours, Objective
 from hncse_ray.training.objective_check import check_objective
 
 B, D, M = 6, 8, 3
-DOCUMENT = Path(__file__).parents[3] / "docs" / "objectives.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "own-objective.md"
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +99,7 @@ class TestTheDocument:
         from hncse_ray.tuning.space import apply_values, parse_space
 
         (tree,) = (yaml.safe_load(text) for text in examples("yaml") if text.startswith("parameters:"))
-        space, base = parse_space(tree, "objectives.md"), settings_of("objective.temperature=0.1")
+        space, base = parse_space(tree, "own-objective.md"), settings_of("objective.temperature=0.1")
         space.check(base)
         found = [apply_values(base, values).objective for values, _ in space.extremes(base)]
         assert {objective.name for objective in found} == {"info_nce", "my_losses:focal"}
@@ -108,7 +108,7 @@ class TestTheDocument:
     def test_it_names_all_that_a_function_is_given(self) -> None:
         from hncse_ray.training.objective import GIVEN
 
-        table = DOCUMENT.read_text(encoding="utf-8").partition("### What it is given")[2].partition("### ")[0]
+        table = DOCUMENT.read_text(encoding="utf-8").partition("## What it is given")[2].partition("## ")[0]
         rows = re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE)
         assert [name for row in rows for name in re.findall(r"`(\w+)`", row)] == list(GIVEN)
 
