@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hncse_ray.search")
 
-_LINES = 8  # of a text that the table shows
+_LINES = 4  # of a text that the table shows
 
 _OVERRIDE = re.compile(rf"(?:{'|'.join(Settings.model_fields)})\.[\w.]+=")
 

@@ -134,12 +134,12 @@ def _open_if_whole(final: Path, tokenizer_digest: str) -> Corpus | None:
         corpus = Corpus.open(final)
         if corpus.digest != final.name:
             other = "" if corpus.tokenizer == tokenizer_digest else ", of another tokenizer"
-            raise DataError(f"{final.name} holds another corpus{other}", str(final))
+            raise DataError(f"holds another corpus{other}", str(final))
         corpus.check()
         return corpus
     except DataError as error:
         # Moved before it is removed: no other process meets it half gone.
-        log.warning("%s; preparing it anew", error.what)
+        log.warning("%s %s; preparing it anew", final, error.what)
         aside = final.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
         with contextlib.suppress(OSError):
             final.rename(aside)
