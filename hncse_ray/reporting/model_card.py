@@ -25,7 +25,7 @@ _SUITES = {
     "pairs": "Own pairs",
     "retrieval": "Own search collections",
     "cloze": "Sentences of the corpus, each to find its document",
-    "pseudo-relevance": "Sentences and rare words of the corpus, to find what vectors and BM25 find together",
+    "pseudo-relevance": "Sentences of the corpus, to find what vectors and BM25 find together",
 }
 _FOLDERS = ("storage_path", "cache_dir")  # settings that a card leaves out
 _FILES = ("path", "senteval_path", "pairs_dev", "pairs_test", "collection")  # settings of which it tells the last part

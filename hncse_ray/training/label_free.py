@@ -1,14 +1,13 @@
 """Dev sets without labels, made of a run's corpus: what is not trained on, and what is asked of it.
 
 ``cloze`` asks a sentence for the document that it was taken out of (:mod:`hncse_ray.evaluation.cloze`).
-``pseudo-relevance`` asks sentences and rare words for the ten rows that a fixed ranking puts first. That ranking is
+``pseudo-relevance`` asks such sentences for the ten rows that a fixed ranking puts first. That ranking is
 better on judged queries than the encoders that are scored by it (``benchmarks/adaptation_study.py teachers``), so who
 comes nearer to it searches better: benchmarks/README.md has its correlation with judged gains.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,16 +27,14 @@ from hncse_ray.evaluation import (
     on_side,
     unit_rows,
 )
-from hncse_ray.negatives.lexical import LexicalIndex, words
+from hncse_ray.negatives.lexical import LexicalIndex
 
 SUITES = ("cloze", "pseudo-relevance")
 
 _NEIGHBOURS, _SMOOTHING = 10, 0.5  # a row's vector goes half way to the mean of its nearest
 _LEXICAL, _FEEDBACK, _ROWS_ASKED = 0.3, 0.3, 3  # weights beside the cosine; rows whose words ask again
 _RELEVANT = 10
-_RARE, _ASKED = 12, 5  # words of a row to draw from, and how many are drawn
 _BLOCK = 1024
-_DRAW = 3  # a stream of random numbers beside those of evaluation.cloze
 
 Floats = NDArray[np.float64]
 
@@ -89,13 +86,11 @@ def label_free_sets(settings: Settings, corpus: Corpus, gaps: Gaps, base: Encode
         candidates = draw_candidates(gaps, rows=len(corpus), most=most, seed=seed)
         place = {int(row): at for at, row in enumerate(candidates)}
         sentences = {place[row]: sentence for row, sentence in gaps.sentences.items()}
-        found["pseudo-relevance"] = pseudo_relevance_set(corpus.texts(candidates), sentences, base, seed=seed)
+        found["pseudo-relevance"] = pseudo_relevance_set(corpus.texts(candidates), sentences, base)
     return found
 
 
-def pseudo_relevance_set(
-    candidates: Sequence[str], sentences: dict[int, str], base: Encode, *, seed: int
-) -> RetrievalSet:
+def pseudo_relevance_set(candidates: Sequence[str], sentences: dict[int, str], base: Encode) -> RetrievalSet:
     """Return the set whose right candidates are the ten that a fixed ranking puts first; the own one is not ranked.
 
     The ranking is the cosine under the base, of candidates moved half way to the mean of their ten nearest, plus 0.3
@@ -104,19 +99,10 @@ def pseudo_relevance_set(
 
     Args:
         candidates: what is searched.
-        sentences: by the candidate that holds it. Each asks, and five of the twelve rarest words of its candidate do.
+        sentences: what asks, by the candidate that holds it.
         base: the encoder before training.
-        seed: of the draw of words.
     """
-    rng = np.random.default_rng([seed, _DRAW])
-    held = [list(dict.fromkeys(words(text))) for text in candidates]
-    holders = Counter(word for found in held for word in found)
-    asking = list(sentences.items())
-    for place in sentences:
-        rare = sorted(held[place], key=lambda word: (holders[word], word))[:_RARE]
-        asking.append((place, " ".join(rng.permutation(rare)[:_ASKED])))
-    own_Q = np.array([place for place, _ in asking])
-    queries = [text for _, text in asking]
+    queries, own_Q = list(sentences.values()), np.fromiter(sentences, np.int_)
     smooth_AD = _smoothed(encode_unit(on_side(base, "document"), candidates))
     index = LexicalIndex(candidates, keys_nc=np.arange(len(candidates))[:, None])
     score_QA = encode_unit(on_side(base, "query"), queries) @ smooth_AD.T
