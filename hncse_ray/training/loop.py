@@ -123,13 +123,21 @@ class _Trainer:
             columns=self.settings.negatives.columns,
         )
         self.guards = Guards(train)
-        self.looks: Looks | None = None
-        if self.settings.evaluation.test:  # the trials of a sweep are not looked at one by one
-            self.looks = Looks(
-                self.settings, self.corpus, self.sets, self.encoder, total_steps=self.total_steps, emit=emit
-            )
         self.log = _Log()
-        self.base = self.encoder.weights() if ExportChoice.needs_base(self.settings) else None
+        looked_at = self.settings.evaluation.test  # the trials of a sweep are not, one by one
+        needed = looked_at or ExportChoice.needs_base(self.settings)
+        self.base = self.encoder.weights() if needed else None
+        self.looks: Looks | None = None
+        if looked_at and self.base is not None:
+            self.looks = Looks(
+                self.settings,
+                self.corpus,
+                self.sets,
+                self.encoder,
+                self.base,
+                total_steps=self.total_steps,
+                emit=emit,
+            )
         resumed = read_newest(
             store.checkpoints(),
             encoder=self.encoder,

@@ -23,7 +23,8 @@ from hncse_ray.encoder import SentenceEncoder
 from hncse_ray.evaluation import Encode, RetrievalSet, encode_unit, on_side
 from hncse_ray.negatives import FATES
 from hncse_ray.reporting.events import Event, Sampled
-from hncse_ray.training.distributed import from_first, rank
+from hncse_ray.training.checkpoint import Weights
+from hncse_ray.training.distributed import from_first
 from hncse_ray.training.evaluator import EvaluationSets
 from hncse_ray.training.label_free import SUITES as LABEL_FREE
 from hncse_ray.training.lookup import LookedUp
@@ -108,7 +109,8 @@ class Looks:
         settings: of the run.
         corpus: its rows.
         sets: what it is scored on.
-        encoder: before training; the first rank keeps a copy of its weights.
+        encoder: that is trained.
+        base: its weights before training.
         total_steps: of the run.
         emit: takes what is told.
     """
@@ -119,6 +121,7 @@ class Looks:
         corpus: Corpus,
         sets: EvaluationSets,
         encoder: SentenceEncoder,
+        base: Weights,
         *,
         total_steps: int,
         emit: Callable[[Event], None],
@@ -127,7 +130,7 @@ class Looks:
         self._batches_a_step = settings.train.accumulation_steps
         self._sample = Sample.draw(corpus, sets, seed=settings.run.seed)
         self._encoder, self._encode = encoder, _Alone(encoder, settings.evaluation.batch_size)
-        self._base = encoder.weights() if rank() == 0 else {}
+        self._base = base
         self._before: dict[str, Any] = {}
 
     def step(self, step: int, seen: Seen) -> None:
