@@ -3,7 +3,8 @@
 Every method trains all-MiniLM-L6-v2 on the documents of a collection (``corpus.jsonl``) and is scored on its judged
 test queries. Nothing is chosen on test: the scores without labels (``pseudo-relevance``, and ``cloze``: does a sentence
 find its document?) and the dev queries are written beside. Of every trained model four exports are scored: as trained
-and half way to the base (``export.merge`` 1 and 0.5), each without and with whitening (``export.whiten`` 0.125).
+and half way to the base (``export.merge`` 1 and 0.5, seed 0 alone), each without and with whitening (``export.whiten``
+0.125).
 ``base`` has whitening alone beside it; ``bm25 + base`` ranks by the sum of both scores, and needs a second index to
 search with.
 
@@ -73,7 +74,7 @@ def main() -> None:
     run = commands.add_parser("run")
     run.add_argument("--data", type=Path, required=True, help="folder of the collections")
     run.add_argument("--collections", nargs="+", default=list(COLLECTIONS))
-    run.add_argument("--sts", help="folder of SentEval: the STS tasks are scored too, of base and adapt")
+    run.add_argument("--sts", help="folder of SentEval: the STS tasks are scored too, without a mixture")
     add_options(commands, run, ["base", "bm25 + base", *METHODS, "tsdae"])
     args = parser.parse_args()
     if args.command == "run":
@@ -126,11 +127,12 @@ def measure(
     if method == "bm25 + base":
         exports["0"] = with_bm25(encoder, scored.sets)
     else:
-        for share in (0.0,) if method == "base" else (1.0, 0.5):
+        shares = (0.0,) if method == "base" else (1.0, 0.5) if seed == "0" else (1.0,)
+        for share in shares:
             encoder.load_weights({name: value.to(base[name]) for name, value in merged(base, weights, share).items()})
             for power in (0.0, 0.0625, 0.125, 0.25) if method == "base" else (0.0, 0.125):
                 exports[f"{share:g}, {power:g}"] = scored(encoder, power)
-            if sts and method in ("base", "adapt") and seed == "0":
+            if sts and share in (0.0, 1.0):
                 exports[f"{share:g}, 0"]["sts"] = evaluate_sts(Encoded(encoder), sts)["avg"]
     return found | {"exports": exports}
 
@@ -233,7 +235,11 @@ def tabulate(folder: Path, out: Path | None) -> None:
                         if name in SUITES:  # asked by other sentences where seed or token limit are others
                             before, seeds = [np.mean(before)], [[np.mean(scores)] for scores in seeds]
                         by.setdefault(name, {})[collection] = np.mean(seeds, axis=0) - np.array(before)
-            found[f"{method} | {export}"] = summary(by, base, seeds=len({row["seed"] for row in own}))
+            seeds_of = {row["seed"] for row in own if export in row["exports"]}
+            found[f"{method} | {export}"] = summary(by, base, seeds=len(seeds_of))
+            if sts := {row["collection"]: row["exports"][export]["sts"] for row in own
+                       if "sts" in row["exports"].get(export, ())}:  # fmt: skip
+                found[f"{method} | {export}"]["sts"] = sts
             if method not in ("base", "bm25 + base") or export != "0, 0":
                 points += [
                     {"method": method, "export": export, "collection": c,
