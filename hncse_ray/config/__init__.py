@@ -4,6 +4,7 @@ from hncse_ray.config.base import Section
 from hncse_ray.config.corpus import CorpusSettings
 from hncse_ray.config.export import ExportSettings
 from hncse_ray.config.load import load_settings, read_setting, setting_kinds
+from hncse_ray.config.negatives import NegativesSettings
 from hncse_ray.config.objective import OBJECTIVES, InfoNCE, InstanceSmoothing, ObjectiveSettings, OwnObjective
 from hncse_ray.config.sections import (
     COLLECTION_METRICS,
@@ -14,7 +15,6 @@ from hncse_ray.config.sections import (
     EncoderSettings,
     EvaluationSettings,
     LoraSettings,
-    NegativesSettings,
     Pooling,
     Precision,
     Settings,

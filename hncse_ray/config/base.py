@@ -11,6 +11,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from hncse_ray.config.values import read_value
 
 MOST = 2**31 - 1  # of what is only counted: every library takes it
+LONGEST_S = 10_000_000  # that anything is waited for, 115 days
 
 
 def as_tuple(value: object) -> object:
