@@ -169,7 +169,7 @@ class Scored:
         return found
 
     def with_bm25(self) -> dict[str, list[float]]:
-        """Rank by the last encoder's cosine and 0.3 of BM25, its best being 1; the base's is the teacher of ``adapt``."""
+        """Rank by the last encoder's cosine and 0.3 of BM25, its best being 1, as the teacher of ``adapt`` does."""
         assert self.plain is not None
         found = {}
         for name in ("dev", "test"):
