@@ -11,7 +11,7 @@ a second index, of words, asks whether the encoder still gains.
     python benchmarks/adaptation.py run --data DOMAINS --out FOLDER --methods base simcse adapt@0,1,2
     python benchmarks/adaptation.py table FOLDER --out result.json
 
-``run`` takes up what FOLDER holds already, so it can be stopped at any time.
+``run`` goes on with what FOLDER holds already, so it can be stopped at any time.
 """
 
 import argparse

@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from hncse_ray.encoder import resolve_model
-from hncse_ray.training.checkpoint import Wish
+from hncse_ray.training.checkpoint import Request
 
 
 def make_model(folder: Path, *, layers: int = 2, width: int = 64) -> Path:
@@ -61,8 +61,8 @@ class NoStore:
     def save(self, step: int, write: Callable[[Path], None] | None) -> None:
         pass
 
-    def wish(self) -> Wish:
-        return Wish.NOTHING
+    def requested(self) -> Request:
+        return Request.NOTHING
 
     def export(self, write: Callable[[Path], None]) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share: a tiny real encoder, sentences, and the settings of a small run."""
+"""Fixtures that several packages share: a tiny real encoder, sentences, and the settings of a small run."""
 
 from __future__ import annotations
 

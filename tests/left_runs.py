@@ -63,9 +63,9 @@ def leave_samples(folder: Path, **changes: Any) -> None:
     """Four sentences and a query: the neighbours of the first change, those of the others do not."""
     texts = ["How to sort a list.", "Return <b>sorted</b> values.", "Open a file.", "Close a file."]
     near = [[[1, 0.9]], [[0, 0.9]], [[3, 0.8]], [[2, 0.8]]]
-    places = [[0.0, 0.1], [0.2, -0.1], [0.5, 0.4], [-0.7, -0.4]]
-    before = {"neighbours": near, "query_neighbours": [[[1, 0.9], [0, 0.5]]], "map": places, "explained": 0.5}
-    turned = [[y, x] for x, y in places]
+    positions = [[0.0, 0.1], [0.2, -0.1], [0.5, 0.4], [-0.7, -0.4]]
+    before = {"neighbours": near, "query_neighbours": [[[1, 0.9], [0, 0.5]]], "map": positions, "explained": 0.5}
+    turned = [[y, x] for x, y in positions]
     after = before | {"neighbours": [[[2, 0.7]], *near[1:]], "query_neighbours": [[[0, 0.8], [1, 0.6]]], "map": turned}
     sentences = {"texts": texts, "queries": ["sort a list"], "right": [[0]], "before": before, "after": after}
     hits = [

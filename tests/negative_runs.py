@@ -22,7 +22,7 @@ from hncse_ray.reporting import Event, Notice, RunFinished
 from hncse_ray.reporting.events import StepsLogged
 from hncse_ray.storage import write_folder
 from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets
-from hncse_ray.training.checkpoint import Wish
+from hncse_ray.training.checkpoint import Request
 from hncse_ray.training.lookup import BatchNegatives
 from hncse_ray.training.negatives import GlobalNegatives
 from hncse_ray.training.schedule import plan_batches
@@ -62,8 +62,8 @@ class FolderStore:
         assert write is not None
         write_folder(self.checkpoint(step), write)
 
-    def wish(self) -> Wish:
-        return Wish.NOTHING
+    def requested(self) -> Request:
+        return Request.NOTHING
 
     def export(self, write: Callable[[Path], None]) -> None:
         write_folder(self.root / "model", write)

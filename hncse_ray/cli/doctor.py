@@ -187,7 +187,7 @@ def _folders() -> Iterator[Check]:
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             yield Check(name, "missing", f"{folder} cannot be written", mend, essential=True)
         elif free < _LEAST_DISK:
-            yield Check(name, "warning", f"{folder}: {_size(free)} free", f"{mend}, where there is more room")
+            yield Check(name, "warning", f"{folder}: {_size(free)} free", f"{mend}, where there is more space")
         else:
             yield Check(name, "ok", f"{folder}: {_size(free)} free", essential=True)
 

@@ -155,7 +155,7 @@ def _print_scoreboard(console: Console, board: Scoreboard) -> None:
     from hncse_ray.reporting import scoreboard_table
 
     labels = [group.name for group in board.groups]
-    if max(map(len, labels)) > _LONGEST_LABEL:  # or a table of nine columns has no room left for its scores
+    if max(map(len, labels)) > _LONGEST_LABEL:  # or a table of nine columns has no width left for its scores
         labels = [str(number) for number in range(1, len(labels) + 1)]
         for label, group in zip(labels, board.groups, strict=True):
             console.print(f"{label} = {', '.join(group.models)}", markup=False, highlight=False, soft_wrap=True)

@@ -66,7 +66,7 @@ def event_channel(reporter: Reporter) -> Iterator[Any]:
                 events = ray.get(queue.take.remote(0.1 if last_round else _POLL_S))
             except RayError as error:
                 if not last_round:
-                    logger.warning("the event channel is gone; training goes on unseen (%s)", error)
+                    logger.warning("the event channel is gone; training goes on, nothing of it is shown (%s)", error)
                 return
             for event in events:
                 told.on(event)

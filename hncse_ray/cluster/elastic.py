@@ -1,4 +1,4 @@
-"""Workers that come and go: a run goes on with fewer of them while nodes are away, and takes more in as there is room.
+"""Workers that come and go: a run goes on with fewer of them while nodes are away, and takes more in as they fit.
 
 Bundles for the missing ones are asked for by placement groups, one each: so Ray keeps them free once they are, and an
 autoscaler starts nodes for them. Ray Train's own elastic policy (2.60) adds up what the nodes have, the negative pool's
@@ -22,8 +22,8 @@ from hncse_ray.config import ClusterSettings
 from hncse_ray.errors import ClusterError
 from hncse_ray.reporting import RunFinished
 
-START_TIMEOUT_S = 30.0  # Ray Train may need so long to place workers for which there was room
-_GRACE_S = 10.0  # to wait for the last ones when there is room for enough already
+START_TIMEOUT_S = 30.0  # Ray Train may need so long to place workers that fit
+_GRACE_S = 10.0  # to wait for the last ones when enough fit already
 _POLL_S = 0.2
 _MOST_IN_VAIN = 3
 
@@ -93,26 +93,26 @@ def fit_elastic(
     starts: Starts,
     notify: Callable[[str], None],
 ) -> RunFinished:
-    """Train with as many of the planned workers as there is room for, and anew whenever that changes.
+    """Train with as many of the planned workers as fit, and anew whenever that changes.
 
     Args:
         attempt: trains with so many workers until they have finished, or, which returns None, have paused because
             there is one of the missing bundles, or one of theirs will be taken away. Raises NoRoom when workers cannot
-            be started, as a lost one that has no place any more. It asks for the missing ones when its own workers have
-            their places, which Ray would else give away.
+            be started, as a lost one whose bundle is gone. It asks for the missing ones when its own workers have
+            their bundles, which Ray would else give away.
         plan: the most workers, and what each gets.
         cluster: the least, the labels of their nodes, and how long to wait for these.
         starts: where the workers note that they have begun.
         notify: told of each change.
 
     Raises:
-        ClusterError: there is no room for the least, or there is said to be and it is refused again and again.
+        ClusterError: the least do not fit, or are said to and are refused again and again.
     """
     in_vain = 0
     while True:
-        n = plan.num_workers if cluster.min_workers is None else _room(plan, cluster, cluster.min_workers)
+        n = plan.num_workers if cluster.min_workers is None else _fitting(plan, cluster, cluster.min_workers)
         if n < plan.num_workers:
-            notify(f"{n} of {plan.num_workers} workers have room; the others join as soon as there is more")
+            notify(f"{n} of {plan.num_workers} workers fit; the others join as soon as they do")
         before = starts.last()
         try:
             finished = attempt(n, Bundles(plan.num_workers - n, plan.each(), cluster.worker_labels))
@@ -120,22 +120,22 @@ def fit_elastic(
             in_vain = 0 if starts.last() != before else in_vain + 1
             if cluster.min_workers is None or in_vain == _MOST_IN_VAIN:
                 raise
-            notify("workers have lost their place: the run goes on with those that have one")
+            notify("workers were lost: the run goes on with those that fit")
             continue
         if finished is not None:
             return finished
 
 
 def placed(groups: Sequence[PlacementGroup]) -> int:
-    """Return how many of these groups have their place now."""
+    """Return how many of these groups have their bundle now."""
     return sum(placement_group_table(group).get("state") == "CREATED" for group in groups)
 
 
-def _room(plan: WorkerPlan, cluster: ClusterSettings, least: int) -> int:
-    """Return for how many workers there is room; wait for the least, and a little for all.
+def _fitting(plan: WorkerPlan, cluster: ClusterSettings, least: int) -> int:
+    """Return how many workers fit; wait for the least, and a little for all.
 
     Raises:
-        ClusterError: there is no room for the least within ``start_timeout_s``.
+        ClusterError: the least do not fit within ``start_timeout_s``.
     """
     begun = time.monotonic()
     with Bundles(plan.num_workers, plan.each(), cluster.worker_labels).requested() as groups:
@@ -145,7 +145,7 @@ def _room(plan: WorkerPlan, cluster: ClusterSettings, least: int) -> int:
                 break
             if waited > cluster.start_timeout_s:
                 raise ClusterError(
-                    f"there was room for {n} workers after {waited:.0f} s, fewer than the least of {least}",
+                    f"{n} workers fitted after {waited:.0f} s, fewer than the least of {least}",
                     "cluster.min_workers", "Start the same command again when nodes are back, or lower it",
                 )  # fmt: skip
             time.sleep(_POLL_S)

@@ -194,10 +194,10 @@ def without_orphaned_groups() -> Iterator[None]:
         while not over.wait(_LOOK_FOR_ORPHANS_S):
             try:
                 for group in orphaned_groups(job):
-                    logger.info("places held for a process that is gone are given back")
+                    logger.info("resources held for a process that is gone are released")
                     remove_placement_group(group)
             except Exception as error:
-                logger.warning("cannot look for places that are held for nobody (%s)", error)
+                logger.warning("cannot look for resources that are held for nobody (%s)", error)
 
     thread = threading.Thread(target=look, name="orphaned-groups", daemon=True)
     thread.start()

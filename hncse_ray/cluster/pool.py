@@ -157,7 +157,7 @@ def _wait_for_room(group: Any, what: str, timeout_s: float) -> None:
             raise ClusterError(f"{what} are not free on the cluster, after {timeout_s:g} s",
                                "negatives", "Wait for other jobs to end, ask for less, or raise"
                                " cluster.start_timeout_s if nodes take longer to start")  # fmt: skip
-        logger.info("waiting for room on the cluster for the negative pool, %s; %.0f s more at most", what, left)
+        logger.info("waiting until the negative pool fits on the cluster, %s; %.0f s more at most", what, left)
 
 
 def _request(plan: PoolPlan) -> str:
@@ -296,22 +296,22 @@ class PoolClient:
 
     def _embed(self, anchors: Sequence[TokenRow], serving: Sequence[int]) -> tuple[np.ndarray, np.ndarray, set[int]]:
         """Vectors ``[n, D]`` of anchors, each shard having embedded some blocks; else as `_gather_vectors`."""
-        places, calls = {}, {}
+        positions, calls = {}, {}
         for s, blocks in zip(serving, share_anchors(len(anchors), len(serving)), strict=True):
             if blocks:
-                places[s] = np.arange(blocks[0].start, blocks[-1].stop)
+                positions[s] = np.arange(blocks[0].start, blocks[-1].stop)
                 rows = [[anchors[i] for i in block] for block in blocks]
                 calls[s] = self._searching(s, "embed").remote(rows)
-        return self._gather(calls, places, len(anchors))
+        return self._gather(calls, positions, len(anchors))
 
     def _gather(
-        self, calls: dict[int, Any], places: dict[int, np.ndarray], n: int
+        self, calls: dict[int, Any], positions: dict[int, np.ndarray], n: int
     ) -> tuple[np.ndarray, np.ndarray, set[int]]:
         answers = self._ask(calls)
         width = next(iter(answers.values())).shape[1]
         vectors_nD, known_n = np.zeros((n, width), dtype=np.float32), np.zeros(n, dtype=bool)
         for s, part_nD in answers.items():
-            vectors_nD[places[s]], known_n[places[s]] = part_nD, True
+            vectors_nD[positions[s]], known_n[positions[s]] = part_nD, True
         return vectors_nD, known_n, set(calls) - set(answers)
 
     def _searching(self, number: int, method: str) -> Any:

@@ -1,4 +1,4 @@
-"""What the nodes around a run ask of it: nodes that will be taken away, and room for more workers."""
+"""What the nodes of a run ask of it: a checkpoint where one will be taken away, a pause where more workers fit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import ray.train
 from ray.util.placement_group import PlacementGroup
 
 from hncse_ray.cluster.elastic import Bundles, placed
-from hncse_ray.training.checkpoint import Wish
+from hncse_ray.training.checkpoint import Request
 from hncse_ray.training.distributed import from_first, rank, world_size
 
 
@@ -40,7 +40,7 @@ class NodeWatch:
         self._missing, self._groups, self._more, self._least = missing, groups, 0, least
         self._leaving = set[str]()
 
-    def wish(self) -> Wish:
+    def requested(self) -> Request:
         """Say what they ask for that they had not when last asked; a barrier, and the same on every rank."""
         info = ray.train.get_preemption_info()  # Ray Train hears of it
         news = set(info.preempted_node_ids) - self._leaving if info is not None else set()
@@ -48,12 +48,14 @@ class NodeWatch:
         if news:
             self.notify(f"{len(news)} node(s) of the workers will be taken away: a checkpoint is written now")
             if self._least is not None and world_size() - len(info.preempted_ranks) >= self._least:
-                return Wish.PAUSE  # Ray places nothing more there
+                return Request.PAUSE  # Ray places nothing more there
         before, self._more = self._more, self._count()
         if self._more and self._more == before:  # not while further ones are still coming
-            self.notify(f"there is room for {self._more} more worker(s): they take part from the checkpoint of now")
-            return Wish.PAUSE
-        return Wish.CHECKPOINT if news else Wish.NOTHING
+            self.notify(
+                f"{self._more} more worker(s) fit on the cluster now: they take part from the checkpoint of now"
+            )
+            return Request.PAUSE
+        return Request.CHECKPOINT if news else Request.NOTHING
 
     def _count(self) -> int:
         if not self._missing:

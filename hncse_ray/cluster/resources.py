@@ -49,7 +49,7 @@ class PoolPlan:
         gpus: reserved for each.
         memory: bytes of main memory reserved for each, for its index.
         threads: compute threads of each.
-        index: the index of the largest; on a GPU each shard sees for itself what that has room for.
+        index: the index of the largest; on a GPU each shard sees for itself what fits on that.
         labels: of the nodes that they may be on.
     """
 
@@ -105,7 +105,7 @@ def plan_pool(
         if _counted(asked * n) > there and not growing:
             raise ClusterError(f"{n} shards x {asked:g} {name}s = {asked * n:g}, but the cluster has {there:g}",
                                setting, "Lower it, or ask for fewer shards")  # fmt: skip
-        if room(nodes, {name: asked}) < n and not growing:
+        if count_bundles(nodes, {name: asked}) < n and not growing:
             raise _split(f"{n} shards", asked, name, nodes, setting)
     if settings.index == "ivf_pq":
         plan_index("ivf_pq", rows=rows // n, dimension=dimension, memory_bytes=None)  # the smallest can be trained too
@@ -131,7 +131,7 @@ def _threads(nodes: Sequence[Resources], plan: PoolPlan) -> int:
     spread = -(-plan.num_shards // max(1, len(with_cpus)))
     shares = []
     for node in with_cpus:
-        fitting = min(plan.num_shards, room([node], _bundle(GPU=plan.gpus))) if plan.gpus else spread
+        fitting = min(plan.num_shards, count_bundles([node], _bundle(GPU=plan.gpus))) if plan.gpus else spread
         shares += [int(node["CPU"] // fitting)] if fitting else []
     return max(1, min(shares, default=1))
 
@@ -139,11 +139,11 @@ def _threads(nodes: Sequence[Resources], plan: PoolPlan) -> int:
 def _largest_memory(nodes: Sequence[Resources], n: int, computing: Resources) -> int:
     """Return the most bytes that n shards can have each, every one of them on one node."""
     most = max(int(node.get("memory", 0.0)) for node in nodes)
-    return bisect_left(range(1, most + 1), 1, key=lambda size: room(nodes, {**computing, "memory": size}) < n)
+    return bisect_left(range(1, most + 1), 1, key=lambda size: count_bundles(nodes, {**computing, "memory": size}) < n)
 
 
-def room(nodes: Sequence[Resources], bundle: Resources) -> int:
-    """Return for how many bundles there is room, each on one node, and a part of a GPU on one GPU."""
+def count_bundles(nodes: Sequence[Resources], bundle: Resources) -> int:
+    """Return how many bundles fit, each on one node, and a part of a GPU on one GPU."""
 
     def fitting(node: Resources, name: str, amount: float) -> int:
         there = node.get(name, 0.0)
@@ -192,7 +192,7 @@ def plan_workers(
     pool_cpus, pool_gpus = (0.0, 0.0) if pool is None else (pool.cpus * pool.num_shards, pool.gpus * pool.num_shards)
     free_cpus, free_gpus = _counted(cpus - pool_cpus), _counted(gpus - pool_gpus)
     gpus_asked = _counted(n * settings.gpus_per_worker)
-    gpus_fit = free_gpus >= gpus_asked and (not nodes or room(nodes, {"GPU": settings.gpus_per_worker}) >= n)
+    gpus_fit = free_gpus >= gpus_asked and (not nodes or count_bundles(nodes, {"GPU": settings.gpus_per_worker}) >= n)
     use_gpu = settings.use_gpu is True or (settings.use_gpu == "auto" and gpus_fit)
     gpus_each = settings.gpus_per_worker if use_gpu else 0.0
     if growing and not (use_gpu or settings.use_gpu is False):
@@ -223,7 +223,7 @@ def plan_workers(
     elif _counted(share * n) > free_cpus:
         raise ClusterError(_sum(f"{n} workers x {share:g} CPUs", share * n, pool, "cpus", cpus),
                            "cluster.cpus_per_worker", "Lower it, or ask for fewer workers")  # fmt: skip
-    if nodes and room(nodes, {"CPU": share, "GPU": gpus_each}) < n:
+    if nodes and count_bundles(nodes, {"CPU": share, "GPU": gpus_each}) < n:
         raise _split(f"{n} workers", share, "CPU", nodes, "cluster.cpus_per_worker")
     return WorkerPlan(num_workers=n, cpus=share, threads=max(1, int(share)), gpus=gpus_each)
 
@@ -254,7 +254,9 @@ def largest_share(n: int, most: int, nodes: Sequence[Resources] | None, *, gpus:
     """
     if not nodes:
         return float(most)
-    return float(next((share for share in range(most, 1, -1) if room(nodes, {"CPU": share, "GPU": gpus}) >= n), 1))
+    return float(
+        next((share for share in range(most, 1, -1) if count_bundles(nodes, {"CPU": share, "GPU": gpus}) >= n), 1)
+    )
 
 
 def _sum(workers: str, asked: float, pool: PoolPlan | None, what: Literal["cpus", "gpus"], there: float) -> str:

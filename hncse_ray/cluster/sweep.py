@@ -191,7 +191,7 @@ def _run_seeds(
         reporter.tell(f"training the best {len(top)} with {sweep.options.seeds} further seeds each")
         _fit(sweep, plan, _Watcher(reporter), {"job": ray.tune.grid_search(jobs)})
         for run in (folder / "seeds").iterdir():  # the models stay: with more seeds another may turn out the best
-            _free_room([run], but_the_model_of=run)
+            _free_space([run], but_the_model_of=run)
 
 
 def _run_settings(sweep: Sweep, values: Values, plan: SweepPlan, place: Path, name: str) -> dict[str, Any]:
@@ -341,7 +341,7 @@ class _Watcher(FIFOScheduler):
 
 
 class _StudyScheduler(_Watcher):
-    """Tells the study what trials score and how they end, stops those that it wants stopped, and frees their room."""
+    """Tells the study what trials score and how they end, stops those that it gives up, and frees their disk space."""
 
     def __init__(self, study: SweepStudy, reporter: SweepReporter, folder: Path) -> None:
         super().__init__(reporter)
@@ -364,7 +364,7 @@ class _StudyScheduler(_Watcher):
         ended = next(t for t in trials if t.number == number)
         best = next(iter(rank_trials(trials)), None)
         places = [_trial_folder(self._folder, t.number) for t in trials]
-        _free_room(places, but_the_model_of=None if best is None else _trial_folder(self._folder, best.number))
+        _free_space(places, but_the_model_of=None if best is None else _trial_folder(self._folder, best.number))
         score = ended.value if ended.state == TrialState.COMPLETE else row.score
         self._show(replace(row, state=STATE_NAMES[ended.state], score=score, is_best=best is ended,
                            reason=ended.user_attrs.get("reason", "")))  # fmt: skip
@@ -374,7 +374,7 @@ def _trial_folder(folder: Path, number: int) -> Path:
     return folder / "trials" / f"trial-{number:04d}"
 
 
-def _free_room(runs: Sequence[Path], *, but_the_model_of: Path | None = None) -> None:
+def _free_space(runs: Sequence[Path], *, but_the_model_of: Path | None = None) -> None:
     """Remove the checkpoints of runs that are over, and all models but one."""
     for run in runs:
         for name in ("checkpoints", "index", *(() if run == but_the_model_of else ("model",))):

@@ -55,7 +55,9 @@ def train_worker(config: dict[str, Any]) -> RunFinished | HncseError | None:
             config["starts"].note()
         with (
             watch_nodes(notify, config["missing"], settings.cluster.min_workers) as nodes,
-            folder_store(folder, mirror, notify, is_first_on_node=_is_first_on_node(), wish=nodes.wish) as store,
+            folder_store(
+                folder, mirror, notify, is_first_on_node=_is_first_on_node(), requested=nodes.requested
+            ) as store,
             run_records(folder, RayMetrics(settings.run.name)) as files,
         ):
 

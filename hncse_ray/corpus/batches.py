@@ -35,8 +35,8 @@ def pad_rows(rows: Sequence[npt.NDArray[np.integer]], *, pad_id: int, side: str 
     """
     lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
     longest = int(lengths.max()) if len(rows) else 0
-    places = np.arange(longest) if side == "right" else np.arange(longest)[::-1]
-    mask = places < lengths[:, None]
+    positions = np.arange(longest) if side == "right" else np.arange(longest)[::-1]
+    mask = positions < lengths[:, None]
     ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
     if longest:
         ids[mask] = np.concatenate(rows)
@@ -179,13 +179,13 @@ class BatchPlan:
         return _read_only(rng.permuted(rng.permutation(grid, axis=0), axis=1))
 
     def _rows_at(self, epoch: int, first: int, behind: int) -> Int64:
-        """Return the row ids at places of an epoch's order."""
-        places = np.arange(first, behind)
+        """Return the row ids at positions of an epoch's order."""
+        positions = np.arange(first, behind)
         blocks = self.rows // self._block
         shuffled = Shuffled(blocks, (self.seed, epoch))
         # Where blocks begin differs by epoch, and so do the rows behind the last of them, which keep their place.
         shift = int(np.random.default_rng([self.seed, epoch]).integers(self.rows))
-        block, within = np.divmod(places, self._block)
+        block, within = np.divmod(positions, self._block)
         whole = block < blocks
         block[whole] = shuffled(block[whole])
         kept = (block * self._block + within + shift) % self.rows

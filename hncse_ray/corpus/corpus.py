@@ -219,8 +219,8 @@ class Corpus:
         self._check_ids(wanted)
         shards, rows = np.divmod(wanted, self._manifest.shard_rows)
         chunks, rows = np.divmod(rows, self._manifest.batch_rows)
-        places = zip(shards.tolist(), chunks.tolist(), rows.tolist(), strict=True)
-        return [(self._shard(shard).chunk(chunk), row) for shard, chunk, row in places]
+        positions = zip(shards.tolist(), chunks.tolist(), rows.tolist(), strict=True)
+        return [(self._shard(shard).chunk(chunk), row) for shard, chunk, row in positions]
 
     def _check_ids(self, wanted: Int64) -> None:
         if len(wanted) and not (0 <= wanted.min() and wanted.max() < len(self)):

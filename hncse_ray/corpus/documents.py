@@ -104,7 +104,7 @@ def read_passages(settings: CorpusSettings, counts: Counter[str]) -> Iterator[Pa
         counts: gains ``read`` (all documents) and a reason for each that is dropped.
 
     Raises:
-        DataError: a file or folder cannot be read, a column is missing, or a document comes in two places.
+        DataError: a file or folder cannot be read, a column is missing, or a document comes twice.
     """
     known = NearDuplicates(settings.near_duplicates) if settings.near_duplicates is not None else None
     for name, document in _documents(settings, counts):

@@ -32,15 +32,15 @@ class Shuffled:
         self._right = -(-size // self._left)
         self._keys = np.random.SeedSequence(key).generate_state(_ROUNDS, np.uint64)
 
-    def __call__(self, places: Int64) -> Int64:
-        """Return the numbers at places of the order, `[n]`."""
-        numbers = self._moved(places.astype(np.uint64))
+    def __call__(self, positions: Int64) -> Int64:
+        """Return the numbers at positions of the order, `[n]`."""
+        numbers = self._moved(positions.astype(np.uint64))
         while (outside := numbers >= self.size).any():
             numbers[outside] = self._moved(numbers[outside])
         return numbers.astype(np.int64)
 
-    def _moved(self, places: UInt64) -> UInt64:
-        right, left = np.divmod(places, np.uint64(self._left))
+    def _moved(self, positions: UInt64) -> UInt64:
+        right, left = np.divmod(positions, np.uint64(self._left))
         for turn, key in enumerate(self._keys):
             if turn % 2:
                 right = (right + _hash(left, key)) % np.uint64(self._right)

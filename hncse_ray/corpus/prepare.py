@@ -69,7 +69,7 @@ def prepare_corpus(
 ) -> Corpus:
     """Return the corpus of the settings: from the cache, or read, made unique, tokenised and saved.
 
-    Safe with several processes at once: each writes a folder of its own, the first to finish places it.
+    Safe with several processes at once: each writes a folder of its own, the first to finish moves it there.
 
     Args:
         settings: the source, its filters and the cache.

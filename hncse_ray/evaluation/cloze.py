@@ -59,7 +59,7 @@ def draw_gaps(
         documents_N: the document of each row; the rows of one stand together.
         bodies: texts of rows, without titles.
         split: a text into sentences.
-        order: which rows are at these places of a random order of all.
+        order: which rows are at these positions of a random order of all.
         count: sentences.
         seed: of the draw; the same on every machine.
         where: names the corpus in errors.

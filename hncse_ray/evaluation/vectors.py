@@ -1,4 +1,4 @@
-"""The one contract of this room: a callable from sentences to vectors, checked on every use."""
+"""The one contract of this package: a callable from sentences to vectors, checked on every use."""
 
 from __future__ import annotations
 

@@ -52,26 +52,26 @@ def ordered(scores_QK: NDArray[np.float32], rows_QK: NDArray[np.int64], keep: in
 
 
 def first_places(scores_QK: NDArray[np.float32], rows_QK: NDArray[np.int64], keep: int) -> NDArray[np.int64]:
-    """Return the places of the first `keep` by falling score, then rising row ``[Q, keep]``.
+    """Return the positions of the first `keep` by falling score, then rising row ``[Q, keep]``.
 
     Only those that score as high as the last of them are sorted, so that many shards cost little more than one.
     """
     Q, K = scores_QK.shape
-    places_QK: NDArray[np.int64] | None = None
+    positions_QK: NDArray[np.int64] | None = None
     if 0 < keep < K:
         last_Q1 = -np.partition(-scores_QK, keep - 1, axis=1)[:, keep - 1 : keep]
         high_QK = scores_QK >= last_Q1
         width = int(high_QK.sum(axis=1).max(initial=keep))  # above `keep` where scores are equal
         if width < K:
-            queries, places = np.nonzero(high_QK)
+            queries, positions = np.nonzero(high_QK)
             counts_Q = np.bincount(queries, minlength=Q)
             slots = np.arange(len(queries)) - np.repeat(np.cumsum(counts_Q) - counts_Q, counts_Q)
-            places_QK = np.full((Q, width), -1, dtype=np.int64)
-            places_QK[queries, slots] = places
-            nobody_QK = places_QK < 0
-            keys = [np.take_along_axis(keys_QK, np.maximum(places_QK, 0), 1) for keys_QK in (rows_QK, -scores_QK)]
+            positions_QK = np.full((Q, width), -1, dtype=np.int64)
+            positions_QK[queries, slots] = positions
+            nobody_QK = positions_QK < 0
+            keys = [np.take_along_axis(keys_QK, np.maximum(positions_QK, 0), 1) for keys_QK in (rows_QK, -scores_QK)]
             order_Qk = np.lexsort((*keys, nobody_QK), axis=-1)[:, :keep]
-            return np.take_along_axis(places_QK, order_Qk, 1)
+            return np.take_along_axis(positions_QK, order_Qk, 1)
     return np.lexsort((rows_QK, -scores_QK), axis=-1)[:, :keep]
 
 

@@ -35,7 +35,7 @@ from hncse_ray.negatives.index_plan import (
 
 __all__ = ["IndexKind", "IndexPlan", "VectorIndex", "merge_hits", "new_index", "plan_index"]
 
-_OVERFETCH = 8  # candidates beyond k: room for rows that fp32 scores cannot tell apart
+_OVERFETCH = 8  # candidates beyond k, for rows that fp32 scores cannot tell apart
 _RESCORE_BYTES = 64e6  # float64 working memory of one search
 _MOST_QUERIES = 1024  # scored at a time
 _GPU_SCORES = 1 << 25  # fp32 scores held at a time on a GPU, 134 MB
@@ -270,9 +270,9 @@ class _ExactIndex:
             else:
                 fast = queries @ block.float().T
             top = fast.topk(min(fetch, fast.shape[1]))
-            both, places = torch.cat((best, top.values), 1), torch.cat((at, top.indices + start), 1)
+            both, positions = torch.cat((best, top.values), 1), torch.cat((at, top.indices + start), 1)
             best, order = both.topk(min(fetch, both.shape[1]))
-            at = places.gather(1, order)
+            at = positions.gather(1, order)
         return best.cpu().numpy(), at.cpu().numpy()
 
     def _at(self, rows_n: NDArray[np.integer[Any]]) -> Tensor:
@@ -290,7 +290,7 @@ def _in_parts(
     queries_QD: NDArray[np.float32],
     rows_QK: NDArray[np.int64],
 ) -> NDArray[np.float32]:
-    """Score queries with their rows, so many at a time as working memory has room for."""
+    """Score queries with their rows, so many at a time as working memory holds."""
     found_QK = np.zeros(rows_QK.shape, dtype=np.float32)
     step = max(1, int(_RESCORE_BYTES / (8 * max(1, rows_QK.shape[1]) * queries_QD.shape[1])))
     for start in range(0, len(queries_QD), step):

@@ -89,7 +89,7 @@ def plan_index(
     where = "of GPU memory " if on_gpu else ""
     smaller = "" if "ivf_pq" in candidates else ", negatives.index=ivf_pq"
     raise ClusterError(
-        f"no room for the index of a shard: {'; '.join(sums)}; but {size_text(memory_bytes or 0)} {where}are free",
+        f"the index of a shard does not fit: {'; '.join(sums)}; but {size_text(memory_bytes or 0)} {where}are free",
         "negatives.index",
         f"Use more shards on more nodes (negatives.num_shards){smaller}, or fewer sentences (corpus.max_sentences)",
     )

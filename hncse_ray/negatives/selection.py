@@ -165,13 +165,13 @@ def select(
     fates_Bk[chosen_Bk] = _TAKEN
 
     # The chosen ones move to the front, in the order of the hits.
-    anchors, places = np.nonzero(chosen_Bk)
-    slots = np.cumsum(chosen_Bk, axis=1)[anchors, places] - 1
+    anchors, positions = np.nonzero(chosen_Bk)
+    slots = np.cumsum(chosen_Bk, axis=1)[anchors, positions] - 1
     shape = (len(chosen_Bk), rules.per_anchor)
     ids_Bm, scores_Bm = np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
     mask_Bm = np.zeros(shape, np.bool_)
-    ids_Bm[anchors, slots] = hits.ids_Bk[anchors, places]
-    scores_Bm[anchors, slots] = hits.scores_Bk[anchors, places]
+    ids_Bm[anchors, slots] = hits.ids_Bk[anchors, positions]
+    scores_Bm[anchors, slots] = hits.scores_Bk[anchors, positions]
     mask_Bm[anchors, slots] = True
     too_close_Bk = np.isin(fates_Bk, [FATES.index("max_score"), FATES.index("relative_margin")])
     barred_Bk = np.where(too_close_Bk, hits.ids_Bk, -1)
@@ -256,7 +256,7 @@ def _draw(seed: Sequence[int], skip: int) -> np.random.Generator:
 
 
 def _order(scores_Bk: Float32, alive_Bk: Bool, *, rules: SelectionRules, draw: np.random.Generator) -> Int64:
-    """Return places of hits [B, k] in the order they are taken in, survivors before all others.
+    """Return positions of hits [B, k] in the order they are taken in, survivors before all others.
 
     Adding Gumbel noise to log-weights and sorting draws without replacement in proportion to the weights
     (Kool et al. 2019, arXiv 1903.06059); equal weights make it a uniform draw.

@@ -195,7 +195,7 @@ class NegativeSource(Protocol):
 
 
 def share_anchors(count: int, shards: int) -> list[list[range]]:
-    """Share out the places of anchors over shards, in blocks that are embedded in one call of the encoder each.
+    """Share out the positions of anchors over shards, in blocks that are embedded in one call of the encoder each.
 
     Last bits of a vector hang on what it is encoded with: blocks that know the number of anchors alone, not that of
     the shards, give the same vectors on any number of these.

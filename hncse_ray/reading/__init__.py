@@ -1,4 +1,4 @@
-"""Files that users bring: what kind they are, their lines, and the records of tables. All rooms read through here."""
+"""Files that users bring: what kind they are, their lines, and the records of tables. All is read through here."""
 
 from hncse_ray.reading.documents import (
     Document,

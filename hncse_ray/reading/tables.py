@@ -133,7 +133,7 @@ def _by_header(
     required: bool,
 ) -> Iterator[Record]:
     """Pick the columns by the first row's names."""
-    places: list[int | None] = []
+    positions: list[int | None] = []
     width = 0
     for number, row in rows:
         if isinstance(row, Record):
@@ -147,14 +147,14 @@ def _by_header(
             width = len(known)
             for column in columns:
                 require_column(column, known, str(path))
-            places = [known.index(name) if name in known else None for name in (*columns, *optional)]
+            positions = [known.index(name) if name in known else None for name in (*columns, *optional)]
             if named:
                 continue
         if len(row) != width:
             what = f"has {len(row)} column{'' if len(row) == 1 else 's'} where {width} are needed"
             yield Record(number, fault="malformed", what=what)
         else:
-            yield Record(number, tuple(None if place is None else row[place] for place in places))
+            yield Record(number, tuple(None if place is None else row[place] for place in positions))
     if not width and required:
         require_column(columns[0], [], str(path))
 
@@ -260,11 +260,11 @@ def _parquet(path: Path, columns: Sequence[str], optional: Sequence[str]) -> Ite
                 require_column(column, known, str(path))
             present = [name for name in dict.fromkeys((*columns, *optional)) if name in known]
             for batch in file.iter_batches(batch_size=4096, columns=present):
-                places = {name: batch.column(batch.schema.names.index(name)) for name in present}
+                positions = {name: batch.column(batch.schema.names.index(name)) for name in present}
                 for i in range(batch.num_rows):
                     number += 1
                     try:
-                        cells = [places[n][i].as_py() if n in places else None for n in (*columns, *optional)]
+                        cells = [positions[n][i].as_py() if n in positions else None for n in (*columns, *optional)]
                     except (ValueError, OverflowError):  # bytes that are no UTF-8, a time out of range
                         yield Record(number, fault="undecodable", what="cannot be decoded")
                         continue

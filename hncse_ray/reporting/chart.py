@@ -25,7 +25,7 @@ Trace = dict[str, Any]
 
 @dataclass(frozen=True)
 class _Axis:
-    """From values to places between 0 and 1, and the ticks in between."""
+    """From values to positions between 0 and 1, and the ticks in between."""
 
     low: float
     high: float
@@ -52,7 +52,7 @@ def draw_svg(spec: dict[str, Any], name: str, *, width: int, height: int) -> Mar
     Args:
         spec: plotly's JSON of a figure, without a template.
         name: unique in the page.
-        width: of the picture's own units; on the page it is as wide as there is room.
+        width: of the picture's own units; on the page it is as wide as the column.
         height: the same.
     """
     layout, traces = dict(spec.get("layout", {})), [_thinned(trace) for trace in spec.get("data", [])]
@@ -139,11 +139,11 @@ def _axis(layout: dict[str, Any], values: Sequence[Any], *, bars: bool, most: in
     if layout.get("range") and None not in layout["range"]:
         low, high = sorted(layout["range"])
     else:
-        room = 0.05 * (high - low) or abs(high) * 0.05 or 0.5
-        low, high = low - room, high + room
-    if places := layout.get("tickvals"):
-        texts = layout.get("ticktext") or places
-        ticks = tuple((float(at), _lines(text)) for at, text in zip(places, texts, strict=False))
+        margin = 0.05 * (high - low) or abs(high) * 0.05 or 0.5
+        low, high = low - margin, high + margin
+    if positions := layout.get("tickvals"):
+        texts = layout.get("ticktext") or positions
+        ticks = tuple((float(at), _lines(text)) for at, text in zip(positions, texts, strict=False))
     else:
         ticks = tuple((at, (_plain(10**at if log else at),)) for at in _nice(low, high, log, max(most, 2)))
     return _Axis(low, high, log, (), ticks)
@@ -227,10 +227,10 @@ def _grid(layout: dict[str, Any], x: _Axis, y: _Axis, box: _Box) -> list[str]:
 def _shapes(layout: dict[str, Any], x: _Axis, y: _Axis, box: _Box) -> list[str]:
     parts = []
     for shape in layout.get("shapes", ()):
-        places = [shape[end] if shape.get(f"{end[0]}ref") == "paper" else axis.at(shape[end])
+        positions = [shape[end] if shape.get(f"{end[0]}ref") == "paper" else axis.at(shape[end])
                   for end, axis in (("x0", x), ("x1", x), ("y0", y), ("y1", y))]  # fmt: skip
-        if shape.get("type") == "line" and None not in places:
-            x0, x1, y0, y1 = (float(place or 0) for place in places)
+        if shape.get("type") == "line" and None not in positions:
+            x0, x1, y0, y1 = (float(place or 0) for place in positions)
             parts.append(f'<line class="grid" x1="{box.x(x0)}" x2="{box.x(x1)}" y1="{box.y(y0)}" y2="{box.y(y1)}"/>')
     return parts
 
@@ -264,8 +264,8 @@ def _shade(values: Sequence[Any], scale: Sequence[Any]) -> list[str]:
 
 
 def _scatter(trace: Trace, x: _Axis, y: _Axis, box: _Box) -> str:
-    places = [(x.at(a), y.at(b)) for a, b in zip(trace["x"], trace["y"], strict=True)]
-    points = [None if a is None or b is None else (box.x(a), box.y(b)) for a, b in places]
+    positions = [(x.at(a), y.at(b)) for a, b in zip(trace["x"], trace["y"], strict=True)]
+    points = [None if a is None or b is None else (box.x(a), box.y(b)) for a, b in positions]
     mode, line, marker = trace.get("mode", "lines"), trace.get("line") or {}, trace.get("marker") or {}
     parts = []
     if "lines" in mode:

@@ -32,7 +32,7 @@ def draw(figure: go.Figure, name: str, *, height: int = 260, width: int = 460) -
         figure: what to draw; it loses its title, which belongs above it in the page.
         name: unique in the page.
         height: in the picture's units, of which a letter is six wide.
-        width: the same; on the page it takes the room that there is.
+        width: the same; on the page it takes the width that there is.
     """
     figure.update_layout(template="none", title=None)
     return draw_svg(json.loads(figure.to_json()), name, width=width, height=height)

@@ -91,7 +91,7 @@ class LineReporter:
 class _Lines:
     """A file of one JSON object a line, each of a step.
 
-    When a run is taken up at an earlier step than it had reached, the lines beyond that step are dropped: the run
+    When a run is resumed at an earlier step than it had reached, the lines beyond that step are dropped: the run
     writes them again.
     """
 
@@ -248,7 +248,7 @@ class Pace:
         self._first: tuple[float, int] | None = None
 
     def begin(self, event: RunStarted) -> None:
-        """A run begins, or is taken up."""
+        """A run begins, or is resumed."""
         self._total, self._first = event.total_steps, None
 
     def left(self, step: int) -> str:

@@ -110,8 +110,8 @@ def _compared(sentences: Row, histograms: Sequence[Figure]) -> Samples:
     moved = [_both(texts[i], pairs[i], texts, ()) for i in by_change]
     query_pairs = zip(before["query_neighbours"], after["query_neighbours"], strict=True)
     queries = [
-        _both(query, both, texts, places)
-        for query, both, places in zip(sentences["queries"], query_pairs, right, strict=True)
+        _both(query, both, texts, positions)
+        for query, both, positions in zip(sentences["queries"], query_pairs, right, strict=True)
     ]
     kept = float(np.mean(shared)) if shared else 1.0
     return Samples(queries, moved, kept, histograms=histograms, maps=_maps(before, after))
@@ -167,12 +167,12 @@ def _maps(before: Row, after: Row) -> list[Figure]:
     if len(old_n2) < 3:
         return []
     left, _, right = np.linalg.svd(new_n2.T @ old_n2)
-    places = {"Before": (old_n2, before["explained"]), "After": (new_n2 @ left @ right, after["explained"])}
+    positions = {"Before": (old_n2, before["explained"]), "After": (new_n2 @ left @ right, after["explained"])}
     shades = np.round(old_n2[:, 0], 3).tolist()
     figures = []
-    for caption, (places_n2, explained) in places.items():
+    for caption, (positions_n2, explained) in positions.items():
         marker = {"size": 7, "color": shades, "colorscale": SCALE}
-        x, y = np.round(places_n2, 3).T.tolist()
+        x, y = np.round(positions_n2, 3).T.tolist()
         figure = go.Figure(go.Scatter(x=x, y=y, mode="markers", marker=marker, name="second component"))
         figure.update_layout(xaxis_title="first component", yaxis_title="second component", showlegend=False)
         note = f"{explained:.0%} of the variance"

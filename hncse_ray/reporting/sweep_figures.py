@@ -110,7 +110,7 @@ def importances(study: optuna.Study) -> go.Figure:
     figure.update_layout(xaxis_title="importance", yaxis_title=None, showlegend=False)
     figure.update_yaxes(tickvals=names, ticktext=[axis_label(name) for name in names])
     highest = max((value for trace in figure.data for value in trace.x), default=1.0)
-    figure.update_xaxes(range=[0, 1.15 * (highest or 1.0)])  # the figures beside the bars need room
+    figure.update_xaxes(range=[0, 1.15 * (highest or 1.0)])  # the figures beside the bars need space
     return figure
 
 

@@ -79,7 +79,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a run takes up from a checkpoint beside the parts that it was loaded into.
+    """What a run resumes with, beside the parts that it was loaded into.
 
     Attributes:
         state: where the run stands.
@@ -94,8 +94,8 @@ class Resumed:
     passed_over: list[str]
 
 
-class Wish(IntEnum):
-    """What the surroundings of a run may ask of it; the greater includes the less."""
+class Request(IntEnum):
+    """What may be asked of a run from outside; the greater includes the less."""
 
     NOTHING = 0
     CHECKPOINT = 1  # out of turn
@@ -103,7 +103,7 @@ class Wish(IntEnum):
 
 
 class RunStore(Protocol):
-    """Where checkpoints and the exported model go. All ranks call ``save`` and ``wish`` equally often."""
+    """Where checkpoints and the exported model go. All ranks call ``save`` and ``requested`` equally often."""
 
     def checkpoints(self) -> Iterable[Path]:
         """Yield the folders of complete checkpoints, newest first."""
@@ -121,7 +121,7 @@ class RunStore(Protocol):
         """
         ...
 
-    def wish(self) -> Wish:
+    def requested(self) -> Request:
         """Say what is asked of the run now; the same on every rank, and once for each reason."""
         ...
 

@@ -46,7 +46,7 @@ class Input:
         self._window = InputWindow()
 
     def begin(self, number: int, look_up: Future[LookedUp] | None) -> None:
-        """Make a batch when there is room for it; with an answer, as soon as its look-up has ended.
+        """Make a batch when the queue has a free slot for it; with an answer, as soon as its look-up has ended.
 
         Args:
             number: of the batch.

@@ -30,7 +30,7 @@ from hncse_ray.reporting.events import (
     Verdict,
 )
 from hncse_ray.training.batch import local_batch
-from hncse_ray.training.checkpoint import Resumed, RunStore, Snapshot, Wish, read_newest
+from hncse_ray.training.checkpoint import Request, Resumed, RunStore, Snapshot, read_newest
 from hncse_ray.training.choice import Candidate, ExportChoice
 from hncse_ray.training.distributed import (
     KnownEncode,
@@ -82,7 +82,7 @@ def fit(job: TrainJob, store: RunStore, emit: Emit) -> RunFinished | None:
         emit: receives the run's events; called on rank 0 only.
 
     Returns:
-        The facts of the finished run, the same on every rank; None if the store wished for a pause and there is a
+        The facts of the finished run, the same on every rank; None if a pause was requested and there is a
         checkpoint to go on from.
 
     Raises:
@@ -164,7 +164,7 @@ class _Trainer:
 
     def run(self) -> RunFinished | None:
         state, train = self.state, self.settings.train
-        saved_step, wish = state.step, Wish.NOTHING
+        saved_step, request = state.step, Request.NOTHING
         if not state.before:
             dev, test = (self._measure(self.untouched, split) for split in _SPLITS)
             state.before, state.before_earned = {"dev": dev.scores, "test": test.scores}, dev.earned
@@ -182,20 +182,20 @@ class _Trainer:
                 windows = gather_values(self._windows())
                 from_first(lambda: self._write_log(windows))  # noqa: B023  # called at once
                 self.log = _Log()
-                wish = max(wish, self.store.wish())
+                request = max(request, self.store.requested())
             if state.evaluated_step != state.step and (last or self._due(train.evaluate_every_steps)):
                 self._consider_best(self._measure(self.encode, "dev"))
                 continue  # the score may end the run here
-            if saved_step != state.step and (last or wish or self._due(train.checkpoint_every_steps)):
+            if saved_step != state.step and (last or request or self._due(train.checkpoint_every_steps)):
                 self._checkpoint()
                 saved_step = state.step
-            if last or wish is Wish.PAUSE:
+            if last or request is Request.PAUSE:
                 from_first(lambda: self._settle(block=True))
             if last:
                 return self._finish(stopped_early)
-            if wish is Wish.PAUSE:
+            if request is Request.PAUSE:
                 return None
-            wish = Wish.NOTHING
+            request = Request.NOTHING
             # ---------------------------------------------------------------- one optimiser step
             started = time.perf_counter()
             context = StepContext(

@@ -123,7 +123,7 @@ class GlobalNegatives:
         self._window = Window()
 
     def resume(self, state: TrainState, index_weights: Weights | None) -> None:
-        """Take up the version that a checkpoint used: in ``sync`` mode the steps after it must see the same.
+        """Resume with the version that a checkpoint used: in ``sync`` mode the steps after it must see the same.
 
         Args:
             state: of the checkpoint.

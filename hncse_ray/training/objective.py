@@ -182,6 +182,6 @@ class Objective:
         return {} if self._buffer_KD is None else {"buffer": self._buffer_KD}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up the state of :meth:`state_dict`."""
+        """Load the state of :meth:`state_dict`."""
         if self._buffer_KD is not None:
             self._buffer_KD = state["buffer"].to(self._buffer_KD.device)

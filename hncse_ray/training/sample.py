@@ -50,7 +50,7 @@ class Sample:
     Attributes:
         texts: n sentences, distinct.
         queries: q of them.
-        right: of each query the places of its right answers among the texts.
+        right: of each query the positions of its right answers among the texts.
         sides: whether texts and queries get the prompts of documents and queries.
     """
 
@@ -93,13 +93,13 @@ class Sample:
         if self.queries:
             queries_qD = encode_unit(on_side(encode, "query") if self.sides else encode, self.queries)
             facts["query_neighbours"] = _nearest(queries_qD @ texts_nD.T)
-        places_n2, explained = _principal(texts_nD)
-        return facts | {"map": np.round(places_n2, 3).tolist(), "explained": round(explained, 3)}
+        positions_n2, explained = _principal(texts_nD)
+        return facts | {"map": np.round(positions_n2, 3).tolist(), "explained": round(explained, 3)}
 
     def described(self) -> dict[str, Any]:
         """Return the sentences themselves; plain values."""
         return {"texts": list(map(shortened, self.texts)), "queries": list(map(shortened, self.queries)),
-                "right": [list(places) for places in self.right]}  # fmt: skip
+                "right": [list(positions) for positions in self.right]}  # fmt: skip
 
 
 class Looks:
@@ -234,8 +234,8 @@ def _nearest(scores: NDArray[np.floating[Any]]) -> list[list[tuple[int, float]]]
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     best = np.take_along_axis(scores, order, axis=1)
     return [
-        [(at, round(score, 3)) for at, score in zip(places, own, strict=True) if np.isfinite(score)]
-        for places, own in zip(order.tolist(), best.tolist(), strict=True)
+        [(at, round(score, 3)) for at, score in zip(positions, own, strict=True) if np.isfinite(score)]
+        for positions, own in zip(order.tolist(), best.tolist(), strict=True)
     ]
 
 
@@ -243,9 +243,9 @@ def _principal(vectors_nD: NDArray[np.floating[Any]]) -> tuple[NDArray[np.floati
     """Return the two principal components ``[n, 2]`` and their share of the variance."""
     centred_nD = vectors_nD - vectors_nD.mean(axis=0)
     left, singular, _ = np.linalg.svd(centred_nD, full_matrices=False)
-    places = np.zeros((len(vectors_nD), 2))
-    places[:, : len(singular[:2])] = left[:, :2] * singular[:2]
-    return places, float((singular[:2] ** 2).sum() / max((singular**2).sum(), 1e-12))
+    positions = np.zeros((len(vectors_nD), 2))
+    positions[:, : len(singular[:2])] = left[:, :2] * singular[:2]
+    return positions, float((singular[:2] ** 2).sum() / max((singular**2).sum(), 1e-12))
 
 
 def _counts(cosines: Tensor) -> Counts:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hncse_ray.storage import write_folder
-from hncse_ray.training.checkpoint import Wish
+from hncse_ray.training.checkpoint import Request
 from hncse_ray.training.distributed import from_first, rank
 from hncse_ray.training.remote_run import MirrorPlan, RunMirror
 from hncse_ray.training.run_folder import KEPT_CHECKPOINTS, RunFolder
@@ -21,11 +21,13 @@ class FolderStore:
         folder: of the run; with a mirror, that of this node.
         mirror: sends copies to the run's URL; on the first rank of a run that has one.
         cleans: whether this rank removes old checkpoints: one rank for each folder.
-        wish: says what is asked of the run, to all ranks alike.
+        requested: says what is asked of the run, to all ranks alike.
     """
 
-    def __init__(self, folder: Path, mirror: RunMirror | None, *, cleans: bool, wish: Callable[[], Wish]) -> None:
-        self._folder, self._mirror, self._cleans, self.wish = RunFolder(folder), mirror, cleans, wish
+    def __init__(
+        self, folder: Path, mirror: RunMirror | None, *, cleans: bool, requested: Callable[[], Request]
+    ) -> None:
+        self._folder, self._mirror, self._cleans, self.requested = RunFolder(folder), mirror, cleans, requested
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints on disk, newest first."""
@@ -66,8 +68,8 @@ class FolderStore:
             self._mirror.finish(next(iter(self.checkpoints()), None), model if model.is_dir() else None)
 
 
-def _nothing() -> Wish:
-    return Wish.NOTHING
+def _nothing() -> Request:
+    return Request.NOTHING
 
 
 @contextmanager
@@ -77,7 +79,7 @@ def folder_store(
     notify: Callable[[str], None],
     *,
     is_first_on_node: bool = True,
-    wish: Callable[[], Wish] = _nothing,
+    requested: Callable[[], Request] = _nothing,
 ) -> Iterator[FolderStore]:
     """Open the store of a rank.
 
@@ -86,13 +88,15 @@ def folder_store(
         plan: where copies go; None if all nodes see ``folder``.
         notify: told when copies cannot be sent.
         is_first_on_node: whether this rank is the first of its node.
-        wish: see :class:`FolderStore`.
+        requested: see :class:`FolderStore`.
 
     Raises:
         StorageError: on leaving, if the last copies could not be sent.
     """
     mirror = RunMirror(plan, folder, notify) if plan is not None and rank() == 0 else None
-    store = FolderStore(folder, mirror, cleans=is_first_on_node if plan is not None else rank() == 0, wish=wish)
+    store = FolderStore(
+        folder, mirror, cleans=is_first_on_node if plan is not None else rank() == 0, requested=requested
+    )
     try:
         yield store
     except BaseException:

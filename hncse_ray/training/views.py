@@ -76,8 +76,8 @@ class Views:
         if not dropped_b.any():
             return self
         kinds, anchors, targets = list(self.kinds), list(self.anchors), list(self.targets)
-        places = np.flatnonzero(dropped_b).tolist()
-        for i in places:
+        positions = np.flatnonzero(dropped_b).tolist()
+        for i in positions:
             kinds[i], anchors[i], targets[i] = "dropout", self.rows[i], self.rows[i]
         return replace(
             self,
@@ -85,7 +85,7 @@ class Views:
             anchors=anchors,
             targets=targets,
             hashes_b2=np.where(dropped_b[:, None], self.row_hashes_b[:, None], self.hashes_b2),
-            dropped=Counter(self.kinds[i] for i in places),
+            dropped=Counter(self.kinds[i] for i in positions),
         )
 
 
@@ -216,15 +216,15 @@ class ViewMaker:
         return sentences[at], titled(passage.title, rest) if self._unit_has_title else rest
 
     def _keywords(self, passage: _Passage, rng: np.random.Generator) -> Pair | None:
-        places: dict[str, int] = {}
+        positions: dict[str, int] = {}
         words = _WORD.findall(passage.text)
         for place, word in enumerate(words):
-            places.setdefault(word.lower(), place)
-        if len(places) < self._settings.keywords_least:
+            positions.setdefault(word.lower(), place)
+        if len(positions) < self._settings.keywords_least:
             return None
         count = int(rng.integers(self._settings.keywords_least, self._settings.keywords_most + 1))
-        rarest = sorted(places, key=lambda word: (self._rows_with[word], places[word]))[:count]
-        return " ".join(words[place] for place in sorted(places[word] for word in rarest)), passage.text
+        rarest = sorted(positions, key=lambda word: (self._rows_with[word], positions[word]))[:count]
+        return " ".join(words[place] for place in sorted(positions[word] for word in rarest)), passage.text
 
     @cached_property
     def _rows_with(self) -> Counter[str]:

@@ -137,7 +137,7 @@ BAD_RUNS: dict[str, Case] = {
         overrides("corpus.negative_columns=wrong"),
         ("corpus: negative_columns needs positive_column",),
     ),
-    "a prompt that leaves no room": (
+    "a prompt that leaves no token": (
         overrides(
             "encoder.prompts={query: the a one some every river}",
             "encoder.default_prompt=query",

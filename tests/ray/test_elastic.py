@@ -1,4 +1,4 @@
-"""A run whose nodes come and go: it goes on with fewer workers, and takes more in as there is room."""
+"""A run whose nodes come and go: it goes on with fewer workers, and takes more in as they fit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS, EVERY = 400, 10
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """A head without room for a trainer, and two nodes for one each."""
+    """A head that no trainer fits on, and two nodes for one each."""
     with nodes(0, 1, 1) as cluster:
         yield cluster
 
@@ -57,7 +57,7 @@ def test_a_run_goes_on_with_the_workers_it_has_and_takes_more_in(cluster: Cluste
     assert (first, workers, fewer, more) == (0, 2, 1, 2)
     assert lost_at - EVERY <= fewer_at <= lost_at + 2 * EVERY
     log = training.log()
-    assert log.count("1 of 2 workers have room") == 1 and log.count("there is room for 1 more worker(s)") == 1
+    assert log.count("1 of 2 workers fit") == 1 and log.count("1 more worker(s) fit on the cluster now") == 1
     assert f" step {more_at}/" in log and f" step {more_at + 5}/" in log
     # It paused right at a line of the log: nothing was done twice, and no line is missing.
     assert log[: log.index(f"resumes at step {more_at}")].count(f" step {more_at + 5}/") == 0
@@ -119,7 +119,7 @@ def test_an_announced_loss_costs_nothing_where_enough_are_left(cluster: Cluster,
     (_, workers), (paused_at, fewer) = starts(training)
     assert (workers, fewer) == (2, 1)
     log = training.log()
-    assert log.count("will be taken away") == 1 and "lost their place" not in log
+    assert log.count("will be taken away") == 1 and "workers were lost" not in log
     assert log[: log.index(f"resumes at step {paused_at}")].count(f" step {paused_at + 5}/") == 0
     assert [line["step"] for line in training.lines()] == list(range(5, STEPS + 1, 5))
     assert nothing_is_left()
@@ -135,7 +135,7 @@ def test_a_run_begins_with_those_that_fit_and_too_few_are_refused(cluster: Clust
         assert starts(training) == [(0, 2)]
         for node in list(cluster.worker_nodes):
             cluster.remove_node(node, allow_graceful=False)
-        soon(lambda: "have lost their place" in training.log(), within_s=120, what="the news")
+        soon(lambda: "workers were lost" in training.log(), within_s=120, what="the news")
         for _ in range(2):
             cluster.add_node(num_cpus=1)
     assert training.finish(within_s=250).steps == STEPS

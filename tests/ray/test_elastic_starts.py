@@ -32,7 +32,7 @@ def starts() -> Iterator[Starts]:
 
 
 def fit(starts: Starts, *, losses: int, begins: bool) -> tuple[RunFinished, list[str]]:
-    """A run whose workers lose their place again and again, before or after they have begun on another process."""
+    """A run whose workers are lost again and again, before or after they have begun on another process."""
     plan = WorkerPlan(num_workers=1, cpus=1, threads=1, gpus=0)
     cluster = ClusterSettings(num_workers=1, min_workers=1, use_gpu=False)
     begin, said, left = ray.remote(Starts.note), list[str](), iter(range(losses))
@@ -41,7 +41,7 @@ def fit(starts: Starts, *, losses: int, begins: bool) -> tuple[RunFinished, list
         if begins:
             ray.get(begin.remote(starts))
         if next(left, None) is not None:
-            raise NoRoom("no place")
+            raise NoRoom("no node")
         return FINISHED
 
     return fit_elastic(attempt, plan, cluster, starts=starts, notify=said.append), said

@@ -20,7 +20,7 @@ BACK_S = 90.0
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head with room for a trainer but for no shard, and two nodes with room for one shard each but no trainer."""
+    """A head that a trainer fits on but no shard, and two nodes for one shard each but no trainer."""
     with nodes(2, 4, 4) as cluster:
         yield cluster
 

@@ -18,7 +18,7 @@ STEPS = 300
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head without room for a trainer, and one node for it."""
+    """A head that no trainer fits on, and one node for it."""
     with nodes(1, 2) as cluster:
         yield cluster
 

@@ -1,4 +1,4 @@
-"""Runs that are kept at a URL, on a real Ray: killed and taken up on a fresh machine, through an outage, on two nodes.
+"""Runs that are kept at a URL, on a real Ray: killed and resumed on a fresh machine, through an outage, on two nodes.
 
 The URL is on a server of S3 or of Google's storage where one can be had, see tests/object_stores.py.
 """

@@ -104,7 +104,7 @@ def test_a_sweep_leaves_the_best_and_says_why_a_trial_failed(recipe: Path, sourc
     assert recipe_found.negatives.source == source and recipe_found.evaluation.test
     assert set(result["after"]) == {"pairs/recall@1", "pairs/recall@10", "pairs/mrr", "pairs/ndcg@10"}
     assert (out / "model" / "model.safetensors").is_file() and (out / "report.html").is_file()
-    for row in rows:  # room was freed: no checkpoints, and no model but the best
+    for row in rows:  # disk space was freed: no checkpoints, and no model but the best
         run = out / "trials" / f"trial-{int(row['trial']):04d}"
         assert not (run / "checkpoints").exists()
         assert (run / "model").exists() == (row is best)

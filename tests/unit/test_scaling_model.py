@@ -62,7 +62,7 @@ def test_encoding_is_rows_times_tokens_times_the_layers_operations() -> None:
 def test_memory_is_the_planners_and_so_is_the_refusal() -> None:
     plan = index_of(replace(SETUP, shards=3, index="ivf_pq"))
     assert plan == plan_index("ivf_pq", rows=333334, dimension=768, memory_bytes=1.9e10, on_gpu=True)
-    with pytest.raises(ClusterError, match="no room"):
+    with pytest.raises(ClusterError, match="does not fit"):
         index_of(replace(SETUP, rows=10**8))
     least = least_memory(replace(SETUP, rows=10**8))
     assert least is not None

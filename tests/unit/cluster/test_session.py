@@ -51,8 +51,8 @@ def test_ray_is_held_by_the_thread_that_started_it_until_the_end(monkeypatch: py
 
 
 def test_a_ray_that_does_not_start_is_said_by_whoever_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "ray_session", Sessions(ClusterError("no room")))
-    with pytest.raises(ClusterError, match="no room"), session.ray_meanwhile() as join_ray:
+    monkeypatch.setattr(session, "ray_session", Sessions(ClusterError("no node")))
+    with pytest.raises(ClusterError, match="no node"), session.ray_meanwhile() as join_ray:
         join_ray()
     with session.ray_meanwhile():
         pass  # nobody waits: it is no matter

@@ -273,8 +273,8 @@ def test_a_sample_is_of_whole_documents_in_their_order(prepare, tmp_path):
         corpus = prepare(**settings, max_sentences=7, seed=seed)
         assert len(corpus) == 7
         assert corpus.report.dropped == {"not_sampled": 29}
-        places = [whole.texts(range(36)).index(text) for text in corpus.texts(range(7))]
-        assert places == sorted(places)
+        positions = [whole.texts(range(36)).index(text) for text in corpus.texts(range(7))]
+        assert positions == sorted(positions)
         _, sizes = np.unique(corpus.documents, return_counts=True)
         assert sorted(sizes.tolist()) == [1, 3, 3]
         drawn.update(np.unique(corpus.documents).tolist())

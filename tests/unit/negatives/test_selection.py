@@ -137,12 +137,12 @@ def test_selected_removed_and_left_over_are_all_the_hits(case):
         assert selection.mask_Bm[i].tolist() == [True] * n + [False] * (m - n)
         chosen = selection.ids_Bm[i, :n].tolist()
         assert set(chosen) <= alive.keys()
-        places = [alive[row] for row in chosen]
-        assert places == sorted(set(places))  # falling scores, no row twice
-        np.testing.assert_array_equal(selection.scores_Bm[i, :n], scores[i, places].astype(np.float32))
+        positions = [alive[row] for row in chosen]
+        assert positions == sorted(set(positions))  # falling scores, no row twice
+        np.testing.assert_array_equal(selection.scores_Bm[i, :n], scores[i, positions].astype(np.float32))
         assert (selection.ids_Bm[i, n:] == -1).all() and (selection.scores_Bm[i, n:] == 0).all()
         if rules.sampling == "top":
-            assert places == sorted(alive.values())[:n]
+            assert positions == sorted(alive.values())[:n]
         barred = [int(ids[i, p]) if fate in ("max_score", "relative_margin") else -1 for p, fate in enumerate(mine)]
         assert selection.barred_Bk[i].tolist() == barred
     assert selection.removed == {name: sum(fate.count(name) for fate in fates) for name in KEYS}

@@ -22,7 +22,7 @@ from hncse_ray.encoder import SentenceEncoder, load_encoder
 from hncse_ray.reporting.model_card import CardFacts, model_card
 from hncse_ray.storage import write_folder
 from hncse_ray.training import TrainJob, fit, load_evaluation_sets
-from hncse_ray.training.checkpoint import Wish
+from hncse_ray.training.checkpoint import Request
 from hncse_ray.training.export import usage
 
 
@@ -38,8 +38,8 @@ class OnlyTheModel:
     def save(self, step: int, write: object) -> None:
         pass
 
-    def wish(self) -> Wish:
-        return Wish.NOTHING
+    def requested(self) -> Request:
+        return Request.NOTHING
 
     def export(self, write: Any) -> None:
         write_folder(self.model, write)

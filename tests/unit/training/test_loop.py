@@ -23,7 +23,7 @@ from hncse_ray.reporting import Event, MetricsFile, Notice, RunFinished, RunStar
 from hncse_ray.reporting.events import CheckpointSaved, Evaluated, Sampled, StepsLogged
 from hncse_ray.storage import write_folder
 from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets
-from hncse_ray.training.checkpoint import Wish
+from hncse_ray.training.checkpoint import Request
 from hncse_ray.training.evaluator import Measured
 from hncse_ray.training.guards import Guards, batch_uniformity
 
@@ -41,7 +41,7 @@ class FolderStore:
     def __init__(self, root: Path, *, stop_at_save: int | None = None, full_at: int | None = None) -> None:
         self.root, self.stop_at_save, self.full_at = root, stop_at_save, full_at
         self.export_error: Exception | None = None
-        self.asked, self.wishes = 0, dict[int, Wish]()  # what is wished for, by the times of asking
+        self.asked, self.requests = 0, dict[int, Request]()  # what is requested, by the times of asking
 
     @property
     def model(self) -> Path:
@@ -65,9 +65,9 @@ class FolderStore:
 
         write_folder(self.checkpoint(step), write_until_full)
 
-    def wish(self) -> Wish:
+    def requested(self) -> Request:
         self.asked += 1
-        return self.wishes.get(self.asked, Wish.NOTHING)
+        return self.requests.get(self.asked, Request.NOTHING)
 
     def export(self, write: Callable[[Path], None]) -> None:
         if self.export_error is not None:
@@ -492,7 +492,7 @@ def test_a_checkpoint_out_of_turn_is_written_once_and_changes_nothing_else(tree:
         tree, ["train.log_every_steps=2", "train.evaluate_every_steps=4", "train.checkpoint_every_steps=100"]
     )
     in_turn, asked = FolderStore(tmp_path / "in turn"), FolderStore(tmp_path / "asked")
-    asked.wishes = {2: Wish.CHECKPOINT, 3: Wish.CHECKPOINT}  # at steps 4, which is scored first, and 6
+    asked.requests = {2: Request.CHECKPOINT, 3: Request.CHECKPOINT}  # at steps 4, which is scored first, and 6
     courses = [of(run(settings, store)[0], StepsLogged) for store in (in_turn, asked)]
     assert [path.name[-2:] for path in in_turn.checkpoints()] == ["12"]
     assert [path.name[-2:] for path in asked.checkpoints()] == ["12", "06", "04"]
@@ -506,7 +506,10 @@ def test_a_run_that_pauses_goes_on_from_there_as_if_it_had_not(tree: Tree, tmp_p
     )
     expected_events, _, expected_store = never_stopped(settings, tmp_path / "whole")
     store = FolderStore(tmp_path / "paused")
-    store.wishes = {2: Wish.PAUSE, 6: Wish.PAUSE}  # at step 4, which is scored first, and at the last one, too late
+    store.requests = {
+        2: Request.PAUSE,
+        6: Request.PAUSE,
+    }  # at step 4, which is scored first, and at the last one, too late
     before, paused = run(settings, store)
     assert paused is None and not store.model.exists()
     assert [path.name[-2:] for path in store.checkpoints()] == ["04"]

@@ -1,4 +1,4 @@
-"""Runs whose source of global negatives fails, is late or gets old; and runs that are stopped and taken up again."""
+"""Runs whose source of global negatives fails, is late or gets old; and runs that are stopped and resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks on several nodes take up the same checkpoint, though not every node has every one of them whole."""
+"""Ranks on several nodes resume from the same checkpoint, though not every node has every one of them whole."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def node(folder: Path, model: Path, *steps: int) -> None:
         snapshot.write(folder / f"step_{step:09d}")
 
 
-# what the second node has, which of these is damaged there, the step that both take up, what is passed over
+# what the second node has, which of these is damaged there, the step that both resume from, what is passed over
 CASES = {
     "the same": (STEPS, (), 12, 0),
     "the newest was never sent to it": ((4, 8), (), 8, 0),

@@ -44,7 +44,7 @@ def log_of(events: list[Event]) -> dict[int, float]:
 
 
 def test_training_goes_on_and_what_is_written_is_as_it_was(tree: Tree, tmp_path: Path) -> None:
-    """The writing of step 4 begins after step 7, and step 8 waits for it; a run taken up from it is bit-equal."""
+    """The writing of step 4 begins after step 7, and step 8 waits for it; a run resumed from it is bit-equal."""
     settings = negatives_settings(
         tree, "negatives.source=none", "objective={name: instance_smoothing, buffer_size: 16, group_size: 4}"
     )

@@ -1,4 +1,4 @@
-"""The state of a sweep: what is asked for, told, stopped, and taken up again."""
+"""The state of a sweep: what is asked for, told, stopped, and resumed."""
 
 from __future__ import annotations
 
