@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,8 @@ class SentenceEncoder(nn.Module):
         if isinstance(texts, str):
             vector_D: NDArray[np.float32] = self.encode([texts], side=side)[0]
             return vector_D
+        if isinstance(texts, Mapping | AbstractSet) or not isinstance(texts, Iterable):  # these are in no order
+            raise TypeError(f"encode takes a text or a list of texts, not a {type(texts).__name__}")
         texts = list(texts)
         if odd := [text for text in texts if not isinstance(text, str)]:
             raise TypeError(f"encode takes a text or a list of texts, not one of {type(odd[0]).__name__}")

@@ -129,6 +129,9 @@ def test_a_text_gives_one_vector_and_what_is_no_text_is_refused(tiny_model: Path
     for odd, kind in ((1, "int"), (None, "NoneType"), (b"one", "bytes")):
         with pytest.raises(TypeError, match=f"a list of texts, not one of {kind}"):
             encoder.encode(["one", odd])  # type: ignore[list-item]
+    for odd, kind in ({"one": 1}, "dict"), ({"one"}, "set"), (None, "NoneType"):
+        with pytest.raises(TypeError, match=f"a list of texts, not a {kind}"):
+            encoder.encode(odd)  # type: ignore[arg-type]
 
 
 def test_encode_is_without_dropout_and_leaves_the_mode_alone(tiny_model: Path) -> None:
