@@ -236,6 +236,12 @@ def raise_together(error: HncseError | None) -> None:
         raise first
 
 
+def agree_on_precision(encoder: SentenceEncoder) -> None:
+    """Have all ranks train in one precision, fp32 where the hardware of any chooses it: their vectors are gathered."""
+    if len(set(gather_values(encoder.autocast))) > 1:
+        encoder.autocast, encoder.precision = None, "fp32 (the hardware of some workers has no bf16)"
+
+
 class Swap:
     """What the ranks' threads tell each other of one thing: each hands over a value, and gets those of all.
 

@@ -35,6 +35,7 @@ from hncse_ray.training.choice import Candidate, ExportChoice
 from hncse_ray.training.distributed import (
     KnownEncode,
     ShardedEncode,
+    agree_on_precision,
     from_first,
     gather_rows,
     gather_values,
@@ -101,6 +102,7 @@ class _Trainer:
 
     def __init__(self, job: TrainJob, store: RunStore, emit: Emit, stack: ExitStack) -> None:
         self.settings, self.encoder, self.sets, self.corpus = job.settings, job.encoder, job.sets, job.corpus
+        agree_on_precision(self.encoder)
         self.encode = ShardedEncode(self.encoder, self.settings.evaluation.batch_size)
         self.untouched = KnownEncode(self.encode)  # these weights, until the first step or a checkpoint's
         gaps = hold_out(self.settings, self.corpus)

@@ -121,6 +121,7 @@ CASES = {
     "nothing is left": ["negatives.source=in_process", "negatives.max_score=-0.9", "train.max_steps=80"],
     "scores": ["train.evaluate_every_steps=2", "train.early_stopping_evaluations=2"],
     "collapse": ["train.max_steps=5"],
+    "precision": ["negatives.source=in_process", "negatives.columns=all", "train.max_steps=3"],
     "export": [
         "evaluation={suites: [pairs], metric: pairs/recall@1, pairs_dev: unused}",
         "train.evaluate_every_steps=6",
@@ -149,6 +150,8 @@ def run(case: str, rank: int, tree: Found, root: Path) -> Found:
     if case == "long build":
         source.before = lambda method, number: time.sleep(LONGER_S) if method == "publish" and not number else None
     found: Found = {"events": events}
+    if case == "precision":  # what encoder.precision=auto finds on unlike processors
+        prepared_run.encoder.autocast = None if rank else torch.bfloat16
     with pytest.MonkeyPatch.context() as patch:
         if case == "collapse":
             check, odd = Guards.check, {"uniformity": -2.0 if rank == 0 else 0.0}
@@ -226,6 +229,12 @@ def test_the_first_rank_s_figures_say_whether_it_has_collapsed(ranks: list[Found
     assert [rank["finished"].step for rank in found] == [5, 5]
     kinds = [type(event) for event in found[0]["events"]]
     assert kinds[0] is RunStarted and kinds.count(StepsLogged) == 5 and CheckpointSaved in kinds
+
+
+def test_ranks_on_unlike_hardware_train_in_one_precision(ranks: list[Found]) -> None:
+    found = of(ranks, "precision")
+    assert [rank["finished"].step for rank in found] == [3, 3]
+    assert found[0]["events"][0].precision.startswith("fp32 (the hardware of some workers has no bf16)")
 
 
 def test_the_first_rank_s_scores_choose_what_is_exported(ranks: list[Found]) -> None:
