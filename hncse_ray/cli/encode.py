@@ -24,7 +24,7 @@ from hncse_ray.cli.app import (
 )
 from hncse_ray.config import load_settings
 from hncse_ray.errors import DataError, StorageError
-from hncse_ray.storage import check_outlasts_job
+from hncse_ray.storage import check_outlasts_job, replacing
 
 
 @app.command()
@@ -62,13 +62,8 @@ def encode(
         encoder = load_encoder(model, settings.encoder, device=choose_device(device))
         with console_reporter(console) as reporter:
             vectors = unit_rows(encoder.encode(lines, batch_size=batch_size, progress=counter(reporter, "encoding")))
-        partial = out.with_name(f".{out.name}.partial.npy")
-        try:
+        with replacing(out) as partial:
             np.save(partial, vectors)
-            partial.replace(out)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise StorageError(f"cannot be written ({error.strerror})", str(out)) from error
         console.print(f"{vectors.shape[0]:,} vectors of {vectors.shape[1]} dimensions -> {out}", markup=False)
         return {"out": str(out), "rows": int(vectors.shape[0]), "dimension": int(vectors.shape[1])}
 

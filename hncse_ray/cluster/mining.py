@@ -9,7 +9,9 @@ import shutil
 import time
 import uuid
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +36,7 @@ from hncse_ray.negatives import (
     weights_digest,
 )
 from hncse_ray.reporting import LineReporter, Reporter, StageProgress
-from hncse_ray.storage import check_outlasts_job, write_atomically
+from hncse_ray.storage import check_outlasts_job, locked, write_atomically
 from hncse_ray.training.checks import prepare
 from hncse_ray.training.negatives import check_candidates
 from hncse_ray.training.publish import to_arrays
@@ -89,8 +91,7 @@ def mine(settings: Settings, out: Path, *, reporter: Reporter | None = None) -> 
         raise ModelError(f"it takes {limit} tokens at most", settings.encoder.model, "Lower encoder.max_length")
     corpus = prepare(settings, encoder, reporter)
     check_candidates(settings, corpus)
-    parts = _Parts(out, _fingerprint(settings, encoder, corpus), corpus)
-    with ray_session():
+    with _Parts.claimed(out, _fingerprint(settings, encoder, corpus), corpus) as parts, ray_session():
         plan = place_pool(settings, survey(), rows=len(corpus), dimension=encoder.dimension)
         reporter.on(StageProgress(plan.describe(), 0, None))
         with negative_pool(settings, plan, corpus, parts.folder / "index") as handles:
@@ -102,25 +103,38 @@ def mine(settings: Settings, out: Path, *, reporter: Reporter | None = None) -> 
                 _mine_blocks(client, parts, settings, reporter)
             finally:
                 client.close()
-    facts = parts.finish(settings.negatives.per_anchor)
+        facts = parts.finish(settings.negatives.per_anchor)
     return MineReport(out=str(out), seconds=time.monotonic() - started, **facts)
 
 
 class _Parts:
     """The blocks that are done, beside the file that they will make, and what job they belong to."""
 
-    def __init__(self, out: Path, fingerprint: str, corpus: Corpus) -> None:
+    def __init__(self, out: Path, corpus: Corpus) -> None:
         self.out, self.corpus = out, corpus
         self.folder = out.with_name(f".{out.name}.parts")
-        job = self.folder / "job.json"
-        if job.exists() and json.loads(job.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
-            raise StorageError("holds the unfinished work of another model, corpus or selection", str(self.folder),
-                               "Delete it, or choose another --out")  # fmt: skip
+
+    @classmethod
+    @contextmanager
+    def claimed(cls, out: Path, fingerprint: str, corpus: Corpus) -> Iterator[_Parts]:
+        """Hold what is done of a file for as long as the context lasts: two commands would write the same blocks.
+
+        Raises:
+            StorageError: another process holds it, it is of another job, the file is there, or it cannot be written.
+        """
+        parts = cls(out, corpus)
         try:
-            self.folder.mkdir(exist_ok=True)
+            parts.folder.mkdir(exist_ok=True)
         except OSError as error:
-            raise StorageError(f"cannot be written ({error.strerror})", str(self.folder)) from error
-        write_atomically(job, json.dumps({"fingerprint": fingerprint}))
+            raise StorageError(f"cannot be written ({error.strerror})", str(parts.folder)) from error
+        with locked(parts.folder / ".lock", hint="Choose another --out, or wait until that one is done"):
+            _check_out(out)
+            job = parts.folder / "job.json"
+            if job.exists() and json.loads(job.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
+                raise StorageError("holds the unfinished work of another model, corpus or selection",
+                                   str(parts.folder), "Delete it, or choose another --out")  # fmt: skip
+            write_atomically(job, json.dumps({"fingerprint": fingerprint}))
+            yield parts
 
     def blocks(self) -> list[int]:
         """Return the first rows of the blocks that are not done."""

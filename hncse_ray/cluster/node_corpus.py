@@ -68,7 +68,7 @@ class NodeCorpus:
             corpora.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"cannot be written ({error.strerror})", str(corpora)) from error
-        with locked(corpora / f".{self.digest}.lock", wait=True):
+        with locked(corpora / f".{self.digest}.lock", hint="Set corpus.cache_dir or HNCSE_CACHE", wait=True):
             encoder = load_encoder(self.encoder.model, self.encoder)
             return prepare_corpus(
                 self.settings,

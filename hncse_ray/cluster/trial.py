@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -17,6 +16,7 @@ from hncse_ray.config import Settings
 from hncse_ray.errors import HncseError
 from hncse_ray.reporting import Reporter, Reporters
 from hncse_ray.reporting.events import Evaluated, Event, RunStarted
+from hncse_ray.storage import is_locked
 
 _END_S = 60  # a run that is stopped may take so long to leave its files, or its process is not used again
 _LOCK_PATIENCE_S = 60.0  # what a killed sweep's processes may take to let go of a run
@@ -90,10 +90,5 @@ class _Scores:
 def _wait_until_free(folder: Path) -> None:
     """Wait for the processes of a killed sweep to let go of a run's folder."""
     end = time.monotonic() + _LOCK_PATIENCE_S
-    while (folder / ".lock").exists() and time.monotonic() < end:
-        with (folder / ".lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except OSError:
-                time.sleep(0.5)
+    while is_locked(folder / ".lock") and time.monotonic() < end:
+        time.sleep(0.5)

@@ -27,6 +27,7 @@ from hncse_ray.corpus import docstrings
 from hncse_ray.corpus.cache import cache_folder
 from hncse_ray.corpus.docstrings import What
 from hncse_ray.errors import DataError
+from hncse_ray.storage import replacing
 
 log = logging.getLogger(__name__)
 
@@ -151,21 +152,20 @@ def cached_pairs(
     """Return what was made under an identity, or make and keep it.
 
     Raises:
-        DataError: it cannot be kept.
+        StorageError: it cannot be kept.
     """
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     cached = cache_folder(cache_dir) / "pairs" / f"{key}.json"
     if cached.exists():
-        found: list[list[Any]] = json.loads(cached.read_text(encoding="utf-8"))
-        return found
+        try:
+            found: list[list[Any]] = json.loads(cached.read_text(encoding="utf-8"))
+            return found
+        except ValueError as error:
+            log.warning("%s is damaged (%s); it is made anew", cached, error)
     made = [list(pair) for pair in make()]
-    partial = cached.with_suffix(f".{os.getpid()}")
-    try:
+    with replacing(cached, "Set HNCSE_CACHE") as partial:
         cached.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(made), encoding="utf-8")
-        partial.replace(cached)
-    except OSError as error:
-        raise DataError(f"cannot be written ({error.strerror})", str(cached.parent), "Set HNCSE_CACHE") from None
     return made
 
 

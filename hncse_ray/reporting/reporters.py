@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from hncse_ray.errors import StorageError
 from hncse_ray.reporting.events import (
     CheckpointSaved,
     Evaluated,
@@ -25,6 +26,7 @@ from hncse_ray.reporting.events import (
     scalars,
 )
 from hncse_ray.reporting.verdict import describe_verdict
+from hncse_ray.storage import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +104,11 @@ class _Lines:
         """Nothing to close: every line is written at once."""
 
     def _append(self, row: dict[str, object]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise StorageError(f"cannot be written ({error.strerror})", str(self._path), "Is the disk full?") from error
 
     def _begin(self, event: RunStarted) -> None:
         if not self._path.exists():
@@ -119,9 +124,7 @@ class _Lines:
             is_end = row.get("split") == "test" or not row.keys().isdisjoint(("verdict", "sentences", "negatives"))
             if not is_end and (row["step"] < event.step or (row["step"] == event.step and event.step > 0)):
                 kept.append(line + "\n")
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(self._path)
+        write_atomically(self._path, "".join(kept))
 
 
 class MetricsFile(_Lines):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hncse_ray.errors import StorageError
+from hncse_ray.storage import replacing
 
 _LEVELS = " ▁▂▃▄▅▆▇█"
 
@@ -54,13 +54,8 @@ def plot_similarities(path: Path, by_model: Mapping[str, Similarities]) -> None:
         panel.set_ylabel("share of pairs")
         panel.legend(frameon=False, fontsize="small")
     panels[-1].set_xlabel("cosine (STS-Benchmark dev)")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"cannot be written ({error.strerror or error})", str(path)) from error
 
 
 def _bar(count: int, highest: int) -> str:

@@ -1,7 +1,15 @@
 """Where runs are kept: folders written without halves, and copies of them at URLs."""
 
 from hncse_ray.storage.lease import Lease, LeaseLost, check_lease
-from hncse_ray.storage.local import check_outlasts_job, is_job, is_locked, locked, write_atomically, write_folder
+from hncse_ray.storage.local import (
+    check_outlasts_job,
+    is_job,
+    is_locked,
+    locked,
+    replacing,
+    write_atomically,
+    write_folder,
+)
 from hncse_ray.storage.mirror import (
     Damaged,
     Uploader,
@@ -28,6 +36,7 @@ __all__ = [
     "is_url",
     "keep_trying",
     "locked",
+    "replacing",
     "send_folder",
     "whole_folders",
     "write_atomically",

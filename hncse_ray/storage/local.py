@@ -7,7 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hncse_ray.errors import StorageError
@@ -49,13 +49,32 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         StorageError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
+    with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path, hint: str = "") -> Iterator[Path]:
+    """Yield where to write a file that takes the place of ``path`` once it is whole, of the same ending.
+
+    Several may write the same file at once: the last one's stays. Of one that fails or is interrupted nothing does.
+
+    Args:
+        path: the file.
+        hint: what to do if it cannot be written.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    partial = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")
+    try:
+        yield partial
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"cannot be written ({error.strerror})", str(path)) from error
+        raise StorageError(f"cannot be written ({error.strerror or error})", str(path), hint) from error
+    finally:
+        with suppress(OSError):  # it is in its place, or there is no such folder
+            partial.unlink()
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
@@ -90,11 +109,12 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
+def locked(path: Path, *, hint: str, wait: bool = False) -> Iterator[None]:
     """Hold a lock file, made if need be, for as long as the context lasts; the system frees it if the process ends.
 
     Args:
         path: the lock file; its folder is there.
+        hint: what to do if it cannot be had.
         wait: whether to wait until whoever holds it is done.
 
     Raises:
@@ -104,14 +124,12 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     try:
         lock = path.open("a")
     except OSError as error:
-        raise StorageError(
-            f"cannot be written ({error.strerror})", folder, "Choose another run.storage_path"
-        ) from error
+        raise StorageError(f"cannot be written ({error.strerror})", folder, hint) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
-            raise StorageError("is in use by another process", folder, "Choose another run.name") from error
+            raise StorageError("is in use by another process", folder, hint) from error
         yield
 
 

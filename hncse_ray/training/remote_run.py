@@ -35,6 +35,7 @@ from hncse_ray.storage import (
     is_url,
     keep_trying,
     locked,
+    replacing,
     send_folder,
     whole_folders,
     write_atomically,
@@ -127,7 +128,7 @@ def claim_run(settings: Settings) -> Iterator[RunFolder]:
                            "Set corpus.cache_dir or HNCSE_CACHE") from error  # fmt: skip
     with ExitStack() as stack:
         try:
-            stack.enter_context(locked(work / ".lock"))
+            stack.enter_context(locked(work / ".lock", hint="Choose another run.name, or set HNCSE_CACHE"))
         except StorageError as error:
             raise StorageError(error.what, remote.url, error.hint) from error
         folder: RemoteRunFolder | None = None
@@ -198,7 +199,7 @@ def bring_run(remote: Remote, work: Path, notify: Callable[[str], None]) -> None
         (work / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"cannot be written ({error.strerror})", str(work), "Set HNCSE_CACHE") from error
-    with locked(work / ".fetch.lock", wait=True):
+    with locked(work / ".fetch.lock", hint="Set HNCSE_CACHE", wait=True):
         newest_here = max((path.name for path in (work / "checkpoints").glob("step_*")), default="")
         for name in whole_folders(remote, "checkpoints"):
             try:
@@ -215,10 +216,9 @@ def _fetch_records(remote: Remote, work: Path) -> None:
     shutil.rmtree(work / "tensorboard", ignore_errors=True)
     for name in remote.names():
         if name in (METRICS, SAMPLES) or name.startswith("tensorboard/"):
-            partial = work / ".record"
-            remote.download(name, partial)
             (work / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(partial, work / name)
+            with replacing(work / name) as partial:
+                remote.download(name, partial)
 
 
 def _send_records(remote: Remote, work: Path) -> None:

@@ -95,7 +95,7 @@ def claim_run_folder(settings: Settings) -> Iterator[RunFolder]:
         raise StorageError(
             f"cannot be written ({error.strerror})", str(path), "Choose another run.storage_path"
         ) from error
-    with locked(path / ".lock"):
+    with locked(path / ".lock", hint="Choose another run.name, or another run.storage_path"):
         _refuse(path, settings)  # again: another process may have been first
         try:
             if not (path / "settings.yaml").exists():

@@ -19,7 +19,7 @@ from hncse_ray.evaluation import STS_TASKS, TRANSFER_TASKS
 from hncse_ray.evaluation.sts import sts_files
 from hncse_ray.evaluation.transfer import transfer_files
 from hncse_ray.storage import write_folder
-from hncse_ray.training.simcse_files import REPOSITORY, Tell, drop, fetch_file, make_folder
+from hncse_ray.training.simcse_files import REPOSITORY, Tell, fetched, make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -103,12 +103,11 @@ def fetch_senteval(out: Path | None = None, *, tell: Tell = lambda stage, done, 
         if not folder.is_dir() or any(folder.iterdir()):
             raise StorageError(f"is there already and lacks {len(missing)} files of the sets, such as {missing[0]}",
                                str(folder), "Remove it, or choose another --out")  # fmt: skip
-    archive = fetch_file(ARCHIVE, elsewhere=_ELSEWHERE, tell=tell)
-    make_folder(folder.absolute().parent)
-    tell("unpacking", 0, None)
-    members = _members(archive, files)
-    write_folder(folder, lambda partial: _unpack(archive, members, partial))
-    drop(archive)
+    with fetched(ARCHIVE, elsewhere=_ELSEWHERE, tell=tell) as archive:
+        make_folder(folder.absolute().parent)
+        tell("unpacking", 0, None)
+        members = _members(archive, files)
+        write_folder(folder, lambda partial: _unpack(archive, members, partial))
     return Fetched(str(folder), (*STS_TASKS, *TRANSFER_TASKS), True, len(files))
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from hncse_ray.corpus.cache import cache_folder
 from hncse_ray.corpus.hub import hub_endpoint, hub_is_reachable
 from hncse_ray.errors import DataError, StorageError
+from hncse_ray.storage import locked, replacing
 
 REPOSITORY = "princeton-nlp/datasets-for-simcse"
 REVISION = "e145e8bb659b2aa2669f32ef79cb4cdef6c58fef"  # has not changed since 2021
@@ -44,23 +45,18 @@ def fetch_wiki1m(out: Path, *, tell: Tell = lambda stage, done, total: None) -> 
         return Wiki1m(str(out), False)
     if out.exists():
         raise StorageError("is no file", str(out), "Choose another --out")
-    fetched = fetch_file(SENTENCES, elsewhere=_ELSEWHERE, tell=tell)
-    make_folder(out.absolute().parent)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.copyfile(fetched, partial)
-        os.replace(partial, out)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"cannot be written ({error.strerror})", str(out), "Choose another --out") from error
-    drop(fetched)
+    with fetched(SENTENCES, elsewhere=_ELSEWHERE, tell=tell) as file:
+        make_folder(out.absolute().parent)
+        with replacing(out, "Choose another --out") as partial:
+            shutil.copyfile(file, partial)
     return Wiki1m(str(out), True)
 
 
-def fetch_file(name: str, *, elsewhere: str, tell: Tell = lambda stage, done, total: None) -> Path:
+@contextmanager
+def fetched(name: str, *, elsewhere: str, tell: Tell = lambda stage, done, total: None) -> Iterator[Path]:
     """Fetch a file into the cache, going on where an earlier attempt stopped, and compare it with the hub's checksum.
 
-    huggingface_hub itself begins again in each process, so the rest is asked for here.
+    It is removed when the context ends well: by then it is where it should be. Meanwhile it is this process's alone.
 
     Args:
         name: of the file.
@@ -69,16 +65,25 @@ def fetch_file(name: str, *, elsewhere: str, tell: Tell = lambda stage, done, to
 
     Raises:
         DataError: the hub cannot be reached, or does not give the file that it promises.
-        StorageError: the cache cannot be written.
+        StorageError: the cache cannot be written, or another process fetches the file.
     """
+    if not hub_is_reachable():
+        raise DataError("the Hugging Face hub cannot be reached, so it cannot be fetched", f"{REPOSITORY}/{name}",
+                        elsewhere)  # fmt: skip
+    folder = cache_folder(None) / "downloads"
+    make_folder(folder)
+    with locked(folder / f".{name}.lock", hint="Wait until that one is done, or set HNCSE_CACHE"):
+        file = _fetch(name, folder, elsewhere, tell)
+        yield file
+        file.unlink()
+
+
+def _fetch(name: str, folder: Path, elsewhere: str, tell: Tell) -> Path:
+    """Have the whole file in a folder; huggingface_hub itself begins again in each process, so it is asked for here."""
     from huggingface_hub import HfApi, get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
     where = f"{REPOSITORY}/{name}"
-    if not hub_is_reachable():
-        raise DataError("the Hugging Face hub cannot be reached, so it cannot be fetched", where, elsewhere)
-    folder = cache_folder(None) / "downloads"
-    make_folder(folder)
     try:
         found = HfApi(endpoint=hub_endpoint()).get_paths_info(
             REPOSITORY, [name], repo_type="dataset", revision=REVISION
@@ -111,13 +116,6 @@ def fetch_file(name: str, *, elsewhere: str, tell: Tell = lambda stage, done, to
         raise DataError(f"its SHA-256 is {digest[:12]}... and not the hub's {lfs.sha256[:12]}...", where,
                         "It was removed; try again")  # fmt: skip
     return partial
-
-
-def drop(fetched: Path) -> None:
-    """Remove a fetched file that is where it should be by now, and its folder if nothing else is on its way there."""
-    fetched.unlink()
-    if not any(fetched.parent.iterdir()):
-        fetched.parent.rmdir()
 
 
 def make_folder(folder: Path) -> None:

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import json
 import shlex
@@ -29,7 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 from hncse_ray.config import Settings, load_settings
 from hncse_ray.errors import SettingsError, StorageError
 from hncse_ray.recipe import find_space, read_yaml, write_yaml
-from hncse_ray.storage import write_atomically
+from hncse_ray.storage import locked, write_atomically
 from hncse_ray.tuning.space import SearchSpace, apply_values, parse_space
 from hncse_ray.tuning.study import Stopping
 
@@ -164,14 +163,9 @@ def claim_sweep_folder(folder: Path, sweep: Sweep) -> Iterator[None]:
     _refuse(folder, sweep)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
     except OSError as error:
         raise StorageError(f"cannot be written ({error.strerror})", str(folder), "Choose another --out") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StorageError("is in use by another sweep", str(folder), "Choose another --out") from error
+    with locked(folder / ".lock", hint="Choose another --out"):
         _refuse(folder, sweep)
         write_atomically(folder / "sweep.yaml", sweep.to_yaml())
         yield

@@ -22,6 +22,7 @@ from hncse_ray.config import EncoderSettings, EvaluationSettings, load_settings
 from hncse_ray.encoder import load_encoder
 from hncse_ray.evaluation.sts import sts_files
 from hncse_ray.evaluation.transfer import transfer_files
+from hncse_ray.storage import locked
 from hncse_ray.training.senteval import senteval_folder
 
 
@@ -187,7 +188,7 @@ class TestDataSts:
         assert found["folder"] == str(folder) and found["fetched"] and found["files"] == len(NAMES) == 69
         assert tree(folder) == {*NAMES, "STS/STSBenchmark/LICENSE.txt"}
         assert (folder / NAMES[0]).read_text() == f"content of {NAMES[0]}\n"
-        assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == ["senteval"]  # no archive, nothing half-made
+        assert tree(tmp_path / "cache" / "downloads") == {".senteval.tar.lock"}  # no archive, nothing half-made
 
         assert senteval_folder(EvaluationSettings()) == str(folder)
         scored = hncse("evaluate", model, "--suite", "stsb", "--json")
@@ -218,7 +219,15 @@ class TestDataSts:
     def test_a_wrong_checksum(self, hub: Callable[..., LocalHub], tmp_path: Path) -> None:
         hub(files={"senteval.tar": archive()}, sha256="1" * 64)
         assert_refused(hncse("data", "sts"), "SHA-256", "111111111111...", "try again")
-        assert tree(tmp_path / "cache") == set()
+        assert tree(tmp_path / "cache") == {"downloads/.senteval.tar.lock"}
+
+    def test_one_command_at_a_time_fetches_a_file(self, hub: Callable[..., LocalHub], tmp_path: Path) -> None:
+        """Two would append to the same download."""
+        one = hub(files={"senteval.tar": archive()})
+        (tmp_path / "cache" / "downloads").mkdir(parents=True)
+        with locked(tmp_path / "cache" / "downloads" / ".senteval.tar.lock", hint=""):
+            assert_refused(hncse("data", "sts"), "downloads: is in use by another process", "Wait until")
+        assert not one.ranges and hncse("data", "sts").exit_code == 0
 
     @pytest.mark.parametrize(
         ("content", "said"),
@@ -281,7 +290,7 @@ class TestDataWiki1m:
         assert json.loads(result.stdout.splitlines()[-1]) == {"path": SENTENCES, "fetched": True}
         assert load_settings("simcse_bert_base").corpus.path == (SENTENCES,)
         assert (tmp_path / SENTENCES).read_bytes() == b"One sentence.\nAnother.\n"
-        assert not (tmp_path / "cache" / "downloads").exists()
+        assert tree(tmp_path / "cache" / "downloads") == {f".{SENTENCES}.lock"}
         asked = len(one.asked)
         again = hncse("data", "wiki1m")
         assert again.exit_code == 0 and "there already" in again.stdout and len(one.asked) == asked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +90,15 @@ class World:
     def settings(self, *changes: str) -> Settings:
         return load_settings(self.tree, [f"negatives.{change}" for change in changes])
 
-    def parts(self, out: Path, settings: Settings) -> _Parts:
-        return _Parts(out, _fingerprint(settings, self.encoder, self.corpus), self.corpus)
+    def parts(self, out: Path, settings: Settings) -> AbstractContextManager[_Parts]:
+        return _Parts.claimed(out, _fingerprint(settings, self.encoder, self.corpus), self.corpus)
 
     def mine(self, out: Path, *changes: str, source: Source | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the facts, and the columns of the file."""
         settings = self.settings(*changes)
-        parts = self.parts(out, settings)
-        _mine_blocks(source or Source(self.inner), parts, settings, Progress())  # type: ignore[arg-type]
-        facts = parts.finish(settings.negatives.per_anchor)
+        with self.parts(out, settings) as parts:
+            _mine_blocks(source or Source(self.inner), parts, settings, Progress())  # type: ignore[arg-type]
+            facts = parts.finish(settings.negatives.per_anchor)
         return facts, pq.read_table(out).to_pydict()
 
 
@@ -204,7 +205,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped_and_makes_the_same_file(wor
     with pytest.raises(ClusterError, match="every shard is gone.*goes on where it stopped"):
         world.mine(out, *changes, source=source)
     assert not out.exists()
-    left = world.parts(out, world.settings(*changes)).blocks()
+    with world.parts(out, world.settings(*changes)) as parts:
+        left = parts.blocks()
     assert 128 in left and 1 <= len(left) < 5
     again = Source(world.inner)
     facts, columns = world.mine(out, *changes, source=again)
@@ -216,11 +218,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped_and_makes_the_same_file(wor
 
 def test_a_block_counts_only_when_its_facts_are_there(world: World, tmp_path: Path) -> None:
     settings, out = world.settings(), tmp_path / "mined.parquet"
-    parts = world.parts(out, settings)
-    _mine_blocks(Source(world.inner), parts, settings, Progress())  # type: ignore[arg-type]
-    assert parts.blocks() == []
-    parts._facts(64).unlink()
-    parts._table(64).write_bytes(b"half a table")
+    with world.parts(out, settings) as parts:
+        _mine_blocks(Source(world.inner), parts, settings, Progress())  # type: ignore[arg-type]
+        assert parts.blocks() == []
+        parts._facts(64).unlink()
+        parts._table(64).write_bytes(b"half a table")
     source = Source(world.inner)
     _, columns = world.mine(out, source=source)
     assert source.searched == [64]
@@ -229,13 +231,13 @@ def test_a_block_counts_only_when_its_facts_are_there(world: World, tmp_path: Pa
 
 def test_progress_counts_what_was_done_before(world: World, tmp_path: Path) -> None:
     settings, progress = world.settings(), Progress()
-    parts = world.parts(tmp_path / "mined.parquet", settings)
-    _mine_blocks(Source(world.inner), parts, settings, progress)  # type: ignore[arg-type]
-    assert progress.done == sorted(progress.done) and progress.done[-1] == ROWS
-    parts._facts(256).unlink()  # 44 rows
-    progress = Progress()
-    _mine_blocks(Source(world.inner), parts, settings, progress)  # type: ignore[arg-type]
-    assert progress.done == [ROWS]
+    with world.parts(tmp_path / "mined.parquet", settings) as parts:
+        _mine_blocks(Source(world.inner), parts, settings, progress)  # type: ignore[arg-type]
+        assert progress.done == sorted(progress.done) and progress.done[-1] == ROWS
+        parts._facts(256).unlink()  # 44 rows
+        progress = Progress()
+        _mine_blocks(Source(world.inner), parts, settings, progress)  # type: ignore[arg-type]
+        assert progress.done == [ROWS]
 
 
 @pytest.mark.parametrize(
@@ -243,20 +245,37 @@ def test_progress_counts_what_was_done_before(world: World, tmp_path: Path) -> N
 )
 def test_the_parts_of_another_job_are_refused(world: World, tmp_path: Path, change: str) -> None:
     out = tmp_path / "mined.parquet"
-    world.parts(out, world.settings())
-    world.parts(out, world.settings("timeout_s=3", "encode_batch_size=5"))  # these change nothing of the outcome
-    with pytest.raises(StorageError, match="another model, corpus or selection.*--out"):
-        world.parts(out, world.settings(change))
+    for changes in ((), ("timeout_s=3", "encode_batch_size=5")):  # these change nothing of the outcome
+        with world.parts(out, world.settings(*changes)):
+            pass
+    refused = pytest.raises(StorageError, match="another model, corpus or selection.*--out")
+    with refused, world.parts(out, world.settings(change)):
+        pass
+
+
+def test_one_command_at_a_time_makes_a_file(world: World, tmp_path: Path) -> None:
+    """Two would write the same blocks, and the first to end would take the other's away."""
+    out = tmp_path / "mined.parquet"
+    with world.parts(out, world.settings()):
+        with pytest.raises(StorageError, match=r"\.mined\.parquet\.parts: is in use by another process.*--out"):
+            world.mine(out)
+        assert not out.exists()
+    facts, columns = world.mine(out)
+    assert facts["rows"] == len(columns["anchor"]) > 0
+    with pytest.raises(StorageError, match="exists already"):  # made while this one was prepared
+        world.mine(out)
 
 
 def test_the_parts_of_another_model_are_refused(world: World, tmp_path: Path) -> None:
     out = tmp_path / "mined.parquet"
-    world.parts(out, world.settings())
+    with world.parts(out, world.settings()):
+        pass
     other = load_encoder(world.tree["encoder"]["model"], world.settings().encoder)
     with torch.no_grad():
         next(other.parameters())[0, 0] += 1e-3
-    with pytest.raises(StorageError, match="another model"):
-        _Parts(out, _fingerprint(world.settings(), other, world.corpus), world.corpus)
+    fingerprint = _fingerprint(world.settings(), other, world.corpus)
+    with pytest.raises(StorageError, match="another model"), _Parts.claimed(out, fingerprint, world.corpus):
+        pass
 
 
 # ------------------------------------------------------------------------------------------------ a source in trouble

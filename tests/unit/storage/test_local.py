@@ -1,4 +1,4 @@
-"""Results of a submitted job lie where they outlive it."""
+"""Files are whole or not there, and results of a submitted job lie where they outlive it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from invoke import assert_refused, hncse
 
 from hncse_ray.errors import StorageError
-from hncse_ray.storage import check_outlasts_job
+from hncse_ray.storage import check_outlasts_job, replacing
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -22,6 +22,34 @@ def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     monkeypatch.chdir(folder)
     return folder
+
+
+def test_several_may_write_a_file_at_once_and_it_is_always_whole(tmp_path: Path) -> None:
+    path = tmp_path / "v.npy"
+    path.write_text("old")
+    with replacing(path) as first:
+        first.write_text("fir")
+        with replacing(path) as second:
+            assert first.suffix == second.suffix == ".npy" and first != second and path.read_text() == "old"
+            second.write_text("second")
+        assert path.read_text() == "second"
+        first.write_text("first")
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_of_a_file_that_is_not_finished_nothing_is_left(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "v.npy"
+    path.write_text("old")
+    expected = StorageError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected) as caught, replacing(path, "Free some") as partial:
+        partial.write_text("ha")
+        raise error
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    if isinstance(error, OSError):
+        assert str(caught.value) == f"{path}: cannot be written (No space left on device). Free some"
+    with pytest.raises(StorageError, match="cannot be written"), replacing(path / "below"):
+        (path / "below").write_text("x")
 
 
 @pytest.mark.parametrize("path", ["runs", "./runs", "../runs", "~/runs", "file://runs"])
