@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from hncse_ray.evaluation import evaluate_retrieval, read_collection, uniformity
 from hncse_ray.reporting import Event, MetricsFile, Notice, RunFinished, RunStarted
 from hncse_ray.reporting.events import CheckpointSaved, Evaluated, Sampled, StepsLogged
 from hncse_ray.storage import write_folder
-from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets
+from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets, loop
 from hncse_ray.training.checkpoint import Request
 from hncse_ray.training.evaluator import Measured
 from hncse_ray.training.guards import Guards, batch_uniformity
@@ -683,6 +684,23 @@ def test_the_uniformity_of_a_large_batch_is_that_of_a_sample_of_it() -> None:
     assert float(batch_uniformity(same)) == pytest.approx(0, abs=1e-6)
     same[[0, -1]] = z_BD[[0, 1]]  # the sample goes from the first row to the last
     assert float(batch_uniformity(same)) < -1e-4
+
+
+def test_the_uniformity_of_a_log_counts_as_training(
+    tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, clock = [0.0], time.perf_counter
+
+    def slowly(z_BD: torch.Tensor) -> torch.Tensor:
+        late[0] += 1e6
+        return batch_uniformity(z_BD)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + late[0])
+    monkeypatch.setattr(loop, "batch_uniformity", slowly)
+    events, finished = run(load_settings(tree, ["train.max_steps=3"]), FolderStore(tmp_path))
+    speeds = [event.sentences_per_s for event in events if isinstance(event, StepsLogged)]
+    assert late[0] == 3e6 and finished is not None
+    assert all(16 / speed > 1e6 for speed in [*speeds, finished.sentences_per_s])
 
 
 class TestGuards:
