@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from hncse_ray.config import Settings, Side
+from hncse_ray.config import InstanceSmoothing, Settings, Side
 from hncse_ray.corpus import Corpus, prepare_corpus
 from hncse_ray.encoder import SentenceEncoder, has_dropout, load_encoder
 from hncse_ray.errors import DataError, ModelError
@@ -93,12 +93,30 @@ def check_run(
             "Lower train.batch_size or give a larger corpus",
         )
     plan = plan_batches(settings, corpus.view_lengths, left_out=left_out)
-    count_steps(settings.train, plan)  # refuses a warm-up that does not end
+    steps = count_steps(settings.train, plan)  # refuses a warm-up that does not end
+    for text in _too_late(settings, steps):
+        reporter.on(Notice(text))
     check_candidates(settings, corpus)
     check_views(settings, corpus, lambda text: reporter.on(Notice(text)))
     if (last_batch := plan.rows % batch_size) >= settings.smallest_batch:
         check_objective(settings, dimension=encoder.dimension, batch_size=last_batch)
     return encoder, sets, corpus
+
+
+def _too_late(settings: Settings, steps: int) -> Iterator[str]:
+    """Say which settings take effect only after the end of a run of so many steps."""
+    objective, views = settings.objective, settings.views
+    rows = steps * settings.train.accumulation_steps * settings.train.batch_size
+    if (
+        isinstance(objective, InstanceSmoothing)
+        and settings.negatives.source == "none"
+        and objective.buffer_size > rows
+    ):
+        yield (f"objective.buffer_size = {objective.buffer_size} is more than the {rows} sentences of this run:"
+               " nothing is smoothed")  # fmt: skip
+    if views.active and views.agreement is not None and views.agreement_after_steps >= steps:
+        yield (f"views.agreement_after_steps = {views.agreement_after_steps} is not less than the {steps} steps of"
+               " this run: the index is never asked")  # fmt: skip
 
 
 def _check_dropout(encoder: SentenceEncoder, why: str = "") -> None:

@@ -14,6 +14,7 @@ from hncse_ray.config import Settings, load_settings
 from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import load_encoder
 from hncse_ray.errors import DataError, HncseError, ModelError
+from hncse_ray.reporting import Notice
 from hncse_ray.training.checks import check_run
 from hncse_ray.training.views import check_views
 
@@ -141,3 +142,25 @@ def test_prompts_of_passages_that_are_not_pooled_must_be_alike(small_run: Tree, 
             checked(load_settings(tree, [unlike, *mix]))
     alike = "encoder.prompts={query: 'the one ', document: 'every garden '}"
     assert len(checked(load_settings(tree, [alike, "views.mix={title: 1}"]))) > 40
+
+
+def test_what_takes_effect_only_after_the_end_is_said(small_run: Tree, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Said:
+        def on(self, event: Any) -> None:
+            said.extend([event.text] if isinstance(event, Notice) else [])
+
+    for size, late in ((193, True), (192, False)):  # 12 steps of 16
+        small_run["objective"] = {"name": "instance_smoothing", "buffer_size": size, "group_size": 4}
+        check_run(load_settings(small_run), Said())  # type: ignore[arg-type]
+        text = f"objective.buffer_size = {size} is more than the 192 sentences of this run: nothing is smoothed"
+        assert said == [text] * late
+        said.clear()
+    small_run["objective"] = {"name": "info_nce"}
+    of_documents(small_run, tmp_path)["negatives"] = {"source": "in_process", "candidates": 12}
+    for steps, late in ((12, True), (11, False)):
+        small_run["views"] = {"mix": {"crop": 1}, "agreement": 5, "agreement_after_steps": steps}
+        check_run(load_settings(small_run), Said())  # type: ignore[arg-type]
+        assert sum("views.agreement_after_steps = 12 is not less than the 12 steps" in text for text in said) == late
+        said.clear()
