@@ -58,7 +58,7 @@ def train_here(
 
     with run_log(folder.path), ExitStack() as stack:
         if mirror is not None:
-            keep_trying(lambda: bring_run(mirror.remote, folder.path, notify), timeout_s=PATIENCE_S)
+            keep_trying(lambda: bring_run(mirror.lease.remote, folder.path, notify), timeout_s=PATIENCE_S)
         source: NegativeSource | None = None
         if settings.negatives.source == "pool" and join_ray is not None:
             reporter.on(StageProgress("starting Ray", 0, None))

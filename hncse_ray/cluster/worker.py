@@ -75,7 +75,7 @@ def train_worker(config: dict[str, Any]) -> RunFinished | HncseError | None:
 def _reach_run(folder: Path, mirror: MirrorPlan | None, notify: Callable[[str], None]) -> None:
     """Have what the run has reached on this node: fetched, or seen in the folder that all nodes share."""
     if mirror is not None:
-        keep_trying(lambda: bring_run(mirror.remote, folder, notify), timeout_s=PATIENCE_S)
+        keep_trying(lambda: bring_run(mirror.lease.remote, folder, notify), timeout_s=PATIENCE_S)
     elif not (folder / "settings.yaml").exists():
         raise not_visible(folder)
 

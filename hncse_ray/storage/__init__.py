@@ -1,6 +1,6 @@
 """Where runs are kept: folders written without halves, and copies of them at URLs."""
 
-from hncse_ray.storage.lease import Lease, LeaseLost, check_lease
+from hncse_ray.storage.lease import LEASES, Lease, LeaseLost, leased
 from hncse_ray.storage.local import (
     check_outlasts_job,
     is_job,
@@ -22,12 +22,12 @@ from hncse_ray.storage.mirror import (
 from hncse_ray.storage.remote import Remote, is_url
 
 __all__ = [
+    "LEASES",
     "Damaged",
     "Lease",
     "LeaseLost",
     "Remote",
     "Uploader",
-    "check_lease",
     "check_outlasts_job",
     "delete_folder",
     "fetch_folder",
@@ -35,6 +35,7 @@ __all__ = [
     "is_locked",
     "is_url",
     "keep_trying",
+    "leased",
     "locked",
     "replacing",
     "send_folder",

@@ -1,20 +1,13 @@
 """Who is at work at a URL. Object stores have no locks: a small file there is written again every few seconds.
 
-Whoever finds such a file watches it: one that changes belongs to a live process, one that stays the same for a minute
-to a dead one. No clocks of two machines are compared, except to pass over a file that is older than an hour.
+Whoever finds the file of another watches it: one that changes belongs to a live process, one that stays the same for a
+minute to a dead one. No clocks of two machines are compared, except to pass over a file that is older than an hour.
 
-Of several who find none, or a dead one, at the same time one gets it. S3 and Google's storage could decide that by
-conditional writes, but pyarrow's clients for them offer none (26.0), and a share has none. So it is decided by claims,
-and all that is asked of a storage is that a file which was written is listed from then on, as S3 and Google's are:
-
-1. Write a claim, a file of one's own beside the lease, then list them.
-2. While others are there: the first by name waits for them to withdraw; they withdraw, wait until it is gone, and begin
-   again with a new claim.
-3. Who is alone reads the lease: somebody may have written it meanwhile, and has it. Else it writes the lease, and only
-   then removes its claim.
-
-Two cannot both get past 3. Of two who each were alone, the one who looked first must have removed its claim before the
-second looked, so its lease was there when the second read.
+S3 and Google's storage could decide by conditional writes who is first, but pyarrow's clients for them offer none
+(26.0), and a share has none. So each process has a file of its own, and all that is asked of a storage is that a file
+which was written is listed from then on, as S3 and Google's are: a process has the URL when it has written its file,
+and then listed no other. Of two, whoever lists second sees the file of the other. Two who see each other both remove
+their files, and after pauses of random lengths the first to write its file again has it.
 """
 
 from __future__ import annotations
@@ -22,12 +15,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +32,50 @@ from hncse_ray.storage.remote import Remote
 logger = logging.getLogger(__name__)
 
 BEAT_S, STALE_S = 10.0, 60.0
-_LONG_AGO_S = 3600.0
-_NAME, _CLAIM, _LENGTH = "lease.json", "lease.claim-", 1024
-_POLL_S = 0.2
-_READS, _READ_PAUSE_S = 3, 0.2
+LEASES = "lease."  # how their names begin
+_LONG_AGO_S, _PAUSE_S = 3600.0, 1.0
 
 
 class LeaseLost(StorageError):
     """Another process has taken over: this one must not write any more."""
 
 
+@dataclass(frozen=True)
 class Lease:
-    """The right to write at a URL, held by :meth:`acquire` until :meth:`release`, or until this process ends.
+    """The right to write at a URL, from :func:`leased`; travels to the workers."""
+
+    remote: Remote
+    token: str
+
+    @property
+    def name(self) -> str:
+        """Name of its file."""
+        return f"{LEASES}{self.token}.json"
+
+    def check(self) -> None:
+        """Make sure that nobody else has taken over.
+
+        Raises:
+            LeaseLost: somebody has.
+            StorageError: the storage cannot be reached.
+        """
+        if self.remote.read(self.name) is None:
+            raise LeaseLost("was taken over by another process, so this one stops", self.remote.url,
+                            "Follow that one; nothing of its work was overwritten")  # fmt: skip
+
+
+@contextmanager
+def leased(
+    remote: Remote,
+    folder: Path,
+    *,
+    beat_s: float = BEAT_S,
+    stale_s: float = STALE_S,
+    each_beat: Callable[[], None] = lambda: None,
+) -> Iterator[Lease]:
+    """Hold the right to write at a URL for as long as the context lasts, or until this process ends.
+
+    Where somebody has it who may be dead, wait until that is certain.
 
     Args:
         remote: the place.
@@ -57,185 +84,117 @@ class Lease:
         beat_s: time between two signs of life.
         stale_s: a lease without any for so long is taken over.
         each_beat: called after each sign of life.
+
+    Raises:
+        StorageError: it is held by a live process, or the storage cannot be reached.
     """
+    lease, machine = Lease(remote, uuid.uuid4().hex), f"{socket.gethostname()} {_boot()} {folder.absolute()}"
+    dead = _acquire(lease, machine, stale_s)
+    ended = threading.Event()
 
-    def __init__(
-        self,
-        remote: Remote,
-        folder: Path,
-        *,
-        beat_s: float = BEAT_S,
-        stale_s: float = STALE_S,
-        each_beat: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._remote, self._beat_s, self._stale_s = remote, beat_s, stale_s
-        self._each_beat = each_beat
-        self.token = uuid.uuid4().hex
-        self._machine = f"{socket.gethostname()} {_boot()} {folder.absolute()}"
-        self._beats = 0
-        self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
+    def beat() -> None:
+        lease.check()
+        remote.write(lease.name, _sign(machine))
+        for name in dead:  # who was asleep, and not dead, may have written it once more before it knew
+            remote.delete(name)
+        each_beat()
 
-    def acquire(self) -> None:
-        """Take the lease, or wait until it is certain that its holder is dead, and take it then.
-
-        Raises:
-            StorageError: it is held by a live process, or the storage cannot be reached.
-        """
-        found = _read(self._remote)
-        if found is not None:
-            self._see_it_is_dead(found)
-        with self._alone(found):
-            self._is_still(found)
-            self._write()
-        self._thread = threading.Thread(target=self._keep_beating, name="lease", daemon=True)
-        self._thread.start()
-
-    def release(self) -> None:
-        """Give the lease back; the storage's failure to take it is no error, as it goes stale by itself."""
-        self._ended.set()
-        if self._thread is not None:
-            self._thread.join(timeout=self._beat_s)
+    thread = threading.Thread(target=_keep_beating, args=(beat, beat_s, ended), name="lease", daemon=True)
+    thread.start()
+    try:
+        yield lease
+    finally:
+        ended.set()
+        thread.join(timeout=beat_s)
         try:
-            if holds(self._remote, self.token):
-                self._remote.delete(_NAME)
+            remote.delete(lease.name)
         except StorageError as error:
-            logger.warning("the lease stays, and is stale in %g s: %s", self._stale_s, error)
-
-    def _see_it_is_dead(self, found: dict[str, Any]) -> None:
-        holder = str(found.get("host", "?"))
-        if found.get("machine") == self._machine:
-            return
-        last = found.get("time")
-        if not isinstance(last, (int, float)) or time.time() - last < _LONG_AGO_S:
-            logger.warning("%s is or was in use by a process on %s; seeing for up to %g s whether it lives",
-                           self._remote.url, holder, self._stale_s)  # fmt: skip
-            end = time.monotonic() + self._stale_s
-            while time.monotonic() < end:
-                time.sleep(min(1.0, self._stale_s / 10))
-                if not self._is_still(found):
-                    return
-        logger.warning("taking %s over from a process on %s that shows no life", self._remote.url, holder)
-
-    @contextmanager
-    def _alone(self, found: dict[str, Any] | None) -> Iterator[None]:
-        """Be the only one who claims the lease; see the head of this module."""
-        while True:
-            claim, end = f"{_CLAIM}{uuid.uuid4().hex}.json", time.monotonic() + self._stale_s / 2
-            try:
-                self._remote.write(claim, self._sign())
-                while (others := self._claims() - {claim}) and claim < min(others) and time.monotonic() < end:
-                    self._pause_while(found)
-                if not others:
-                    yield
-                    return
-            finally:
-                self._remote.delete(claim)
-            self._outlast(others, found)
-
-    def _outlast(self, claims: set[str], found: dict[str, Any] | None) -> None:
-        """Wait until claims are gone. Who lives keeps one for half of the time, so what is left is of the dead."""
-        end = time.monotonic() + self._stale_s
-        while left := claims & self._claims():
-            self._pause_while(found)
-            if time.monotonic() > end:
-                for name in left:
-                    self._remote.delete(name)
-
-    def _claims(self) -> set[str]:
-        return {name for name in self._remote.names() if name.startswith(_CLAIM)}
-
-    def _pause_while(self, found: dict[str, Any] | None) -> None:
-        time.sleep(min(_POLL_S, self._stale_s / 10))
-        self._is_still(found)
-
-    def _is_still(self, found: dict[str, Any] | None) -> bool:
-        """Say whether the lease is there as it was found; one that somebody else has written is an error."""
-        now = _read(self._remote)
-        if now is not None and now != found:
-            raise self._in_use(now)
-        return now is not None
-
-    def _in_use(self, found: dict[str, Any]) -> StorageError:
-        by = f"by another process on {found.get('host', '?')} (process {found.get('pid', '?')})"
-        return StorageError(f"is in use {by}", self._remote.url, "Choose another run.name, or end that process")
-
-    def _write(self) -> None:
-        self._remote.write(_NAME, self._sign())
-
-    def _sign(self) -> bytes:
-        """Return a sign of life that differs from all before."""
-        self._beats += 1
-        content = {
-            "token": self.token,
-            "machine": self._machine,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "beat": self._beats,
-            "time": time.time(),
-        }
-        # Of one length: clients ask for the size first, and would read one that was renewed in between by half.
-        return json.dumps(content).ljust(_LENGTH).encode()
-
-    def _keep_beating(self) -> None:
-        failing = False
-        while not self._ended.wait(self._beat_s):
-            try:
-                found = _read(self._remote)
-                if not _may_be_of(found, self.token):
-                    assert found is not None
-                    logger.warning("%s was taken over by a process on %s", self._remote.url, found.get("host", "?"))
-                    return
-                self._write()
-                self._each_beat()
-                failing = False
-            except StorageError as error:
-                if not failing:
-                    logger.warning("no sign of life can be left: %s", error)
-                failing = True
+            logger.warning("the lease stays, and is stale in %g s: %s", stale_s, error)
 
 
-def holds(remote: Remote, token: str) -> bool:
-    """Say whether the lease at a URL is that of a token; one that nobody has, or nobody can read, counts too.
-
-    Raises:
-        StorageError: the storage cannot be reached.
-    """
-    return _may_be_of(_read(remote), token)
-
-
-def _may_be_of(found: dict[str, Any] | None, token: str) -> bool:
-    return found is None or found.get("token", token) == token
-
-
-def check_lease(remote: Remote, token: str) -> None:
-    """Make sure that nobody else has taken over.
-
-    Raises:
-        LeaseLost: somebody has.
-        StorageError: the storage cannot be reached.
-    """
-    if not holds(remote, token):
-        raise LeaseLost("was taken over by another process, so this one stops", remote.url,
-                        "Follow that one; nothing of its work was overwritten")  # fmt: skip
+def _acquire(lease: Lease, machine: str, stale_s: float) -> list[str]:
+    """Be the only one who has a lease; return the names of those that were taken over."""
+    dead = _see_they_are_dead(lease, machine, stale_s)
+    for name in dead:
+        lease.remote.delete(name)
+    while True:
+        lease.remote.write(lease.name, _sign(machine))
+        if not _others(lease):
+            return dead
+        lease.remote.delete(lease.name)
+        time.sleep(random.uniform(0, _PAUSE_S))
+        if others := _others(lease):
+            raise _in_use(lease, *others.values())
 
 
-def _read(remote: Remote) -> dict[str, Any] | None:
-    """Return the lease; of one that cannot be read, in several attempts, what it is in hexadecimal."""
-    content: bytes | None = b""
-    for attempt in range(_READS):
-        if attempt:
-            time.sleep(_READ_PAUSE_S)
-        content = remote.read(_NAME)
-        if content is None:
-            return None
+def _see_they_are_dead(lease: Lease, machine: str, stale_s: float) -> list[str]:
+    """Return the names of the leases of others, once it is certain that these show no life."""
+    found = _others(lease)
+    doubtful = {name for name, content in found.items() if not _is_surely_dead(_read(content), machine)}
+    if doubtful:
+        logger.warning("%s is or was in use by a process on %s; seeing for up to %g s whether it lives",
+                       lease.remote.url, _holders(*found.values()), stale_s)  # fmt: skip
+    end = time.monotonic() + stale_s
+    while doubtful and time.monotonic() < end:
+        time.sleep(min(_PAUSE_S, stale_s / 10))
+        now = _others(lease)
+        if live := [content for name, content in now.items() if content != found.get(name)]:
+            raise _in_use(lease, *live)
+        found, doubtful = now, doubtful & now.keys()
+    if found:
+        holders = _holders(*found.values())
+        logger.warning("taking %s over from a process on %s that shows no life", lease.remote.url, holders)
+    return list(found)
+
+
+def _in_use(lease: Lease, *others: bytes) -> StorageError:
+    by = f"by another process on {_holders(*others)} (process {_read(others[0]).get('pid', '?')})"
+    return StorageError(f"is in use {by}", lease.remote.url, "Choose another run.name, or end that process")
+
+
+def _others(lease: Lease) -> dict[str, bytes]:
+    """Return the leases of other processes."""
+    names = [name for name in lease.remote.names() if name.startswith(LEASES) and name != lease.name]
+    return {name: content for name in names if (content := lease.remote.read(name)) is not None}
+
+
+def _sign(machine: str) -> bytes:
+    """Return a sign of life that differs from all before."""
+    facts = {"machine": machine, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    return json.dumps(facts).encode()
+
+
+def _read(content: bytes) -> dict[str, Any]:
+    """Return what a lease says of its holder: nothing if it cannot be read, as when it is being written."""
+    try:
+        facts = json.loads(content)
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _is_surely_dead(facts: dict[str, Any], machine: str) -> bool:
+    last = facts.get("time")
+    return facts.get("machine") == machine or (isinstance(last, float | int) and time.time() - last > _LONG_AGO_S)
+
+
+def _holders(*leases: bytes) -> str:
+    return ", ".join(sorted({str(_read(content).get("host", "?")) for content in leases}))
+
+
+def _keep_beating(beat: Callable[[], None], beat_s: float, ended: threading.Event) -> None:
+    failing = False
+    while not ended.wait(beat_s):
         try:
-            lease = json.loads(content)
-        except ValueError:
-            continue
-        if isinstance(lease, dict):
-            return lease
-    return {"unreadable": (content or b"").hex()}
+            beat()
+            failing = False
+        except LeaseLost as error:
+            logger.warning("%s", error)
+            return
+        except StorageError as error:
+            if not failing:
+                logger.warning("no sign of life can be left: %s", error)
+            failing = True
 
 
 def _boot() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ def is_inside(name: str) -> bool:
 class Remote:
     """A folder at a URL. Files in it are named by their path below it; pickles as the URL.
 
+    Each method raises a :class:`StorageError` if the storage cannot be reached, or refuses.
+
     Args:
         url: such as ``s3://bucket/folder``. Who may use it is for the usual places of its service to say, such as
             AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ``~/.aws``, the role of the machine, or GOOGLE_APPLICATION_CREDENTIALS.
@@ -40,16 +44,15 @@ class Remote:
         self.url = url.rstrip("/")
         self._opened  # noqa: B018  so that a bad URL is told at once
 
-    def __reduce__(self) -> tuple[object, ...]:
-        """Pickle as the URL; the copy is opened when it is used, and says then if it cannot be."""
-        return _closed, (self.url,)
+    def __getstate__(self) -> dict[str, str]:
+        """Leave what is opened here; the copy is opened when it is used, and says then if it cannot be."""
+        return {"url": self.url}
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
         """The filesystem, and the folder's path in it."""
         import fsspec
-        from fsspec.implementations.arrow import ArrowFSWrapper
-        from pyarrow.fs import FileSystem
+        from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
         scheme, _, rest = self.url.partition("://")
         if not rest or (scheme in _ARROW_SCHEMES and rest.startswith("/")):
@@ -61,9 +64,9 @@ class Remote:
             if scheme in _ARROW_SCHEMES:
                 query = f"?retry_limit_seconds={_GCS_RETRY_S}" if scheme == "gs" else ""
                 filesystem, path = FileSystem.from_uri(self.url + query)
-                return ArrowFSWrapper(filesystem), path.strip("/")
-            filesystem, path = fsspec.core.url_to_fs(self.url)
-            return filesystem, path.rstrip("/")
+                return filesystem, path.strip("/")
+            filesystem, path = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+            return PyFileSystem(FSSpecHandler(filesystem)), path.rstrip("/")
         except ImportError as error:
             raise StorageError(f"cannot be opened: {error}", self.url, f"Install what fsspec needs for {scheme}://,"
                                " on every node") from error  # fmt: skip
@@ -72,120 +75,77 @@ class Remote:
                                "Give a URL such as s3://bucket/folder, or a folder") from error  # fmt: skip
 
     def read(self, name: str) -> bytes | None:
-        """Return a file's content; None if there is no such file.
-
-        Raises:
-            StorageError: the storage cannot be reached.
-        """
+        """Return a file's content; None if there is no such file."""
         filesystem, folder = self._opened
-        try:
-            content: bytes = filesystem.cat_file(f"{folder}/{name}")
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except Exception as error:
-            raise self._failure("read", name, error) from error
-        return content
+        with self._saying("read", name):
+            try:
+                with filesystem.open_input_stream(f"{folder}/{name}", compression=None) as file:
+                    content: bytes = file.read()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            return content
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a small file.
-
-        Raises:
-            StorageError: it cannot be written.
-        """
-        filesystem, folder = self._opened
-        try:
-            self._make_parent(name)
-            filesystem.pipe_file(f"{folder}/{name}", content)
-        except Exception as error:
-            raise self._failure("written", name, error) from error
+        """Write a small file."""
+        filesystem, _ = self._opened
+        with (
+            self._saying("written", name),
+            filesystem.open_output_stream(self._made_parent(name), compression=None) as file,
+        ):
+            file.write(content)
 
     def upload(self, file: Path, name: str) -> None:
-        """Copy a local file to here.
+        """Copy a local file to here."""
+        from pyarrow.fs import LocalFileSystem, copy_files
 
-        Raises:
-            StorageError: it cannot be written.
-        """
-        filesystem, folder = self._opened
-        try:
-            self._make_parent(name)
-            filesystem.put_file(str(file), f"{folder}/{name}")
-        except Exception as error:
-            raise self._failure("written", name, error) from error
+        filesystem, _ = self._opened
+        with self._saying("written", name):
+            copy_files(str(file), self._made_parent(name), LocalFileSystem(), filesystem)
 
     def download(self, name: str, file: Path) -> None:
-        """Copy a file from here; its folder is there.
+        """Copy a file from here; its folder is there."""
+        from pyarrow.fs import LocalFileSystem, copy_files
 
-        Raises:
-            StorageError: it cannot be read, or not be written locally.
-        """
         filesystem, folder = self._opened
-        try:
-            filesystem.get_file(f"{folder}/{name}", str(file))
-        except Exception as error:
-            raise self._failure("fetched", name, error) from error
+        with self._saying("fetched", name):
+            copy_files(f"{folder}/{name}", str(file), filesystem, LocalFileSystem())
 
     def names(self, below: str = "") -> list[str]:
-        """Return the names of all files, or of those in one folder, sorted; without such as are no path below it.
+        """Return the names of all files, or of those in one folder, sorted; without such as are no path below it."""
+        from pyarrow.fs import FileSelector, FileType
 
-        Raises:
-            StorageError: the storage cannot be reached.
-        """
         filesystem, folder = self._opened
-        place = f"{folder}/{below}".rstrip("/")
-        try:
-            found = _find(filesystem, place)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except Exception as error:
-            raise self._failure("listed", below, error) from error
         start = folder.strip("/") + "/"
-        return sorted(name for path in found if is_inside(name := path.strip("/").removeprefix(start)))
+        with self._saying("listed", below):
+            selector = FileSelector(f"{folder}/{below}".rstrip("/"), allow_not_found=True, recursive=True)
+            paths = [info.path for info in filesystem.get_file_info(selector) if info.type == FileType.File]
+        return sorted(name for path in paths if is_inside(name := path.strip("/").removeprefix(start)))
 
     def delete(self, name: str) -> None:
-        """Delete a file; that it is not there is no error.
-
-        Raises:
-            StorageError: the storage cannot be reached.
-        """
+        """Delete a file; that it is not there is no error."""
         filesystem, folder = self._opened
-        try:
-            filesystem.rm_file(f"{folder}/{name}")
-        except FileNotFoundError:
-            return
-        except Exception as error:
-            raise self._failure("deleted", name, error) from error
+        with self._saying("deleted", name):
+            try:
+                filesystem.delete_file(f"{folder}/{name}")
+            except FileNotFoundError:
+                return
 
-    def _make_parent(self, name: str) -> None:
-        """Make the folder of a file where there are folders; object stores have none."""
+    def _made_parent(self, name: str) -> str:
+        """Make the folder of a file where there are folders, which object stores have not; return the file's path."""
         filesystem, folder = self._opened
+        path = f"{folder}/{name}"
         if self.url.partition("://")[0] not in _ARROW_SCHEMES:
-            filesystem.makedirs(f"{folder}/{name}".rpartition("/")[0], exist_ok=True)
+            filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        return path
 
-    def _failure(self, verb: str, name: str, error: Exception) -> StorageError:
-        return StorageError(f"cannot be {verb} ({_reason(error)})", f"{self.url}/{name}".rstrip("/"),
-                            "Is the storage reachable, and may this machine use it?")  # fmt: skip
-
-
-def _find(filesystem: Any, place: str) -> list[str]:
-    """Return the paths of all files below a folder.
-
-    pyarrow is asked for all at once: of Google's storage it lists a single level without the folders that nobody made.
-    """
-    from fsspec.implementations.arrow import ArrowFSWrapper
-    from pyarrow.fs import FileSelector, FileType
-
-    if isinstance(filesystem, ArrowFSWrapper):
-        found = filesystem.fs.get_file_info(FileSelector(place, allow_not_found=True, recursive=True))
-        return [info.path for info in found if info.type == FileType.File]
-    filesystem.invalidate_cache()
-    paths: list[str] = filesystem.find(place)
-    return paths
-
-
-def _closed(url: str) -> Remote:
-    remote = Remote.__new__(Remote)
-    remote.url = url
-    return remote
+    @contextmanager
+    def _saying(self, verb: str, name: str) -> Iterator[None]:
+        """Make every failure a :class:`StorageError` that says what could not be done to which file."""
+        try:
+            yield
+        except Exception as error:  # each filesystem has errors of its own
+            raise StorageError(f"cannot be {verb} ({_reason(error)})", f"{self.url}/{name}".rstrip("/"),
+                               "Is the storage reachable, and may this machine use it?") from error  # fmt: skip
 
 
 def _reason(error: Exception) -> str:

@@ -24,16 +24,17 @@ from hncse_ray.errors import StorageError
 from hncse_ray.reporting.events import RunFinished
 from hncse_ray.reporting.records import METRICS, SAMPLES
 from hncse_ray.storage import (
+    LEASES,
     Damaged,
     Lease,
     Remote,
     Uploader,
-    check_lease,
     check_outlasts_job,
     delete_folder,
     fetch_folder,
     is_url,
     keep_trying,
+    leased,
     locked,
     replacing,
     send_folder,
@@ -57,9 +58,9 @@ def working_folder(settings: Settings) -> Path:
 class RemoteRunFolder(RunFolder):
     """A claimed run at a URL, and its local folder; see :func:`claim_run`."""
 
-    def __init__(self, path: Path, remote: Remote, token: str) -> None:
+    def __init__(self, path: Path, lease: Lease) -> None:
         super().__init__(path)
-        self.remote, self.token = remote, token
+        self.lease, self.remote = lease, lease.remote
         self._sent_log = -1
 
     @property
@@ -102,7 +103,7 @@ class RemoteRunFolder(RunFolder):
             self._sent_log = size
 
     def _send_result(self) -> None:
-        check_lease(self.remote, self.token)
+        self.lease.check()
         self.send_log()
         self.remote.upload(self.path / "result.json", "result.json")
 
@@ -132,11 +133,9 @@ def claim_run(settings: Settings) -> Iterator[RunFolder]:
         except StorageError as error:
             raise StorageError(error.what, remote.url, error.hint) from error
         folder: RemoteRunFolder | None = None
-        lease = Lease(remote, work, each_beat=lambda: folder.send_log() if folder else None)
-        lease.acquire()
-        stack.callback(lease.release)
+        lease = stack.enter_context(leased(remote, work, each_beat=lambda: folder.send_log() if folder else None))
         is_new = _refuse(remote, settings)  # again: another process may have been first
-        folder = _resume(remote, work, lease.token, settings, is_new=is_new)
+        folder = _resume(lease, work, settings, is_new=is_new)
         stack.callback(_leave, folder, is_new=is_new)
         yield folder
 
@@ -158,13 +157,14 @@ def _refuse(remote: Remote, settings: Settings) -> bool:
     if stored is not None:
         refuse_other_settings(stored.decode("utf-8", errors="replace"), settings, remote.url)
         return False
-    if left := [name for name in remote.names() if not name.startswith("lease.")]:
+    if left := [name for name in remote.names() if not name.startswith(LEASES)]:
         raise StorageError(f"is not empty and holds no run (there is {left[0]})", remote.url, OTHER)
     return True
 
 
-def _resume(remote: Remote, work: Path, token: str, settings: Settings, *, is_new: bool) -> RemoteRunFolder:
+def _resume(lease: Lease, work: Path, settings: Settings, *, is_new: bool) -> RemoteRunFolder:
     """Make the local folder fit what is at the URL, as far as the driver needs it."""
+    remote = lease.remote
     if is_new:
         if (work / "settings.yaml").exists():  # of a run that was removed from the URL
             aside = work.with_name(work.name + ".aside")
@@ -176,14 +176,14 @@ def _resume(remote: Remote, work: Path, token: str, settings: Settings, *, is_ne
                     os.replace(entry, aside / entry.name)
         remote.write("settings.yaml", settings.to_yaml().encode())
         write_atomically(work / "settings.yaml", settings.to_yaml())
-        return RemoteRunFolder(work, remote, token)
+        return RemoteRunFolder(work, lease)
     for name in ("settings.yaml", "result.json"):
         if (content := remote.read(name)) is not None:
             write_atomically(work / name, content.decode(errors="replace"))
     log, stored = work / "log.txt", remote.read("log.txt")
     if stored is not None and (not log.exists() or log.stat().st_size < len(stored)):
         log.write_bytes(stored)
-    return RemoteRunFolder(work, remote, token)
+    return RemoteRunFolder(work, lease)
 
 
 def bring_run(remote: Remote, work: Path, notify: Callable[[str], None]) -> None:
@@ -232,8 +232,7 @@ def _send_records(remote: Remote, work: Path) -> None:
 class MirrorPlan:
     """What a rank needs to know to send to the URL; travels to the workers."""
 
-    remote: Remote
-    token: str
+    lease: Lease
     keep: int
 
 
@@ -241,7 +240,7 @@ def mirror_plan(folder: RunFolder) -> MirrorPlan | None:
     """Return how a claimed run is sent to its URL; None if it has none."""
     if not isinstance(folder, RemoteRunFolder):
         return None
-    return MirrorPlan(folder.remote, folder.token, keep=KEPT_CHECKPOINTS)
+    return MirrorPlan(folder.lease, keep=KEPT_CHECKPOINTS)
 
 
 class RunMirror:
@@ -255,7 +254,7 @@ class RunMirror:
 
     def __init__(self, plan: MirrorPlan, work: Path, notify: Callable[[str], None]) -> None:
         self._plan, self._work = plan, work
-        self._uploader = Uploader(plan.remote.url, str(work), notify)
+        self._uploader = Uploader(plan.lease.remote.url, str(work), notify)
 
     @property
     def sending(self) -> str | None:
@@ -287,8 +286,8 @@ class RunMirror:
             logger.warning("%s", error)
 
     def _send(self, checkpoint: Path | None, model: Path | None = None) -> None:
-        remote = self._plan.remote
-        check_lease(remote, self._plan.token)
+        remote = self._plan.lease.remote
+        self._plan.lease.check()
         # First the records: a checkpoint that is whole has all lines up to its step.
         _send_records(remote, self._work)
         if checkpoint is not None:

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,99 +18,75 @@ import pytest
 from waits import seconds, soon
 
 from hncse_ray.errors import StorageError
-from hncse_ray.storage import Lease, LeaseLost, Remote, check_lease
+from hncse_ray.storage import Lease, LeaseLost, Remote, leased
 
 BEAT_S, STALE_S = seconds(0.2), seconds(3.0)  # a live one must come to beat in time
 DEAD_S = 0.5  # where nobody lives
 
 
-def lease(remote: Remote, folder: Path, stale_s: float = STALE_S) -> Lease:
-    return Lease(remote, folder, beat_s=BEAT_S, stale_s=stale_s)
+def lease(remote: Remote, folder: Path, stale_s: float = STALE_S) -> AbstractContextManager[Lease]:
+    return leased(remote, folder, beat_s=BEAT_S, stale_s=stale_s)
 
 
 def leave(remote: Remote, **facts: object) -> None:
     """Leave the lease of a process that is dead."""
-    content = {"token": "x", "machine": "m", "host": "elsewhere", "pid": 7, "beat": 3, "time": time.time()}
-    remote.write("lease.json", json.dumps(content | facts).encode())
+    content = {"machine": "m", "host": "elsewhere", "pid": 7, "time": time.time()}
+    remote.write("lease.dead.json", json.dumps(content | facts).encode())
+
+
+def take_over(remote: Remote, lost: Lease) -> None:
+    """Do what a process does that takes a lease over."""
+    remote.write("lease.other.json", b"{}")
+    remote.delete(lost.name)
 
 
 def test_it_is_held_until_it_is_released(remote: Remote, tmp_path: Path) -> None:
-    first = lease(remote, tmp_path / "a")
-    first.acquire()
-    check_lease(remote, first.token)
-    started = time.monotonic()
-    with pytest.raises(StorageError, match=r"is in use by another process on .* \(process \d+\)") as caught:
-        lease(remote, tmp_path / "b").acquire()
-    assert time.monotonic() - started < STALE_S and caught.value.hint
-    first.release()
+    with lease(remote, tmp_path / "a") as first:
+        first.check()
+        started = time.monotonic()
+        with (
+            pytest.raises(StorageError, match=r"is in use by another process on .* \(process \d+\)") as caught,
+            lease(remote, tmp_path / "b"),
+        ):
+            pytest.fail("both have it")
+        assert time.monotonic() - started < STALE_S and caught.value.hint
     assert remote.names() == []
-    second = lease(remote, tmp_path / "b")
-    second.acquire()
-    second.release()
+    with lease(remote, tmp_path / "b"):
+        pass
 
 
 def test_one_that_shows_no_life_is_taken_over_and_it_is_said(
     remote: Remote, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     leave(remote, time=time.time() + 500)  # a clock that is ahead is no sign of life
-    mine = lease(remote, tmp_path, DEAD_S)
     started = time.monotonic()
-    with caplog.at_level(logging.WARNING):
-        mine.acquire()
-    assert time.monotonic() - started >= DEAD_S
+    with caplog.at_level(logging.WARNING), lease(remote, tmp_path, DEAD_S) as mine:
+        assert time.monotonic() - started >= DEAD_S and remote.names() == [mine.name]
     assert "over from a process on elsewhere that shows no life" in caplog.text
-    mine.release()
 
 
 def test_one_of_long_ago_is_taken_over_at_once(remote: Remote, tmp_path: Path) -> None:
     leave(remote, time=time.time() - 7200)
     started = time.monotonic()
-    mine = lease(remote, tmp_path)
-    mine.acquire()
-    assert time.monotonic() - started < STALE_S
-    mine.release()
+    with lease(remote, tmp_path):
+        assert time.monotonic() - started < STALE_S
 
 
 def test_one_of_a_process_that_died_in_this_very_folder_is_taken_over_at_once(remote: Remote, tmp_path: Path) -> None:
-    dead = lease(remote, tmp_path)
-    dead._write()
+    with lease(remote, tmp_path) as dead:
+        content = remote.read(dead.name)
+    assert content is not None
+    remote.write(dead.name, content)
     started = time.monotonic()
-    mine = lease(remote, tmp_path)
-    mine.acquire()
-    assert time.monotonic() - started < STALE_S
-    mine.release()
+    with lease(remote, tmp_path):
+        assert time.monotonic() - started < STALE_S
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"time": "x"}', b"\xff"])
 def test_one_that_cannot_be_read_is_watched_like_any_other(remote: Remote, tmp_path: Path, content: bytes) -> None:
     remote.write("lease.json", content)
-    mine = lease(remote, tmp_path, DEAD_S)
-    mine.acquire()
-    check_lease(remote, mine.token)
-    mine.release()
-
-
-def test_one_that_was_read_by_half_is_not_a_sign_that_another_took_over(
-    remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mine = lease(remote, tmp_path)
-    mine.acquire()
-    whole, really, reads = len(remote.read("lease.json") or b""), Remote.read, []
-
-    def read_by_half(self: Remote, name: str) -> bytes | None:
-        content = really(self, name)
-        reads.append(content)
-        return content[:30] if content and len(reads) % 3 == 1 else content
-
-    monkeypatch.setattr(Remote, "read", read_by_half)
-    for _ in range(5):
-        check_lease(remote, mine.token)
-        time.sleep(BEAT_S)
-    monkeypatch.setattr(Remote, "read", really)
-    before = remote.read("lease.json")
-    assert before is not None and len(before) == whole
-    soon(lambda: remote.read("lease.json") != before, within_s=30, what="the next beat")
-    mine.release()
+    with lease(remote, tmp_path, DEAD_S) as mine:
+        mine.check()
 
 
 class Turns:
@@ -147,15 +124,13 @@ class Turns:
             self._changed.notify_all()
 
 
-def start_two(remote: Remote, folder: Path, order: list[int]) -> list[Lease | StorageError]:
+def start_two(remote: Remote, folder: Path, order: list[int], held: ExitStack) -> list[Lease | StorageError]:
     """Have two processes of different machines start at once; return the lease of each, or why it was refused."""
     turns, results = Turns(order), list[Lease | StorageError | None]([None, None])
 
     def start(number: int) -> None:
-        mine = lease(turns.remote(remote, number), folder / str(number))
         try:
-            mine.acquire()
-            results[number] = mine
+            results[number] = held.enter_context(lease(turns.remote(remote, number), folder / str(number)))
         except StorageError as error:
             results[number] = error
         finally:
@@ -179,54 +154,49 @@ ORDERS += [random.Random(seed).choices([0, 1], k=40) for seed in range(8)]
 def test_of_two_who_start_at_once_one_gets_it(
     remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_left: bool
 ) -> None:
-    monkeypatch.setattr("hncse_ray.storage.lease._POLL_S", 0.02)
+    monkeypatch.setattr("hncse_ray.storage.lease._PAUSE_S", 0.05)
     for number, order in enumerate(ORDERS):
         if is_left:
             leave(remote, time=0)
-        results = start_two(remote, tmp_path / str(number), list(order))
-        held = [result for result in results if isinstance(result, Lease)]
-        refused = [str(result) for result in results if isinstance(result, StorageError)]
-        assert len(held) == len(refused) == 1, (order, results)
-        assert f"is in use by another process on {socket.gethostname()} (process {os.getpid()})" in refused[0]
-        check_lease(remote, held[0].token)
-        assert remote.names() == ["lease.json"]
-        held[0].release()
+        with ExitStack() as stack:
+            results = start_two(remote, tmp_path / str(number), list(order), stack)
+            held = [result for result in results if isinstance(result, Lease)]
+            refused = [str(result) for result in results if isinstance(result, StorageError)]
+            assert len(held) == len(refused) == 1, (order, results)
+            assert f"is in use by another process on {socket.gethostname()} (process {os.getpid()})" in refused[0]
+            held[0].check()
+            assert remote.names() == [held[0].name]
         assert remote.names() == []
 
 
-def test_the_claim_of_a_process_that_died_while_it_started_is_removed(remote: Remote, tmp_path: Path) -> None:
-    for name in ("0", "g"):  # before and after any other by name
-        remote.write(f"lease.claim-{name}.json", b"")
-        mine = lease(remote, tmp_path, DEAD_S)
-        mine.acquire()
-        assert remote.names() == ["lease.json"]
-        mine.release()
+def test_a_holder_that_was_taken_over_learns_it_and_leaves_the_other_s_alone(
+    remote: Remote, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING), lease(remote, tmp_path) as mine:
+        take_over(remote, mine)
+        soon(lambda: "was taken over" in caplog.text, within_s=30, what="the end of its beats")
+        with pytest.raises(LeaseLost, match="was taken over"):
+            mine.check()
+    assert remote.names() == ["lease.other.json"]
 
 
-def test_a_holder_that_was_taken_over_learns_it_and_leaves_the_other_s_alone(remote: Remote, tmp_path: Path) -> None:
-    mine = lease(remote, tmp_path)
-    mine.acquire()
-    leave(remote, token="other")
-    beating = mine._thread
-    assert beating is not None
-    soon(lambda: not beating.is_alive(), within_s=30, what="the end of its beats")
-    with pytest.raises(LeaseLost, match="was taken over"):
-        check_lease(remote, mine.token)
-    mine.release()
-    assert json.loads(remote.read("lease.json") or b"")["token"] == "other"
+def test_a_lease_that_one_who_was_asleep_wrote_once_more_is_removed(remote: Remote, tmp_path: Path) -> None:
+    leave(remote, time=0)
+    with lease(remote, tmp_path) as mine:
+        leave(remote)
+        soon(lambda: remote.names() == [mine.name], within_s=30, what="its removal")
 
 
 def test_it_survives_an_outage(remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine, really, failures = lease(remote, tmp_path), Remote.write, []
-    mine.acquire()
+    really, failures = Remote.write, list[str]()
 
     def fail(self: Remote, name: str, content: bytes) -> None:
         failures.append(name)
         raise StorageError("no connection", self.url)
 
-    monkeypatch.setattr(Remote, "write", fail)
-    soon(lambda: len(failures) >= 2, within_s=30, what="two beats that fail")
-    before = remote.read("lease.json")
-    monkeypatch.setattr(Remote, "write", really)
-    soon(lambda: remote.read("lease.json") != before, within_s=30, what="a beat")
-    mine.release()
+    with lease(remote, tmp_path) as mine:
+        monkeypatch.setattr(Remote, "write", fail)
+        soon(lambda: len(failures) >= 2, within_s=30, what="two beats that fail")
+        before = remote.read(mine.name)
+        monkeypatch.setattr(Remote, "write", really)
+        soon(lambda: remote.read(mine.name) != before, within_s=30, what="a beat")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from pyarrow.fs import FileSelector, FileType
 
 from hncse_ray.errors import StorageError
 from hncse_ray.storage import Remote, is_url
@@ -36,8 +39,14 @@ def test_what_is_written_is_read_back(remote: Remote, tmp_path: Path) -> None:
 def test_a_name_that_is_no_path_below_is_not_listed(remote: Remote, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No client writes such keys, but a bucket may hold them."""
     remote.write("a.txt", b"1")
-    root = remote.names.__globals__["_find"](*remote._opened)[0].removesuffix("a.txt")
-    monkeypatch.setitem(remote.names.__globals__, "_find", lambda *args: [f"{root}{name}", f"{root}a.txt"])
+    filesystem, folder = remote._opened
+    odd = SimpleNamespace(path=f"{folder}/{name}", type=FileType.File)
+
+    class Listing:
+        def get_file_info(self, selector: FileSelector) -> list[Any]:
+            return [odd, *filesystem.get_file_info(selector)]
+
+    monkeypatch.setattr(remote, "_opened", (Listing(), folder))
     assert remote.names() == ["a.txt"]
 
 

@@ -17,7 +17,7 @@ from waits import seconds, soon
 
 from hncse_ray.config import Settings, load_settings
 from hncse_ray.errors import StorageError
-from hncse_ray.storage import LeaseLost, Remote, send_folder, whole_folders
+from hncse_ray.storage import Lease, LeaseLost, Remote, send_folder, whole_folders
 from hncse_ray.training import remote_run
 from hncse_ray.training.remote_run import (
     MirrorPlan,
@@ -67,7 +67,7 @@ class TestClaiming:
         with claim_run(chosen) as folder:
             assert folder.place == chosen.run_dir and folder.path == working_folder(chosen)
             assert load_settings(tmp_path / "store/run/settings.yaml") == chosen
-            assert (tmp_path / "store/run/lease.json").exists()
+            assert len(list((tmp_path / "store/run").glob("lease.*.json"))) == 1
             (folder.path / "checkpoints").mkdir()
         assert set(listing(tmp_path / "store/run")) == {"settings.yaml"}
 
@@ -164,7 +164,8 @@ class TestTravelling:
         return Remote(f"file://{tmp_path}/store/run")
 
     def mirror(self, remote: Remote, work: Path, said: list[str] | None = None) -> RunMirror:
-        return RunMirror(MirrorPlan(remote, "me", keep=2), work, (said if said is not None else []).append)
+        remote.write("lease.me.json", b"")
+        return RunMirror(MirrorPlan(Lease(remote, "me"), keep=2), work, (said if said is not None else []).append)
 
     def test_another_machine_finds_checkpoints_records_and_model(self, remote: Remote, tmp_path: Path) -> None:
         here, there = tmp_path / "here", tmp_path / "there"
@@ -248,12 +249,12 @@ class TestTravelling:
 
     def test_one_who_was_taken_over_overwrites_nothing(self, remote: Remote, tmp_path: Path) -> None:
         newest = checkpoint(tmp_path / "here", 4)
-        remote.write("lease.json", b'{"token": "other"}')
         mirror = self.mirror(remote, tmp_path / "here")
+        remote.delete("lease.me.json")
         mirror.send_checkpoint(newest)
         with pytest.raises(LeaseLost):
             mirror.finish(newest, tmp_path / "model")
-        assert remote.names() == ["lease.json"]
+        assert remote.names() == []
 
 
 class TestAcrossAnOutageOfS3:
@@ -264,7 +265,8 @@ class TestAcrossAnOutageOfS3:
 
     def test_a_checkpoint_made_while_it_is_away_is_there_in_the_end(self, gate: Gate, tmp_path: Path) -> None:
         remote, here, said = Remote(f"s3://{BUCKET}/outage/run"), tmp_path / "here", list[str]()
-        mirror = RunMirror(MirrorPlan(remote, "me", keep=2), here, said.append)
+        remote.write("lease.me.json", b"")
+        mirror = RunMirror(MirrorPlan(Lease(remote, "me"), keep=2), here, said.append)
         mirror.send_checkpoint(checkpoint(here, 4))
         soon(lambda: whole_folders(remote, "checkpoints"), within_s=60, what="the copy")
         gate.close()
