@@ -282,6 +282,7 @@ def steps_of_a_run(part: str, args: argparse.Namespace) -> dict[str, list[float]
     from hncse_ray.reporting.events import StepsLogged
     from hncse_ray.training import EvaluationSets, TrainJob, fit
     from hncse_ray.training.checks import prepare
+    from hncse_ray.training.run_folder import RunFolder
     from hncse_ray.training.store import folder_store
 
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -308,7 +309,7 @@ def steps_of_a_run(part: str, args: argparse.Namespace) -> dict[str, list[float]
             if isinstance(event, StepsLogged):
                 marks.append((event.step, time.thread_time(), time.perf_counter()))
 
-        store = stack.enter_context(folder_store(Path(folder) / "run", None, print))
+        store = stack.enter_context(folder_store(RunFolder(Path(folder) / "run"), print))
         fit(TrainJob(settings, corpus, encoder, EvaluationSets({}), source), store, emit)
     begun = set(published) if part == "publish" else set(range(EVERY, args.steps, EVERY))
     found: dict[str, list[float]] = {f"{who}_{key}": [] for who in ("beside", "others") for key in ("cpu_s", "wall_s")}

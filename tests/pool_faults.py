@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +26,7 @@ from hncse_ray.cluster import train
 from hncse_ray.cluster.pool import PoolClient
 from hncse_ray.config import Settings
 from hncse_ray.negatives import Hits, SourceUnavailable
-from hncse_ray.storage import is_url
-from hncse_ray.training.remote_run import working_folder
+from hncse_ray.training.run_folder import working_folder
 
 POOL = ("ShardActor", "PoolCoordinator")
 TIMINGS = {"sentences_per_s", "data/waited"} | {
@@ -151,8 +149,7 @@ class Training:
     """A run in a thread of this process, whose metrics can be watched, and whose workers can be slowed down."""
 
     def __init__(self, settings: Settings) -> None:
-        at_url = is_url(settings.run.storage_path)
-        self.folder = working_folder(settings) if at_url else Path(settings.run_dir)
+        self.folder = working_folder(settings)
         self._result: list[Any] = []
         self._settings = settings
         self._thread = threading.Thread(target=self._run, daemon=True)

@@ -26,8 +26,7 @@ from hncse_ray.cluster.node_corpus import NodeCorpus
 from hncse_ray.cluster.placement import place, survey, without_orphaned_groups
 from hncse_ray.cluster.pool import negative_pool
 from hncse_ray.cluster.resources import PoolPlan, WorkerPlan, pool_advice
-from hncse_ray.cluster.visible import check_visible
-from hncse_ray.cluster.worker import train_worker
+from hncse_ray.cluster.worker import mark_folder, train_worker
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
 from hncse_ray.errors import ClusterError, HncseError, TrainingError
@@ -35,7 +34,6 @@ from hncse_ray.reporting import Notice, Reporter, RunFinished, StageProgress
 from hncse_ray.reporting.records import run_log
 from hncse_ray.training import EvaluationSets
 from hncse_ray.training.checks import check_run
-from hncse_ray.training.remote_run import MirrorPlan, mirror_plan
 from hncse_ray.training.run_folder import RunFolder
 
 _CONTROLLER_RETRIES = 3
@@ -63,16 +61,13 @@ def train_on_ray(
     encoder, sets, corpus = check_run(settings, reporter, sentences=sentences)
     reporter.on(StageProgress("starting Ray and the workers", 0, None))
     join_ray()
-    mirror = mirror_plan(folder)
-    if mirror is None:
-        check_visible(folder.path, settings.cluster.worker_labels)
     plan, pool = place(settings, survey(), rows=len(corpus), dimension=encoder.dimension)
     if pool is not None:
         reporter.on(StageProgress(pool.describe(), 0, None))
     if settings.negatives.source == "pool" and pool is not None and (advice := pool_advice(plan, pool)):
         reporter.on(Notice(advice))
     with run_log(folder.path):
-        finished = _run(settings, plan, pool, corpus, sets, folder.path.absolute(), mirror, reporter)
+        finished = _run(settings, plan, pool, corpus, sets, folder, reporter)
         reporter.on(finished)
         return finished
 
@@ -83,22 +78,22 @@ def _run(
     pool: PoolPlan | None,
     corpus: Corpus,
     sets: EvaluationSets,
-    folder: Path,
-    mirror: MirrorPlan | None,
+    folder: RunFolder,
     reporter: Reporter,
 ) -> RunFinished:
-    starts, handles = Starts(), None
+    starts, handles, path = Starts(), None, folder.path.absolute()
     with event_channel(reporter) as events, ExitStack() as stack:
         stack.callback(starts.forget)
         if pool is not None and settings.negatives.source == "pool":
-            handles = stack.enter_context(negative_pool(settings, pool, corpus, folder / "index"))
+            handles = stack.enter_context(negative_pool(settings, pool, corpus, path / "index"))
         config = {
             "settings": settings.model_dump(mode="json"),
             "corpus": NodeCorpus.of(corpus, settings),
             "sets": ray.put(sets),
             "threads": plan.threads,
-            "folder": str(folder),
-            "mirror": mirror,
+            "folder": str(path),
+            "lease": folder.lease,
+            "mark": mark_folder(path),
             "events": events,
             "starts": starts,
             "index": None if pool is None else pool.index,
@@ -109,7 +104,7 @@ def _run(
             stack.enter_context(without_orphaned_groups())
         return fit_elastic(
             lambda workers, missing: _fit(
-                _trainer(settings, replace(plan, num_workers=workers), folder, config | {"missing": missing})
+                _trainer(settings, replace(plan, num_workers=workers), path, config | {"missing": missing})
             ),
             plan,
             settings.cluster,

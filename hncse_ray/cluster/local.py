@@ -16,13 +16,11 @@ from hncse_ray.negatives import NegativeSource
 from hncse_ray.negatives.in_process import InProcessSource
 from hncse_ray.reporting import Event, Notice, Reporter, RunFinished, StageProgress
 from hncse_ray.reporting.records import Unfailing, run_log, run_records
-from hncse_ray.storage import keep_trying
 from hncse_ray.training import TrainJob, fit
 from hncse_ray.training.checks import check_run
-from hncse_ray.training.remote_run import PATIENCE_S, bring_run, mirror_plan
 from hncse_ray.training.run_folder import RunFolder
 from hncse_ray.training.shard import in_process_source
-from hncse_ray.training.store import folder_store
+from hncse_ray.training.store import fetch_run, folder_store
 
 _PART_OF_MEMORY = 0.7  # that an index may take, as Ray reckons
 
@@ -51,14 +49,13 @@ def train_here(
     plan = plan_workers(settings.cluster, machine)
     device = torch.device("cuda", torch.cuda.current_device()) if plan.gpus else torch.device("cpu")
     encoder, sets, corpus = check_run(settings, reporter, device=device, sentences=sentences)
-    told, mirror = Unfailing(reporter), mirror_plan(folder)
+    told = Unfailing(reporter)
 
     def notify(text: str) -> None:
         told.on(Notice(text))
 
     with run_log(folder.path), ExitStack() as stack:
-        if mirror is not None:
-            keep_trying(lambda: bring_run(mirror.lease.remote, folder.path, notify), timeout_s=PATIENCE_S)
+        fetch_run(folder, notify)
         source: NegativeSource | None = None
         if settings.negatives.source == "pool" and join_ray is not None:
             reporter.on(StageProgress("starting Ray", 0, None))
@@ -67,7 +64,7 @@ def train_here(
         elif settings.negatives.source != "none":
             source = _index_here(settings, corpus, encoder.dimension, machine, plan, device, told)
         stack.enter_context(_threads(plan.threads))
-        with folder_store(folder.path, mirror, notify) as store, run_records(folder.path) as files:
+        with folder_store(folder, notify) as store, run_records(folder.path) as files:
 
             def emit(event: Event) -> None:
                 files.on(event)

@@ -15,8 +15,7 @@ from hncse_ray.errors import SettingsError, StorageError
 from hncse_ray.reporting import Event, LineReporter, Reporter, Reporters, RunFinished, RunStarted, Verdict
 from hncse_ray.reporting.trackers import chosen_trackers, tracking
 from hncse_ray.storage import is_job
-from hncse_ray.training.remote_run import RemoteRunFolder, claim_run
-from hncse_ray.training.run_folder import RunFolder, leaves
+from hncse_ray.training.run_folder import RunFolder, claim_run, leaves
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ def train_by(
                 result = engine(settings, folder, events, sentences)
             result = replace(result, seconds={"starting": start.seconds} | result.seconds)
             folder.write_result(asdict(result))
-            if settings.evaluation.test and not isinstance(folder, RemoteRunFolder):  # not for the trials of a sweep
+            if settings.evaluation.test and folder.lease is None:  # not for the trials of a sweep
                 _write_page(folder.path)
         else:
             logger.info("run %s is finished already", settings.run.name)

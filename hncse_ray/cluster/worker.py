@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,19 +15,17 @@ import torch
 from hncse_ray.cluster.metrics import RayMetrics
 from hncse_ray.cluster.pool import LONGEST_POLL_S, POLL_S, PoolClient
 from hncse_ray.cluster.preemption import watch_nodes
-from hncse_ray.cluster.visible import not_visible
 from hncse_ray.config import Settings
 from hncse_ray.encoder import load_encoder
-from hncse_ray.errors import HncseError
+from hncse_ray.errors import HncseError, StorageError
 from hncse_ray.negatives import NegativeSource
 from hncse_ray.reporting import Event, Notice, RunFinished
 from hncse_ray.reporting.records import run_records
-from hncse_ray.storage import keep_trying
 from hncse_ray.training import TrainJob, fit
 from hncse_ray.training.distributed import raise_together, rank, world_size
-from hncse_ray.training.remote_run import PATIENCE_S, MirrorPlan, bring_run, working_folder
+from hncse_ray.training.run_folder import RunFolder, working_folder
 from hncse_ray.training.shard import in_process_source
-from hncse_ray.training.store import folder_store
+from hncse_ray.training.store import fetch_run, folder_store
 
 
 def train_worker(config: dict[str, Any]) -> RunFinished | HncseError | None:
@@ -36,8 +36,8 @@ def train_worker(config: dict[str, Any]) -> RunFinished | HncseError | None:
     """
     torch.set_num_threads(config["threads"])
     settings = Settings.model_validate(config["settings"])
-    events, mirror = config["events"], config["mirror"]
-    folder = Path(config["folder"]) if mirror is None else working_folder(settings)
+    events, lease = config["events"], config["lease"]
+    folder = RunFolder(Path(config["folder"]) if lease is None else working_folder(settings), lease)
 
     def notify(text: str) -> None:
         events.put.remote(Notice(text))
@@ -45,7 +45,9 @@ def train_worker(config: dict[str, Any]) -> RunFinished | HncseError | None:
     try:
         job, failure = None, None
         try:
-            _reach_run(folder, mirror, notify)
+            fetch_run(folder, notify)
+            if lease is None:
+                check_mark(folder.path, config["mark"])
             job = _build_job(settings, config, notify)
         except HncseError as error:
             failure = error
@@ -55,10 +57,8 @@ def train_worker(config: dict[str, Any]) -> RunFinished | HncseError | None:
             config["starts"].note()
         with (
             watch_nodes(notify, config["missing"], settings.cluster.min_workers) as nodes,
-            folder_store(
-                folder, mirror, notify, is_first_on_node=_is_first_on_node(), requested=nodes.requested
-            ) as store,
-            run_records(folder, RayMetrics(settings.run.name)) as files,
+            folder_store(folder, notify, is_first_on_node=_is_first_on_node(), requested=nodes.requested) as store,
+            run_records(folder.path, RayMetrics(settings.run.name)) as files,
         ):
 
             def emit(event: Event) -> None:
@@ -72,12 +72,27 @@ def train_worker(config: dict[str, Any]) -> RunFinished | HncseError | None:
         return error
 
 
-def _reach_run(folder: Path, mirror: MirrorPlan | None, notify: Callable[[str], None]) -> None:
-    """Have what the run has reached on this node: fetched, or seen in the folder that all nodes share."""
-    if mirror is not None:
-        keep_trying(lambda: bring_run(mirror.lease.remote, folder, notify), timeout_s=PATIENCE_S)
-    elif not (folder / "settings.yaml").exists():
-        raise not_visible(folder)
+def mark_folder(folder: Path) -> str:
+    """Mark the folder of a run that this process holds, so that workers can tell whether they see the same one."""
+    mark = uuid.uuid4().hex
+    (folder / ".lock").write_text(mark)
+    return mark
+
+
+def check_mark(folder: Path, mark: str) -> None:
+    """Make sure that this node sees the run's folder: the path may be none here, or one of another disk.
+
+    Raises:
+        StorageError: it does not.
+    """
+    try:
+        if (folder / ".lock").read_text() == mark:
+            return
+    except (OSError, ValueError):
+        pass  # the same: not the folder that was marked
+    raise StorageError(f"is not seen by node {socket.gethostname()}", str(folder),
+                       "Put run.storage_path on a mount that every node has, or give a URL such as s3://bucket/folder",
+                       )  # fmt: skip
 
 
 def _is_first_on_node() -> bool:

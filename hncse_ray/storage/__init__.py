@@ -10,27 +10,16 @@ from hncse_ray.storage.local import (
     write_atomically,
     write_folder,
 )
-from hncse_ray.storage.mirror import (
-    Damaged,
-    Uploader,
-    delete_folder,
-    fetch_folder,
-    keep_trying,
-    send_folder,
-    whole_folders,
-)
 from hncse_ray.storage.remote import Remote, is_url
+from hncse_ray.storage.sending import Sender, keep_trying
 
 __all__ = [
     "LEASES",
-    "Damaged",
     "Lease",
     "LeaseLost",
     "Remote",
-    "Uploader",
+    "Sender",
     "check_outlasts_job",
-    "delete_folder",
-    "fetch_folder",
     "is_job",
     "is_locked",
     "is_url",
@@ -38,8 +27,6 @@ __all__ = [
     "leased",
     "locked",
     "replacing",
-    "send_folder",
-    "whole_folders",
     "write_atomically",
     "write_folder",
 ]

@@ -101,7 +101,7 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         if replaced.exists() and not path.exists():
             os.replace(replaced, path)
-        if not isinstance(error, Exception):  # Ctrl-C
+        if not isinstance(error, Exception) or isinstance(error, StorageError):  # Ctrl-C, or said already
             raise
         # safetensors and torch report a full disk as errors of their own, not as OSError.
         raise StorageError(f"cannot be written ({error})", str(path), "Is the disk full?") from error
@@ -109,27 +109,28 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def locked(path: Path, *, hint: str, wait: bool = False) -> Iterator[None]:
+def locked(path: Path, *, hint: str, wait: bool = False, of: str | None = None) -> Iterator[None]:
     """Hold a lock file, made if need be, for as long as the context lasts; the system frees it if the process ends.
 
     Args:
         path: the lock file; its folder is there.
         hint: what to do if it cannot be had.
         wait: whether to wait until whoever holds it is done.
+        of: what it is the lock of, for messages; None = its folder.
 
     Raises:
         StorageError: it cannot be written, or another process holds it.
     """
-    folder = str(path.parent)
+    of = of or str(path.parent)
     try:
         lock = path.open("a")
     except OSError as error:
-        raise StorageError(f"cannot be written ({error.strerror})", folder, hint) from error
+        raise StorageError(f"cannot be written ({error.strerror})", of, hint) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
-            raise StorageError("is in use by another process", folder, hint) from error
+            raise StorageError("is in use by another process", of, hint) from error
         yield
 
 

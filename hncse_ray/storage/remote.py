@@ -1,4 +1,4 @@
-"""A folder at a URL: s3:// and gs:// by the clients that come with pyarrow, all others by fsspec."""
+"""A folder at a URL: s3:// and gs:// by the clients that come with pyarrow, all others by fsspec; or one on a disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def is_inside(name: str) -> bool:
+def _is_inside(name: str) -> bool:
     """Say whether a name that was read from a storage is the path of a file below the folder that it is joined to.
 
     In a bucket a name is any text: ``../x``, ``/x`` or one that no filesystem takes are names too.
@@ -28,7 +28,7 @@ def is_inside(name: str) -> bool:
 
 
 class Remote:
-    """A folder at a URL. Files in it are named by their path below it; pickles as the URL.
+    """A folder at a URL, or on a disk. Files in it are named by their path below it; pickles as the URL.
 
     Each method raises a :class:`StorageError` if the storage cannot be reached, or refuses.
 
@@ -41,7 +41,8 @@ class Remote:
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+        scheme, separator, path = url.rpartition("://")
+        self.url = f"{scheme}{separator}{path.rstrip('/')}"
         self._opened  # noqa: B018  so that a bad URL is told at once
 
     def __getstate__(self) -> dict[str, str]:
@@ -52,8 +53,10 @@ class Remote:
     def _opened(self) -> tuple[Any, str]:
         """The filesystem, and the folder's path in it."""
         import fsspec
-        from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
+        from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
 
+        if not is_url(self.url):
+            return LocalFileSystem(), str(Path(self.url).absolute())
         scheme, _, rest = self.url.partition("://")
         if not rest or (scheme in _ARROW_SCHEMES and rest.startswith("/")):
             raise StorageError("names no bucket or folder", self.url, "Give a URL such as s3://bucket/folder")
@@ -119,7 +122,7 @@ class Remote:
         with self._saying("listed", below):
             selector = FileSelector(f"{folder}/{below}".rstrip("/"), allow_not_found=True, recursive=True)
             paths = [info.path for info in filesystem.get_file_info(selector) if info.type == FileType.File]
-        return sorted(name for path in paths if is_inside(name := path.strip("/").removeprefix(start)))
+        return sorted(name for path in paths if _is_inside(name := path.strip("/").removeprefix(start)))
 
     def delete(self, name: str) -> None:
         """Delete a file; that it is not there is no error."""

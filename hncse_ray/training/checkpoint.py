@@ -35,6 +35,7 @@ from hncse_ray.training.objective import Objective
 logger = logging.getLogger(__name__)
 
 Weights = dict[str, Tensor]
+LAST_FILE = "state.json"  # of a checkpoint; without it there is none
 
 
 @dataclass
@@ -190,7 +191,7 @@ class Snapshot:
         (folder / "settings.yaml").write_text(self.settings, encoding="utf-8")
         content = self.content | {"files": {path.name: _facts(path) for path in sorted(folder.iterdir())}}
         text = json.dumps(content | {"digest": _text_digest(content)}, indent=1)
-        (folder / "state.json").write_text(text, encoding="utf-8")
+        (folder / LAST_FILE).write_text(text, encoding="utf-8")
 
 
 def read_newest(
@@ -217,7 +218,7 @@ def read_newest(
     for folder in _on_all_ranks(candidates):
         state, progress, failure = TrainState(), dict[str, Any](), None
         try:
-            state, progress = _check(folder)
+            state, progress = read_state(folder)
         except StorageError as error:
             failure = error
         damaged = next((error for error in gather_values(failure) if error is not None), None)
@@ -269,17 +270,24 @@ def _on_all_ranks(candidates: Iterable[Path]) -> list[Path]:
     return [folder for folder in here if folder.name in everywhere]
 
 
-def _check(folder: Path) -> tuple[TrainState, dict[str, Any]]:
-    """Return what state.json holds, if it and the files beside it are as they were written."""
+def read_state(folder: Path) -> tuple[TrainState, dict[str, Any]]:
+    """Return what state.json holds.
+
+    Raises:
+        StorageError: it, or a file beside it, is not as it was written.
+    """
     try:
-        content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        content = json.loads((folder / LAST_FILE).read_text(encoding="utf-8"))
         if content.pop("digest") != _text_digest(content):
             raise StorageError("the checkpoint is damaged (state.json differs from what was written)", str(folder))
-        for name, facts in content["files"].items():
-            if _facts(folder / name) != facts:
-                raise StorageError(f"the checkpoint is damaged ({name} differs from what was written)", str(folder))
-        if odd := {path.name for path in folder.iterdir()} - content["files"].keys() - {"state.json"}:
+        found, files = {path.name for path in folder.iterdir()} - {LAST_FILE}, content["files"]
+        if odd := found - files.keys():
             raise StorageError(f"the checkpoint holds what was not written by it ({min(odd)})", str(folder))
+        if missing := files.keys() - found:
+            raise StorageError(f"the checkpoint is incomplete (there is no {min(missing)})", str(folder))
+        for name in found:
+            if _facts(folder / name) != files[name]:
+                raise StorageError(f"the checkpoint is damaged ({name} differs from what was written)", str(folder))
         return TrainState(**content["state"]), content["progress"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(f"the checkpoint is incomplete ({type(error).__name__}: {error})", str(folder)) from error

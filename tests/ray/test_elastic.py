@@ -16,7 +16,8 @@ from waits import seconds, soon
 
 from hncse_ray.config import Settings
 from hncse_ray.errors import ClusterError
-from hncse_ray.storage import Remote, whole_folders
+from hncse_ray.storage import Remote
+from hncse_ray.training.store import stored_checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 STEPS, EVERY = 400, 10
@@ -79,7 +80,7 @@ def test_one_at_a_url_with_a_pool_too(cluster: Cluster, small_run: dict[str, Any
     training, store = Training(asked), Remote(asked.run_dir)
     with training.slowly():
         both = training.line(lambda row: row.get("negatives/shards_alive") == 2, within_s=180, what="both shards")
-        soon(lambda: whole_folders(store, "checkpoints"), within_s=60, what="a checkpoint at the URL")
+        soon(lambda: stored_checkpoints(store), within_s=60, what="a checkpoint at the URL")
         # The shards were spread over the nodes, at most one to each.
         lost = next(node for node in cluster.worker_nodes if node.node_id in shard_nodes())
         cluster.remove_node(lost, allow_graceful=False)
@@ -93,7 +94,7 @@ def test_one_at_a_url_with_a_pool_too(cluster: Cluster, small_run: dict[str, Any
     lines = training.lines()
     assert [line["step"] for line in lines] == list(range(5, STEPS + 1, 5))
     assert lines[-1]["negatives/index_step"] == STEPS - 50
-    assert whole_folders(store, "checkpoints")[0] == f"step_{STEPS:09d}" and store.read("result.json")
+    assert stored_checkpoints(store)[0] == f"step_{STEPS:09d}" and store.read("result.json")
     assert [
         json.loads(line)["step"] for line in (store.read("metrics.jsonl") or b"").splitlines() if b'"loss"' in line
     ] == [line["step"] for line in lines]

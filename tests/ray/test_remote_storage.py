@@ -25,11 +25,11 @@ from ray.cluster_utils import Cluster
 from waits import seconds, soon
 
 from hncse_ray.cluster import train
-from hncse_ray.cluster.visible import check_visible
 from hncse_ray.config import Settings, load_settings
 from hncse_ray.reporting.events import Event, Notice, RunStarted
-from hncse_ray.storage import Remote, whole_folders
-from hncse_ray.training.remote_run import working_folder
+from hncse_ray.storage import Remote
+from hncse_ray.training.run_folder import working_folder
+from hncse_ray.training.store import stored_checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = 60
@@ -130,9 +130,9 @@ def test_a_run_leaves_all_of_itself_at_the_url(reference: Remote) -> None:
     top = {name.partition("/")[0] for name in names}
     assert top == {
         "settings.yaml", "result.json", "metrics.jsonl", "samples.jsonl", "log.txt", "tensorboard", "checkpoints",
-        "model", "model.manifest.json",
+        "model",
     }  # fmt: skip
-    assert whole_folders(reference, "checkpoints")[0] == f"step_{STEPS:09d}"
+    assert stored_checkpoints(reference)[0] == f"step_{STEPS:09d}"
     assert b"finished after" in (reference.read("log.txt") or b"")
 
 
@@ -148,7 +148,7 @@ def test_a_machine_dies_and_another_goes_on_with_the_same_losses(
 ) -> None:
     remote = Remote(f"{runs}/killed")
     first = Machine(recipe, "killed", tmp_path / "one")
-    soon(lambda: whole_folders(remote, "checkpoints"), within_s=300, what="a checkpoint at the URL")
+    soon(lambda: stored_checkpoints(remote), within_s=300, what="a checkpoint at the URL")
     first.kill()
     assert remote.read("result.json") is None
     result, err = Machine(recipe, "killed", tmp_path / "two").finish()
@@ -164,16 +164,16 @@ def test_the_storage_is_away_for_a_while(
     remote = Remote(f"{runs}/outage")
     machine = Machine(recipe, "outage", tmp_path)
     work = working_folder(machine.settings)
-    soon(lambda: whole_folders(remote, "checkpoints"), within_s=300, what="a checkpoint at the URL")
+    soon(lambda: stored_checkpoints(remote), within_s=300, what="a checkpoint at the URL")
     gate.close()
     try:
-        soon(lambda: "could not be stored yet" in (work / "log.txt").read_text(), within_s=300, what="the news")
+        soon(lambda: "the storage fails" in (work / "log.txt").read_text(), within_s=300, what="the news")
     finally:
         gate.open()
     machine.finish()
     assert lines_of(remote) == lines_of(reference)
     assert remote.read("model/model.safetensors") == reference.read("model/model.safetensors")
-    assert whole_folders(remote, "checkpoints")[0] == f"step_{STEPS:09d}"
+    assert stored_checkpoints(remote)[0] == f"step_{STEPS:09d}"
 
 
 class TestTwoNodes:
@@ -194,7 +194,6 @@ class TestTwoNodes:
             cluster.shutdown()
 
     def test_each_fetches_what_it_needs(self, cluster: Cluster, small_run: dict[str, Any], tmp_path: Path) -> None:
-        check_visible(tmp_path, {})
         tree = {name: dict(section) for name, section in small_run.items()}
         tree["run"]["storage_path"] = f"file://{tmp_path}/store"
         tree["train"] |= {"max_steps": 400, "checkpoint_every_steps": 20, "evaluate_every_steps": 200}
@@ -231,6 +230,6 @@ class Seen:
 
 def kill_a_worker(settings: Settings) -> None:
     store = Remote(settings.run_dir)
-    soon(lambda: whole_folders(store, "checkpoints"), within_s=120, what="a checkpoint at the URL")
+    soon(lambda: stored_checkpoints(store), within_s=120, what="a checkpoint at the URL")
     workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
     workers[-1].kill()

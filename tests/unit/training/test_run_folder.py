@@ -14,7 +14,7 @@ from waits import seconds
 from hncse_ray.config import Settings, load_settings
 from hncse_ray.errors import StorageError
 from hncse_ray.storage import write_atomically, write_folder
-from hncse_ray.training.run_folder import claim_run_folder
+from hncse_ray.training.run_folder import claim_run
 
 TREE = {"corpus": {"source": "text", "path": "sentences.txt"}}
 RESULT = {"step": 12, "best_step": 8, "sentences_per_s": 10.0, "stopped_early": False}
@@ -25,7 +25,7 @@ def settings(storage: Path, *overrides: str) -> Settings:
 
 
 def refusal(chosen: Settings) -> str:
-    with pytest.raises(StorageError) as caught, claim_run_folder(chosen):
+    with pytest.raises(StorageError) as caught, claim_run(chosen):
         pytest.fail("the folder was given")
     assert caught.value.hint
     return str(caught.value)
@@ -38,19 +38,19 @@ def listing(folder: Path) -> dict[str, bytes]:
 class TestClaiming:
     def test_a_new_folder_is_made_and_says_whose_it_is(self, tmp_path: Path) -> None:
         chosen = settings(tmp_path / "deep" / "runs")
-        with claim_run_folder(chosen) as folder:
+        with claim_run(chosen) as folder:
             assert folder.path == tmp_path / "deep/runs/run"
             assert load_settings(folder.path / "settings.yaml") == chosen
             assert folder.finished() is None
 
     def test_an_empty_folder_is_taken(self, tmp_path: Path) -> None:
         (tmp_path / "run").mkdir()
-        with claim_run_folder(settings(tmp_path)) as folder:
+        with claim_run(settings(tmp_path)) as folder:
             assert (folder.path / "settings.yaml").exists()
 
     def test_the_same_settings_may_come_back(self, tmp_path: Path) -> None:
         for _ in range(2):
-            with claim_run_folder(settings(tmp_path, "train.learning_rate=1e-4")) as folder:
+            with claim_run(settings(tmp_path, "train.learning_rate=1e-4")) as folder:
                 (folder.path / "checkpoints").mkdir(exist_ok=True)
 
     @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ class TestClaiming:
         ],
     )
     def test_other_settings_are_refused_and_the_key_is_named(self, tmp_path: Path, override: str, said: str) -> None:
-        with claim_run_folder(settings(tmp_path)) as folder:
+        with claim_run(settings(tmp_path)) as folder:
             (folder.path / "checkpoints").mkdir()
         before = listing(tmp_path)
         assert said in refusal(settings(tmp_path, override))
@@ -77,16 +77,16 @@ class TestClaiming:
          "evaluation.batch_size=7"],
     )  # fmt: skip
     def test_what_does_not_change_the_results_may_change(self, tmp_path: Path, override: str) -> None:
-        with claim_run_folder(settings(tmp_path)):
+        with claim_run(settings(tmp_path)):
             pass
-        with claim_run_folder(settings(tmp_path, override)) as folder:
+        with claim_run(settings(tmp_path, override)) as folder:
             assert load_settings(folder.path / "settings.yaml") == settings(tmp_path)
 
     def test_a_moved_folder_is_still_the_same_run(self, tmp_path: Path) -> None:
-        with claim_run_folder(settings(tmp_path / "here")):
+        with claim_run(settings(tmp_path / "here")):
             pass
         (tmp_path / "here").rename(tmp_path / "there")
-        with claim_run_folder(settings(tmp_path / "there")) as folder:
+        with claim_run(settings(tmp_path / "there")) as folder:
             assert load_settings(folder.path / "settings.yaml") == settings(tmp_path / "here")
 
     def test_a_folder_with_other_peoples_files_is_refused(self, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ class TestClaiming:
 
     def test_a_folder_in_use_by_another_process_is_refused(self, tmp_path: Path) -> None:
         chosen = settings(tmp_path)
-        with claim_run_folder(chosen):
+        with claim_run(chosen):
             pass
         code = (
             "import fcntl, sys; lock = open(sys.argv[1], 'w'); fcntl.flock(lock, fcntl.LOCK_EX);"
@@ -131,15 +131,15 @@ class TestClaiming:
             assert "is in use by another process" in refusal(chosen)
         finally:
             holder.communicate(timeout=seconds(30))
-        with claim_run_folder(chosen):  # free once its holder has ended
+        with claim_run(chosen):  # free once its holder has ended
             pass
 
     def test_a_folder_is_held_while_the_context_lasts_and_no_longer(self, tmp_path: Path) -> None:
-        with claim_run_folder(settings(tmp_path)):
+        with claim_run(settings(tmp_path)):
             assert "is in use" in refusal(settings(tmp_path))
-        with pytest.raises(RuntimeError), claim_run_folder(settings(tmp_path)):
+        with pytest.raises(RuntimeError), claim_run(settings(tmp_path)):
             raise RuntimeError
-        with claim_run_folder(settings(tmp_path)):
+        with claim_run(settings(tmp_path)):
             pass
 
     @pytest.mark.parametrize("place", ["file/runs", "file", "/proc/hncse"])
@@ -154,7 +154,7 @@ class TestClaiming:
         assert str(tmp_path / "run") in refusal(settings(tmp_path))
 
     def test_the_result_is_read_back(self, tmp_path: Path) -> None:
-        with claim_run_folder(settings(tmp_path)) as folder:
+        with claim_run(settings(tmp_path)) as folder:
             folder.write_result(RESULT | {"after": {"dev": {"pairs/mrr": 0.5}}})
             finished = folder.finished()
             assert finished is not None
@@ -162,7 +162,7 @@ class TestClaiming:
 
     @pytest.mark.parametrize("content", ["", "{", "[]", '{"step": 1}', '{"unknown": 1}', "3"])
     def test_a_damaged_result_is_named(self, tmp_path: Path, content: str) -> None:
-        with claim_run_folder(settings(tmp_path)) as folder:
+        with claim_run(settings(tmp_path)) as folder:
             (folder.path / "result.json").write_text(content)
             with pytest.raises(StorageError, match=r"result\.json.*Delete it"):
                 folder.finished()

@@ -5,28 +5,27 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 from object_stores import BUCKET, Gate, s3_server
 from waits import seconds, soon
 
 from hncse_ray.config import Settings, load_settings
 from hncse_ray.errors import StorageError
-from hncse_ray.storage import Lease, LeaseLost, Remote, send_folder, whole_folders
-from hncse_ray.training import remote_run
-from hncse_ray.training.remote_run import (
-    MirrorPlan,
-    RemoteRunFolder,
-    RunMirror,
-    bring_run,
-    claim_run,
-    working_folder,
-)
+from hncse_ray.storage import Lease, LeaseLost, Remote, write_folder
+from hncse_ray.training import run_folder
+from hncse_ray.training import store as store_module
+from hncse_ray.training.checkpoint import Snapshot, TrainState
+from hncse_ray.training.run_folder import RunFolder, claim_run, working_folder
+from hncse_ray.training.store import FolderStore, fetch_run, folder_store, stored_checkpoints
 
 RESULT = {"step": 12, "best_step": 8, "sentences_per_s": 10.0, "stopped_early": False}
 
@@ -51,14 +50,17 @@ def listing(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def checkpoint(work: Path, step: int, text: str = "weights") -> Path:
-    folder = work / "checkpoints" / f"step_{step:09d}"
-    folder.mkdir(parents=True)
-    (folder / "encoder.safetensors").write_text(f"{text} {step}")
-    (folder / "state.json").write_text(str(step))
+def checkpoint(step: int, text: str = "seed: 1") -> Callable[[Path], None]:
+    """Write a whole checkpoint."""
+    part = {"encoder": lambda: {"w": torch.full((9,), float(step))}, "training": lambda: {"m": torch.zeros(3)}}
+    return Snapshot(part, {"state": asdict(TrainState(step=step)), "progress": {}}, text).write
+
+
+def save(store: FolderStore, work: Path, step: int, text: str = "seed: 1") -> Path:
     with (work / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step}) + "\n")
-    return folder
+    store.save(step, checkpoint(step, text))
+    return work / f"checkpoints/step_{step:09d}"
 
 
 class TestClaiming:
@@ -73,7 +75,7 @@ class TestClaiming:
 
     def test_a_local_folder_is_claimed_as_ever(self, tmp_path: Path) -> None:
         with claim_run(settings(tmp_path, url=str(tmp_path / "runs"))) as folder:
-            assert folder.path == tmp_path / "runs/run" and not isinstance(folder, RemoteRunFolder)
+            assert folder.path == tmp_path / "runs/run" and folder.lease is None
 
     def test_other_settings_are_refused_on_any_machine(self, tmp_path: Path) -> None:
         with claim_run(settings(tmp_path)) as folder:
@@ -128,13 +130,12 @@ class TestClaiming:
     ) -> None:
         chosen = settings(tmp_path)
         with claim_run(chosen) as folder:
-            checkpoint(folder.path, 4)
+            write_folder(folder.checkpoints / "step_000000004", checkpoint(4))
             folder.write_result(RESULT)
-        for path in (tmp_path / "store/run").iterdir():
-            path.unlink()
+        shutil.rmtree(tmp_path / "store/run")
         with caplog.at_level(logging.WARNING), claim_run(chosen) as folder:
             assert folder.finished() is None and not list(folder.path.glob("checkpoints/*"))
-            checkpoint(folder.path, 1)
+            write_folder(folder.checkpoints / "step_000000001", checkpoint(1))
         aside = working_folder(chosen).with_name(working_folder(chosen).name + ".aside")
         assert str(aside) in caplog.text and (aside / "checkpoints/step_000000004").is_dir()
 
@@ -142,7 +143,7 @@ class TestClaiming:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         chosen = settings(tmp_path)
-        monkeypatch.setattr(remote_run, "PATIENCE_S", 0.1)
+        monkeypatch.setattr(run_folder, "PATIENCE_S", 0.1)
         with pytest.raises(StorageError) as caught, claim_run(chosen) as folder:
             (folder.path / "model").mkdir()
             (folder.path / "model/weights").write_text("w")
@@ -163,98 +164,134 @@ class TestTravelling:
     def remote(self, tmp_path: Path) -> Remote:
         return Remote(f"file://{tmp_path}/store/run")
 
-    def mirror(self, remote: Remote, work: Path, said: list[str] | None = None) -> RunMirror:
-        remote.write("lease.me.json", b"")
-        return RunMirror(MirrorPlan(Lease(remote, "me"), keep=2), work, (said if said is not None else []).append)
+    def at(self, remote: Remote, work: Path) -> RunFolder:
+        """The folder of a node, and a lease at the URL."""
+        lease = Lease(remote, "me")
+        remote.write(lease.name, b"")
+        work.mkdir(exist_ok=True)
+        return RunFolder(work, lease)
+
+    def send(self, remote: Remote, work: Path, *steps: int, text: str = "seed: 1") -> None:
+        for step in steps:
+            with folder_store(self.at(remote, work), lambda text: None) as store:
+                save(store, work, step, text)
+
+    def steps(self, work: Path) -> list[int]:
+        return sorted(int(path.name[5:]) for path in (work / "checkpoints").iterdir())
 
     def test_another_machine_finds_checkpoints_records_and_model(self, remote: Remote, tmp_path: Path) -> None:
         here, there = tmp_path / "here", tmp_path / "there"
         (here / "tensorboard").mkdir(parents=True)
         (here / "tensorboard/events").write_text("scalars")
-        (here / "model").mkdir()
-        (here / "model/model.safetensors").write_text("best")
-        mirror = self.mirror(remote, here)
-        for step in (4, 8, 12):
-            newest = checkpoint(here, step)
-            mirror.send_checkpoint(newest)
-            soon(lambda name=newest.name: name in whole_folders(remote, "checkpoints"), within_s=30, what="the copy")
-        mirror.finish(newest, here / "model")
-        assert whole_folders(remote, "checkpoints") == ["step_000000012", "step_000000008"]
-        bring_run(remote, there, pytest.fail)
-        assert listing(there / "checkpoints/step_000000012") == listing(newest)
+        with folder_store(self.at(remote, here), pytest.fail) as store:
+            for step in (4, 8, 12):
+                newest = save(store, here, step)
+                soon(lambda: newest.name in stored_checkpoints(remote), within_s=30, what="the copy")  # noqa: B023
+            assert remote.names("model") == []
+            store.export(lambda folder: (folder / "model.safetensors").write_text("best"))  # type: ignore[arg-type, return-value]
+        assert stored_checkpoints(remote) == ["step_000000012", "step_000000008"]
+        fetch_run(self.at(remote, there), pytest.fail)
+        assert listing(there / "checkpoints") == {f"{newest.name}/{n}": data for n, data in listing(newest).items()}
         assert (there / "metrics.jsonl").read_text() == (here / "metrics.jsonl").read_text()
         assert (there / "tensorboard/events").read_text() == "scalars"
         assert remote.read("model/model.safetensors") == b"best"
 
-    def test_a_run_that_pauses_has_its_checkpoint_there_and_no_model_yet(self, remote: Remote, tmp_path: Path) -> None:
-        mirror = self.mirror(remote, tmp_path / "here")
-        newest = checkpoint(tmp_path / "here", 4)
-        mirror.send_checkpoint(newest)
-        mirror.finish(newest, None)
-        assert whole_folders(remote, "checkpoints") == ["step_000000004"]
-        assert remote.read("metrics.jsonl") == (tmp_path / "here/metrics.jsonl").read_bytes()
-        assert not [name for name in remote.names() if name.startswith("model")]
-
     def test_a_new_run_brings_nothing(self, remote: Remote, tmp_path: Path) -> None:
-        bring_run(remote, tmp_path / "there", pytest.fail)
-        assert list((tmp_path / "there/checkpoints").iterdir()) == []
+        fetch_run(self.at(remote, tmp_path / "there"), pytest.fail)
+        assert self.steps(tmp_path / "there") == []
 
+    @pytest.mark.parametrize(
+        ("name", "content", "said"),
+        [
+            ("encoder.safetensors", b"weights 9", "encoder.safetensors differs"),
+            ("state.json", b"{", "incomplete"),
+            ("state.json", b'{"files": {"../../x": [1, "x"]}}', "incomplete"),
+            ("more.txt", b"x", "holds what was not written by it"),
+            ("sub/more.txt", b"x", "holds what was not written by it"),
+            ("settings.yaml", None, "there is no settings.yaml"),
+        ],
+    )
     def test_a_damaged_one_is_passed_over_for_the_one_before_and_it_is_said(
-        self, remote: Remote, tmp_path: Path
+        self, remote: Remote, tmp_path: Path, name: str, content: bytes | None, said: str
     ) -> None:
-        for step in (4, 8):
-            send_folder(remote, f"checkpoints/step_{step:09d}", checkpoint(tmp_path / "here", step))
-        remote.write("checkpoints/step_000000008/encoder.safetensors", b"weights 9")
-        said: list[str] = []
-        bring_run(remote, tmp_path / "there", said.append)
-        assert [path.name for path in (tmp_path / "there/checkpoints").iterdir()] == ["step_000000004"]
-        assert len(said) == 1 and "encoder.safetensors differs" in said[0] and "step_000000008" in said[0]
+        self.send(remote, tmp_path / "here", 4, 8)
+        if content is None:
+            remote.delete(f"checkpoints/step_000000008/{name}")
+        else:
+            remote.write(f"checkpoints/step_000000008/{name}", content)
+        heard: list[str] = []
+        fetch_run(self.at(remote, tmp_path / "there"), heard.append)
+        assert self.steps(tmp_path / "there") == [4]
+        assert len(heard) == 1 and said in heard[0] and "run/checkpoints/step_000000008" in heard[0]
 
-    def test_a_name_in_the_bucket_that_leads_elsewhere_is_not_followed(self, remote: Remote, tmp_path: Path) -> None:
-        work = tmp_path / "there"
-        checkpoint(work, 8)
+    def test_one_that_was_sent_by_half_is_not_there(
+        self, remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        here, really = tmp_path / "here", Remote.upload
+        self.send(remote, here, 4, 8)
+
+        def break_off(self: Remote, file: Path, name: str) -> None:
+            if file.name == "training.safetensors":
+                raise StorageError("the connection is gone", self.url)
+            really(self, file, name)
+
+        monkeypatch.setattr(Remote, "upload", break_off)
+        monkeypatch.setattr(store_module, "PATIENCE_S", 0.3)
+        for step, left in ((8, [4]), (12, [4])):  # over a whole one, and a new one
+            with pytest.raises(StorageError, match="could not be stored"):
+                self.send(remote, here, step, text="another")
+            assert stored_checkpoints(remote) == [f"step_{number:09d}" for number in left]
+        monkeypatch.setattr(Remote, "upload", really)
+        self.send(remote, here, 12)
+        assert stored_checkpoints(remote) == ["step_000000012", "step_000000004"]
+
+    @pytest.mark.parametrize("name", ["", ".", "..", "step_", "step_x", "step_1x", "a/step_1"])
+    def test_a_name_in_the_bucket_that_leads_elsewhere_is_not_followed(
+        self, remote: Remote, tmp_path: Path, name: str
+    ) -> None:
+        self.send(remote, tmp_path / "here", 8)
+        remote.write(f"checkpoints/{name}/state.json", b"{}")
         before = listing(tmp_path)
-        remote.write("checkpoints/...manifest.json", b'{"files": {}}')  # of the folder ".."
-        store = listing(tmp_path).keys() - before.keys()
-        bring_run(remote, work, pytest.fail)
-        assert {name: data for name, data in listing(tmp_path).items() if name not in store} == before | {
-            "there/.fetch.lock": b""
-        }
+        assert stored_checkpoints(remote) == ["step_000000008"]
+        fetch_run(self.at(remote, tmp_path / "here"), pytest.fail)
+        assert listing(tmp_path) == before | {"here/.fetch.lock": b""}
 
     def test_what_is_here_and_newer_stays(self, remote: Remote, tmp_path: Path) -> None:
-        send_folder(remote, "checkpoints/step_000000004", checkpoint(tmp_path / "here", 4))
-        checkpoint(tmp_path / "there", 8)
-        before = (tmp_path / "there/metrics.jsonl").read_bytes()
-        bring_run(remote, tmp_path / "there", pytest.fail)
-        names = sorted(path.name for path in (tmp_path / "there/checkpoints").iterdir())
-        assert names == ["step_000000004", "step_000000008"]
-        assert (tmp_path / "there/metrics.jsonl").read_bytes() == before
+        self.send(remote, tmp_path / "here", 4)
+        there = tmp_path / "there"
+        with folder_store(RunFolder(there), pytest.fail) as store:
+            there.mkdir()
+            save(store, there, 8)
+        before = (there / "metrics.jsonl").read_bytes()
+        fetch_run(self.at(remote, there), pytest.fail)
+        assert self.steps(there) == [4, 8] and (there / "metrics.jsonl").read_bytes() == before
 
-    def test_a_local_one_that_was_damaged_is_fetched_again(self, remote: Remote, tmp_path: Path) -> None:
-        here = checkpoint(tmp_path / "here", 4)
-        send_folder(remote, "checkpoints/step_000000004", here)
-        before = listing(here)
-        (here / "encoder.safetensors").write_text("weight")
-        bring_run(remote, tmp_path / "here", pytest.fail)
-        assert listing(here) == before
+    @pytest.mark.parametrize("how", ["damaged", "of another course"])
+    def test_a_local_one_that_differs_is_fetched_again(self, remote: Remote, tmp_path: Path, how: str) -> None:
+        here = tmp_path / "here"
+        self.send(remote, here, 4)
+        before = listing(here / "checkpoints")
+        if how == "damaged":
+            (here / "checkpoints/step_000000004/encoder.safetensors").write_text("weight")
+        else:
+            write_folder(here / "checkpoints/step_000000004", checkpoint(4, "another"))
+        assert listing(here / "checkpoints") != before
+        fetch_run(self.at(remote, here), pytest.fail)
+        assert listing(here / "checkpoints") == before
 
     def test_those_of_a_course_that_was_not_taken_are_removed(self, remote: Remote, tmp_path: Path) -> None:
         here = tmp_path / "here"
-        for step in (4, 8, 12):
-            send_folder(remote, f"checkpoints/step_{step:09d}", checkpoint(here, step))
-        mirror = self.mirror(remote, here)
-        mirror.send_checkpoint(here / "checkpoints/step_000000008")
-        mirror._uploader.finish(seconds(30))
-        assert whole_folders(remote, "checkpoints") == ["step_000000008", "step_000000004"]
+        self.send(remote, here, 4, 8, 12)
+        self.send(remote, here, 10)
+        assert stored_checkpoints(remote) == ["step_000000010", "step_000000008"] and self.steps(here) == [8, 10]
+        assert not [name for name in remote.names() if "step_000000012" in name or "step_000000004" in name]
 
     def test_one_who_was_taken_over_overwrites_nothing(self, remote: Remote, tmp_path: Path) -> None:
-        newest = checkpoint(tmp_path / "here", 4)
-        mirror = self.mirror(remote, tmp_path / "here")
-        remote.delete("lease.me.json")
-        mirror.send_checkpoint(newest)
-        with pytest.raises(LeaseLost):
-            mirror.finish(newest, tmp_path / "model")
-        assert remote.names() == []
+        here = tmp_path / "here"
+        with pytest.raises(LeaseLost), folder_store(self.at(remote, here), pytest.fail) as store:
+            remote.delete("lease.me.json")
+            save(store, here, 4)
+        assert remote.names() == [] and self.steps(here) == [4]
 
 
 class TestAcrossAnOutageOfS3:
@@ -266,21 +303,19 @@ class TestAcrossAnOutageOfS3:
     def test_a_checkpoint_made_while_it_is_away_is_there_in_the_end(self, gate: Gate, tmp_path: Path) -> None:
         remote, here, said = Remote(f"s3://{BUCKET}/outage/run"), tmp_path / "here", list[str]()
         remote.write("lease.me.json", b"")
-        mirror = RunMirror(MirrorPlan(Lease(remote, "me"), keep=2), here, said.append)
-        mirror.send_checkpoint(checkpoint(here, 4))
-        soon(lambda: whole_folders(remote, "checkpoints"), within_s=60, what="the copy")
-        gate.close()
-        started = time.monotonic()
-        for step in (8, 12):
-            newest = checkpoint(here, step)
-            mirror.send_checkpoint(newest)
-        assert time.monotonic() - started < seconds(1)
-        soon(lambda: said, within_s=60, what="the news of the failure")
-        gate.open()
-        (here / "model").mkdir()
-        (here / "model/w").write_text("w")
-        mirror.finish(newest, here / "model")
-        assert whole_folders(remote, "checkpoints")[0] == "step_000000012"
+        here.mkdir()
+        with folder_store(RunFolder(here, Lease(remote, "me")), said.append) as store:
+            save(store, here, 4)
+            soon(lambda: stored_checkpoints(remote), within_s=60, what="the copy")
+            gate.close()
+            started = time.monotonic()
+            for step in (8, 12):
+                save(store, here, step)
+            assert time.monotonic() - started < seconds(1)
+            soon(lambda: said, within_s=60, what="the news of the failure")
+            gate.open()
+            store.export(lambda folder: (folder / "w").write_text("w"))  # type: ignore[arg-type, return-value]
+        assert stored_checkpoints(remote)[0] == "step_000000012"
         assert remote.read("model/w") == b"w"
         assert len([text for text in said if "tried again" in text]) == 1
 
@@ -289,7 +324,7 @@ class TestAcrossAnOutageOfS3:
         url = f"s3://{BUCKET}/killed"
         code = (
             "import sys, time; from pathlib import Path; from hncse_ray.config import load_settings;"
-            "from hncse_ray.training.remote_run import claim_run\n"
+            "from hncse_ray.training.run_folder import claim_run\n"
             "with claim_run(load_settings(sys.argv[1])) as folder:\n"
             "    (folder.path / 'log.txt').write_text('x'); print('held', flush=True); time.sleep(600)"
         )
