@@ -52,11 +52,12 @@ class Remote:
     @cached_property
     def _opened(self) -> tuple[Any, str]:
         """The filesystem, and the folder's path in it."""
-        import fsspec
         from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
 
         if not is_url(self.url):
             return LocalFileSystem(), str(Path(self.url).absolute())
+        import fsspec  # most runs are in a folder
+
         scheme, _, rest = self.url.partition("://")
         if not rest or (scheme in _ARROW_SCHEMES and rest.startswith("/")):
             raise StorageError("names no bucket or folder", self.url, "Give a URL such as s3://bucket/folder")

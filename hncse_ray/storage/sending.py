@@ -88,12 +88,11 @@ def keep_trying(
         except LeaseLost:
             raise
         except (StorageError, OSError) as error:
-            if time.monotonic() + pause_s > end or ended.is_set():
-                raise
             if not failing:
                 notify(f"the storage fails, and is tried again: {error}")
             failing = True
-        ended.wait(pause_s)
+            if time.monotonic() + pause_s > end or ended.wait(pause_s):
+                raise
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
     if failing:
         notify("the storage works again")

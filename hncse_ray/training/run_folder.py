@@ -135,9 +135,10 @@ class RunFolder:
         return StorageError(f"{what} could not be stored ({cause})", self.place, hint)
 
     def send_log(self) -> None:
-        """Copy ``log.txt`` to the URL if there is one, and the log has grown."""
+        """Copy ``log.txt`` to the URL if there is one, it is still this run's, and the log has grown."""
         log = self.path / "log.txt"
         if self.lease is not None and log.exists() and (size := log.stat().st_size) != self._sent_log:
+            self.lease.check()
             self.lease.remote.upload(log, "log.txt")
             self._sent_log = size
 
@@ -160,10 +161,10 @@ class RunFolder:
         assert self.lease is not None
         remote, path = self.lease.remote, self.path / name
         here = {str(file.relative_to(self.path)): file for file in [path, *path.rglob("*")] if file.is_file()}
-        for file in sorted(here, key=lambda file: (here[file].name == last, file)):
-            remote.upload(here[file], file)
         for left in set(remote.names(name)) - here.keys() if path.is_dir() else ():
             remote.delete(left)
+        for file in sorted(here, key=lambda file: (here[file].name == last, file)):
+            remote.upload(here[file], file)
 
 
 @contextmanager

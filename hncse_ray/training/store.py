@@ -94,17 +94,18 @@ class FolderStore:
         """Send the newest checkpoint with the records, and at the end the model; called in the thread that sends."""
         folder, is_last, newest = self._folder, self._is_last, next(iter(self.checkpoints()), None)
         assert folder.lease is not None
+        self._sending = "" if newest is None else newest.name  # until it is sent, it stays here
         folder.lease.check()
         for name in RECORDS:  # first: a checkpoint that is whole has all lines up to its step
             folder.send(name)
         if newest is not None and newest.name != self._sent:
-            self._sending, remote = newest.name, folder.lease.remote
+            remote = folder.lease.remote
             remote.delete(f"checkpoints/{newest.name}/{LAST_FILE}")
             folder.send(f"checkpoints/{newest.name}", last=LAST_FILE)
             for name in superseded(stored_checkpoints(remote), newest.name):
                 for file in [f"checkpoints/{name}/{LAST_FILE}", *remote.names(f"checkpoints/{name}")]:
                     remote.delete(file)
-            self._sending, self._sent = "", newest.name
+        self._sending, self._sent = "", self._sending
         if is_last:
             folder.send("model")
 

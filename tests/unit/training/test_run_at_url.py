@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -117,6 +118,15 @@ class TestClaiming:
             found = folder.finished()
             assert found is not None and (found.step, found.best_step) == (12, 8)
             assert (folder.path / "log.txt").read_text() == "a line\n"
+
+    def test_one_who_was_taken_over_leaves_the_log_of_the_other_alone(self, tmp_path: Path) -> None:
+        log = tmp_path / "store/run/log.txt"
+        with claim_run(settings(tmp_path)) as folder:
+            assert folder.lease is not None
+            (folder.path / "log.txt").write_text("mine, and longer")
+            (tmp_path / "store/run" / folder.lease.name).unlink()
+            log.write_text("theirs")
+        assert log.read_text() == "theirs"
 
     def test_a_damaged_result_is_named_by_its_url(self, tmp_path: Path) -> None:
         with claim_run(settings(tmp_path)) as folder:
@@ -285,6 +295,27 @@ class TestTravelling:
         self.send(remote, here, 10)
         assert stored_checkpoints(remote) == ["step_000000010", "step_000000008"] and self.steps(here) == [8, 10]
         assert not [name for name in remote.names() if "step_000000012" in name or "step_000000004" in name]
+
+    def test_one_that_is_being_sent_stays_until_it_is_there(
+        self, remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        here, begun, free, really = tmp_path / "here", threading.Event(), threading.Event(), Remote.upload
+
+        def slowly(self: Remote, file: Path, name: str) -> None:
+            if "step_000000004" in name:
+                begun.set()
+                assert free.wait(seconds(60))
+            really(self, file, name)
+
+        monkeypatch.setattr(Remote, "upload", slowly)
+        with folder_store(self.at(remote, here), pytest.fail) as store:
+            save(store, here, 4)
+            assert begun.wait(seconds(60))
+            for step in (8, 12, 16):
+                save(store, here, step)
+            assert self.steps(here) == [4, 12, 16]
+            free.set()
+        assert stored_checkpoints(remote) == ["step_000000016", "step_000000004"]  # of those that waited the latest
 
     def test_one_who_was_taken_over_overwrites_nothing(self, remote: Remote, tmp_path: Path) -> None:
         here = tmp_path / "here"
