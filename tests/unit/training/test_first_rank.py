@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from negative_runs import RanksStore, negatives_settings, prepared
 from rank_parity import free_port
+from waits import seconds
 
 from hncse_ray.errors import DataError, HncseError, StorageError, TrainingError
 from hncse_ray.reporting import Event
@@ -25,7 +26,8 @@ from hncse_ray.training.guards import Guards
 
 Found = dict[str, Any]
 WORLD = 2
-LIMIT_S, LONGER_S = 10.0, 11.5  # of a collective; what a rank does alone
+LIMIT_S = seconds(5)  # of a collective
+LONGER_S = LIMIT_S + 1.5  # what a rank does alone
 
 
 # ------------------------------------------------------------------------------------------------ telling

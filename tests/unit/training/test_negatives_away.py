@@ -175,11 +175,12 @@ def test_an_answer_that_does_not_come_in_time_is_done_without(tree: Tree, tmp_pa
             go_on.set()
 
     # One look-up ahead of the batch: nothing else is under way when the two begin to wait.
-    settings = negatives_settings(tree, "negatives.timeout_s=1", "negatives.prefetch_batches=1")
+    limit_s = round(seconds(1), 1)
+    settings = negatives_settings(tree, f"negatives.timeout_s={limit_s}", "negatives.prefetch_batches=1")
     run = disturbed(settings, tmp_path, clock, hold, let_go)
     assert run.series("missing")[:4] == [0] * 4 and run.series("missing")[4] == 1
     assert run.series("missing")[8:] == [0] * 4
-    assert len(said(run, AWAY)) >= 1 and "no answer within 1 s" in said(run, AWAY)[0]
+    assert len(said(run, AWAY)) >= 1 and f"no answer within {limit_s:g} s" in said(run, AWAY)[0]
     assert len(said(run, BACK)) == len(said(run, AWAY))
 
 

@@ -39,7 +39,7 @@ ALIKE: dict[str, tuple[str, ...]] = {
 # What befalls the second rank alone.
 BEFALLS: dict[str, tuple[str, ...]] = {
     "lost": ("train.max_steps=6",),
-    "slow": ("train.max_steps=5", "negatives.timeout_s=1", "negatives.prefetch_batches=1"),
+    "slow": ("train.max_steps=5", f"negatives.timeout_s={seconds(1):.1f}", "negatives.prefetch_batches=1"),
     "taught and lost": (*ALIKE["taught"], "train.max_steps=6", "negatives.timeout_s=20"),
     "given way": ("negatives.refresh=async", "negatives.refresh_every_steps=2", "train.max_steps=6"),
 }
