@@ -12,7 +12,7 @@ import numpy as np
 
 from hncse_ray.errors import StorageError
 from hncse_ray.evaluation.vectors import FloatArray
-from hncse_ray.storage import write_folder
+from hncse_ray.storage import locked, write_folder
 
 _FORMAT = 1
 _MANIFEST, _TEXTS, _VECTORS = "manifest.json", "texts.json", "vectors.npy"
@@ -35,7 +35,7 @@ class SavedIndex:
         return [[self.texts[i] for i in np.argsort(-scores_N, kind="stable")[:top]] for scores_N in scores_QN]
 
     def write(self, folder: Path, made_of: Mapping[str, str]) -> None:
-        """Write a folder, whole or not at all.
+        """Write a folder, whole or not at all, after whoever else writes it now.
 
         Args:
             folder: replaced if it is there.
@@ -56,7 +56,8 @@ class SavedIndex:
             folder.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"cannot be written ({error.strerror})", str(folder)) from error
-        write_folder(folder, fill)
+        with locked(folder.with_name(f".{folder.name}.lock"), hint="Set HNCSE_CACHE", wait=True):
+            write_folder(folder, fill)
 
 
 def read_index(folder: Path, made_of: Mapping[str, str]) -> SavedIndex | None:

@@ -39,7 +39,7 @@ def _take_interrupts() -> None:
 
 
 def indexes(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "cache" / "search").glob("*"))
+    return sorted((tmp_path / "cache" / "search").glob("[!.]*"))
 
 
 def test_the_second_search_takes_the_index_that_is_kept(tiny_model: Path, texts: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hncse_ray.corpus.documents import read_passages
 from hncse_ray.corpus.sources import read_examples
 from hncse_ray.errors import HncseError
 
-EXAMPLES = [100, pytest.param(5_000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
+EXAMPLES = [100, pytest.param(2_000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
 MARKUP = [
     b"<title>", b"</title>", b"<h1>", b"</h1>", b"<p>", b"<pre>", b"<table><tr><td>", b"<div>" * 300, b"<script>",
     b"<!--", b"-->", b"<![CDATA[", b"&#xD800;", b"&#99999999999;", b"&#0;", b"&amp", b"<meta charset=utf-16>",
