@@ -117,6 +117,10 @@ def parse_yaml(text: str, where: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        at = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        why = ": ".join(" ".join(part.split()) for part in (error.context, error.problem) if part)
+        raise SettingsError(f"is not valid YAML{at} ({why})", where) from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: escapes of no character
         raise SettingsError(f"is not valid YAML ({' '.join(str(error).split())})", where) from None
     except RecursionError:

@@ -10,6 +10,7 @@ from typing import Any
 from hncse_ray.config import load_settings
 from hncse_ray.reporting import MetricsFile, RunFinished, RunStarted
 from hncse_ray.reporting.events import Evaluated, StepsLogged, Verdict
+from hncse_ray.tuning import Sweep, SweepOptions, SweepStudy, claim_sweep_folder, parse_space
 
 METRIC = "python-docs/recall@10"
 POOL = {
@@ -78,3 +79,16 @@ def leave_samples(folder: Path, **changes: Any) -> None:
     rows = [*rows, {"step": 20, "sentences": sentences}, {"step": 20, "negatives": negatives}]
     text = "".join(json.dumps(row | {key: changes[key] for key in changes if key in row}) + "\n" for row in rows)
     (folder / "samples.jsonl").write_text(text, encoding="utf-8")
+
+
+def leave_sweep(folder: Path) -> None:
+    """A sweep whose second trial is the better one, as the tune command keeps it."""
+    space = {"parameters": {"objective.temperature": {"loguniform": [0.01, 0.2]}}}
+    sweep = Sweep(load_settings("quickstart"), parse_space(space, "space"), SweepOptions(trials=2))
+    with claim_sweep_folder(folder, sweep):
+        study = SweepStudy(folder, sweep.space, seed=0, stopping="none", grace=10, accepts=lambda values: None)
+        for score in (0.5, 0.625):
+            task = study.next()
+            study.report(task.number, 10, 0.25)
+            study.report(task.number, 20, score)
+            study.complete(task.number, {"seconds": 3.0, "best_step": 20})

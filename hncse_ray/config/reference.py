@@ -185,7 +185,7 @@ def reference_page() -> str:
         lines += ["", f"## {section.key}", "", section.meaning, ""]
         if section.key == "objective":
             lines += [f"- `{name}`: {what}" for name, what in objective_papers().items()] + [""]
-        lines += ["| setting | takes | default | meaning |", "|---|---|---|---|"]
+        lines += ["| setting | meaning | takes | default |", "|---|---|---|---|"]
         lines += [_row(section, setting) for setting in section.settings]
     return "\n".join(lines) + "\n"
 
@@ -197,7 +197,7 @@ def _row(section: SectionFacts, setting: SettingFacts) -> str:
     )
     meaning = f"{setting.meaning} ({known})" if known else setting.meaning
     return (
-        "| " + " | ".join(_cell(text) for text in (f"`{setting.key}`", takes, f"`{setting.default}`", meaning)) + " |"
+        "| " + " | ".join(_cell(text) for text in (f"`{setting.key}`", meaning, takes, f"`{setting.default}`")) + " |"
     )
 
 

@@ -325,6 +325,8 @@ def _legend(traces: Sequence[Trace]) -> str:
         if trace.get("showlegend") is not False and trace.get("name"):
             dash = (trace.get("line") or {}).get("dash")
             style = {"dash": "dashed", "dot": "dotted"}.get(str(dash), "solid")
-            swatch = f'<i style="border-top: 3px {style} {escape(trace["colour"])}"></i>'
+            line = f"border-top: 3px {style} {trace['colour']}"
+            ring = f"width: 10px; height: 10px; border: 2px solid {trace['colour']}; border-radius: 50%"
+            swatch = f'<i style="{escape(ring if trace.get("mode") == "markers" else line)}"></i>'
             items.append(f"<li>{swatch}{escape(trace['name'])}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'

@@ -147,10 +147,13 @@ class RunFinished:
         """Return what ``asdict`` has made a tree.
 
         Raises:
-            TypeError: it is another tree.
+            ValueError: it is another tree.
         """
-        verdict = (tree := dict(tree)).get("verdict")
-        return cls(**{**tree, "verdict": None if verdict is None else Verdict(**verdict)})
+        try:
+            verdict = (tree := dict(tree)).get("verdict")
+            return cls(**{**tree, "verdict": None if verdict is None else Verdict(**verdict)})
+        except TypeError as error:
+            raise ValueError("it is of another version of hncse_ray") from error
 
 
 Event = (

@@ -19,6 +19,7 @@ from hncse_ray.errors import SettingsError, StorageError
 from hncse_ray.recipe import read_yaml
 from hncse_ray.reporting.events import RunFinished
 from hncse_ray.reporting.page import BLUE, draw, line_figure, write_page
+from hncse_ray.reporting.projection import Projection
 from hncse_ray.reporting.records import METRICS, SAMPLES
 from hncse_ray.reporting.samples import phases_figure, plane_figure, show_samples
 from hncse_ray.reporting.verdict import describe_verdict
@@ -135,20 +136,24 @@ def read_run(run_folder: Path) -> RunFacts:
     )
 
 
-def write_run_page(run_folder: Path) -> Path:
+def write_run_page(run_folder: Path, *, projection: Projection = "pca") -> Path:
     """Write ``report.html`` into the folder of a run that is finished, still going, or was killed.
+
+    Args:
+        run_folder: of the run.
+        projection: of the map of its sentences.
 
     Returns:
         The page's path.
 
     Raises:
         StorageError: the folder cannot be read or written.
-        SettingsError: its ``settings.yaml`` cannot be read.
+        SettingsError: its ``settings.yaml`` cannot be read, or the projection's package is not installed.
     """
     run = read_run(run_folder)
     result, logged = run.result, run.logged
     uses_pool = any(name.startswith("negatives/") for row in logged for name in row)
-    samples = show_samples(read_rows(run_folder / SAMPLES), run_folder / SAMPLES)
+    samples = show_samples(read_rows(run_folder / SAMPLES), run_folder / SAMPLES, projection=projection)
     scores = {}
     if any(run.metric in row for row in run.dev):
         scores["scores"] = _score_figure(run.dev, run.metric, run.best_step, "best" if result else "best so far")
@@ -256,7 +261,7 @@ def _read_result(path: Path) -> RunFinished | None:
         return None
     try:
         return RunFinished.read(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise StorageError(f"cannot be read ({error})", str(path)) from error
 
 

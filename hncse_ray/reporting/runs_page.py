@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def write_runs_page(run_folders: Sequence[Path], out: Path) -> Path:
     """
     found = [read_run(folder) for folder in run_folders]
     names = [run.name for run in found]
-    labels = names if len(set(names)) == len(names) else [str(folder) for folder in run_folders]
+    labels = names if len(set(names)) == len(names) else _short(run_folders)
     runs = dict(zip(labels, found, strict=True))
     cells = {label: {(row["split"], row["metric"]): row for row in run.scores} for label, run in runs.items()}
     return write_page(
@@ -42,6 +43,12 @@ def write_runs_page(run_folders: Sequence[Path], out: Path) -> Path:
         differing=_differing(found),
         figures=_figures(runs),
     )
+
+
+def _short(folders: Sequence[Path]) -> list[str]:
+    """Name folders by what they do not share."""
+    shared = os.path.commonpath([folder.absolute().parent for folder in folders])
+    return [os.path.relpath(folder, shared) for folder in folders]
 
 
 def _differing(runs: Sequence[RunFacts]) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 
 from hncse_ray.errors import StorageError
 from hncse_ray.reporting.page import SCALE, draw, line_figure
+from hncse_ray.reporting.projection import Projection, by_umap, turned
 
 Row = Mapping[str, Any]
 Figure = dict[str, Any]
@@ -68,6 +69,7 @@ class Samples:
     index_step: int | None = None
     histograms: Sequence[Figure] = ()
     maps: Sequence[Figure] = field(default_factory=tuple)
+    projection: Projection = "pca"
 
     @property
     def has_sentences(self) -> bool:
@@ -75,11 +77,17 @@ class Samples:
         return self.kept is not None
 
 
-def show_samples(rows: Sequence[Row], path: Path) -> Samples:
+def show_samples(rows: Sequence[Row], path: Path, *, projection: Projection = "pca") -> Samples:
     """Return what the page shows of the rows of ``samples.jsonl``.
+
+    Args:
+        rows: of the file.
+        path: its name.
+        projection: of the map.
 
     Raises:
         StorageError: they are of another version.
+        SettingsError: the projection's package is not installed.
     """
     latest = {kind: row[kind] for row in rows for kind in ("sentences", "negatives") if kind in row}
     try:
@@ -87,7 +95,7 @@ def show_samples(rows: Sequence[Row], path: Path) -> Samples:
         sentences, negatives = latest.get("sentences"), latest.get("negatives")
         found = Samples(histograms=histograms)
         if sentences is not None:
-            found = _compared(sentences, histograms)
+            found = _compared(sentences, histograms, projection)
         if negatives is None:
             return found
         anchors = [
@@ -101,7 +109,7 @@ def show_samples(rows: Sequence[Row], path: Path) -> Samples:
         raise StorageError(problem, str(path), "Delete it: the page does without") from error
 
 
-def _compared(sentences: Row, histograms: Sequence[Figure]) -> Samples:
+def _compared(sentences: Row, histograms: Sequence[Figure], projection: Projection) -> Samples:
     texts, right = sentences["texts"], sentences["right"]
     before, after = sentences["before"], sentences["after"]
     pairs = list(zip(before["neighbours"], after["neighbours"], strict=True))
@@ -114,7 +122,8 @@ def _compared(sentences: Row, histograms: Sequence[Figure]) -> Samples:
         for query, both, positions in zip(sentences["queries"], query_pairs, right, strict=True)
     ]
     kept = float(np.mean(shared)) if shared else 1.0
-    return Samples(queries, moved, kept, histograms=histograms, maps=_maps(before, after))
+    maps = _maps(before, after, projection)
+    return Samples(queries, moved, kept, histograms=histograms, maps=maps, projection=projection)
 
 
 def _shared(old: Sequence[Any], new: Sequence[Any]) -> float:
@@ -161,21 +170,24 @@ def _histograms(looks: Sequence[tuple[int, Row]]) -> list[Figure]:
     return figures
 
 
-def _maps(before: Row, after: Row) -> list[Figure]:
-    """Draw the two principal components before and after, the latter turned onto the former."""
+def _maps(before: Row, after: Row, projection: Projection) -> list[Figure]:
+    """Draw the sample before and after, the latter turned onto the former."""
     old_n2, new_n2 = np.array(before["map"]), np.array(after["map"])
     if len(old_n2) < 3:
         return []
-    left, _, right = np.linalg.svd(new_n2.T @ old_n2)
-    positions = {"Before": (old_n2, before["explained"]), "After": (new_n2 @ left @ right, after["explained"])}
+    is_umap = projection == "umap"
+    if is_umap:
+        old_n2 = by_umap(before["neighbours"], old_n2)
+        new_n2 = by_umap(after["neighbours"], turned(new_n2, old_n2))
     shades = np.round(old_n2[:, 0], 3).tolist()
     figures = []
-    for caption, (positions_n2, explained) in positions.items():
+    for caption, facts, positions_n2 in (("Before", before, old_n2), ("After", after, turned(new_n2, old_n2))):
         marker = {"size": 7, "color": shades, "colorscale": SCALE}
         x, y = np.round(positions_n2, 3).T.tolist()
-        figure = go.Figure(go.Scatter(x=x, y=y, mode="markers", marker=marker, name="second component"))
-        figure.update_layout(xaxis_title="first component", yaxis_title="second component", showlegend=False)
-        note = f"{explained:.0%} of the variance"
+        name = "UMAP" if is_umap else "component"
+        figure = go.Figure(go.Scatter(x=x, y=y, mode="markers", marker=marker, name=f"second {name}"))
+        figure.update_layout(xaxis_title=f"first {name}", yaxis_title=f"second {name}", showlegend=False)
+        note = "" if is_umap else f"{facts['explained']:.0%} of the variance"
         figures.append({"caption": caption, "note": note, "figure": draw(figure, f"map-{caption.lower()}", height=320)})
     return figures
 

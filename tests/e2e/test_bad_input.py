@@ -236,7 +236,10 @@ def test_a_missing_recipe_names_the_nearest(tmp_path: Path) -> None:
     assert_refused(hncse("train", tmp_path), "is a directory, not a recipe", "Name a YAML file")
 
 
-@pytest.mark.parametrize(("content", "said"), [("run: [", "is not valid YAML"), ("- a\n", "holds no mapping")])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("run: [", "is not valid YAML in line 1 (while parsing a flow node: "), ("- a\n", "holds no mapping")],
+)
 def test_a_broken_recipe_is_named(tmp_path: Path, content: str, said: str) -> None:
     (tmp_path / "broken.yaml").write_text(content)
     assert_refused(hncse("train", tmp_path / "broken.yaml"), "broken.yaml", said)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from invoke import assert_refused, hncse
+from left_runs import leave_sweep
 from page_text import figures, table
 
 from hncse_ray.config import load_settings
-from hncse_ray.tuning import Sweep, SweepOptions, SweepStudy, claim_sweep_folder, parse_space
-
-SPACE = {"parameters": {"objective.temperature": {"loguniform": [0.01, 0.2]}}}
 
 
 @pytest.fixture
@@ -27,17 +26,7 @@ def run_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sweep_folder(tmp_path: Path) -> Path:
-    """A sweep whose second trial is the better one, as the tune command keeps it."""
-    sweep = Sweep(load_settings("quickstart"), parse_space(SPACE, "space"), SweepOptions(trials=2))
-    with claim_sweep_folder(tmp_path / "sweep", sweep):
-        study = SweepStudy(
-            tmp_path / "sweep", sweep.space, seed=0, stopping="none", grace=10, accepts=lambda values: None
-        )
-        for score in (0.5, 0.625):
-            task = study.next()
-            study.report(task.number, 10, 0.25)
-            study.report(task.number, 20, score)
-            study.complete(task.number, {"seconds": 3.0, "best_step": 20})
+    leave_sweep(tmp_path / "sweep")
     return tmp_path / "sweep"
 
 
@@ -82,13 +71,18 @@ def test_of_several_runs(run_folder: Path, tmp_path: Path, monkeypatch: pytest.M
     drawn = {trace["name"]: trace["y"] for traces, layout in figures(page).values() for trace in traces
              if layout["yaxis"]["title"]["text"] == "loss"}  # fmt: skip
     assert drawn == {"quickstart": [0.5], "other": [0.25]}
-    assert hncse("report", other, other, "--out", tmp_path / "x.html").exit_code == 0
+    shutil.copytree(other, tmp_path / "again" / "other")
+    assert hncse("report", other, tmp_path / "again" / "other", "--out", tmp_path / "x.html").exit_code == 0
+    _, *rows = table((tmp_path / "x.html").read_text(), 'id="runs"')
+    assert [row[0] for row in rows] == ["runs/other", "again/other"]
 
 
 def test_of_several_that_are_not_all_runs(run_folder: Path, sweep_folder: Path, tmp_path: Path) -> None:
     assert_refused(hncse("report", run_folder, sweep_folder, "--out", tmp_path / "x.html"), "holds no run")
     assert_refused(hncse("report", run_folder, tmp_path / "none"), "no such folder")
     assert_refused(hncse("report", run_folder, "--out", tmp_path / "x.html"), "--out")
+    assert_refused(hncse("report", run_folder, run_folder, "--map", "umap"), "--map umap: is for one run")
+    assert_refused(hncse("report", sweep_folder, "--map", "umap"), "--map umap: is for one run")
     assert_refused(hncse("report", run_folder, run_folder, "--out", tmp_path / "no" / "x.html"), "cannot be written")
     assert not (tmp_path / "x.html").exists()
 

@@ -6,9 +6,11 @@ import html
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from left_runs import METRIC, POOL, leave_run, leave_samples
@@ -54,6 +56,7 @@ class TestFinishedRun:
             METRIC: ([0, 10, 20], [0.5, 0.75, 0.625]),
             "best: step 10": ([10], [0.75]),
         }
+        assert re.search(r"border-radius: 50%[^<]*></i>best: step 10", page)  # as it is drawn
         assert points(page, "loss") == {"loss": ([10, 20], [1.0, 0.5])}
         assert points(page, "learning-rate") == {"learning rate": ([10, 20], [1e-4, 5e-5])}
         assert points(page, "speed") == {"speed": ([10, 20], [250.0, 250.0])}
@@ -217,11 +220,13 @@ class TestUnreadable:
             write_run_page(tmp_path)
         assert not (tmp_path / "report.html").exists()
 
-    @pytest.mark.parametrize("text", ["{", "[]", '{"unknown": 1}'])
-    def test_a_damaged_result(self, tmp_path: Path, text: str) -> None:
+    @pytest.mark.parametrize(
+        ("text", "why"), [("{", "Expecting"), ("[]", "another version"), ('{"x": 1}', "another version")]
+    )
+    def test_a_damaged_result_or_one_of_another_version(self, tmp_path: Path, text: str, why: str) -> None:
         leave_run(tmp_path)
         (tmp_path / "result.json").write_text(text)
-        with pytest.raises(StorageError, match="result.json: cannot be read"):
+        with pytest.raises(StorageError, match=rf"result.json: cannot be read \(.*{why}"):
             write_run_page(tmp_path)
 
     @pytest.mark.parametrize("text", ["", "- a", "a: [", "a: 1\na: 2"])
@@ -281,6 +286,38 @@ class TestSamples:
     def test_the_map_after_is_turned_onto_the_map_before(self, page: str) -> None:
         (old,), (new,) = (points(page, f"map-{name}").values() for name in ("before", "after"))
         assert new[0] == pytest.approx(old[0], abs=2e-3) and new[1] == pytest.approx(old[1], abs=2e-3)
+
+    def test_a_map_by_umap_without_its_package_names_the_extra(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        leave_run(tmp_path)
+        leave_samples(tmp_path)
+        monkeypatch.setitem(sys.modules, "umap", None)  # what an import that fails leaves
+        with pytest.raises(SettingsError, match=r"--map umap: UMAP is not installed.*hncse-ray\[umap\]"):
+            write_run_page(tmp_path, projection="umap")
+        assert not (tmp_path / "report.html").exists()
+
+    @pytest.mark.slow  # umap compiles itself for half a minute
+    def test_a_map_by_umap_brings_the_nearest_together(self, tmp_path: Path) -> None:
+        n, k = 40, 10
+        rng = np.random.default_rng(0)
+        near = [[[int(at), 0.9] for at in rng.permutation([j for j in range(n) if j % 2 == i % 2 and j != i])[:k]]
+                for i in range(n)]  # fmt: skip
+        facts = {"neighbours": near, "query_neighbours": [], "explained": 0.5}
+        sides = {"before": facts | {"map": rng.normal(size=(n, 2)).tolist()}}
+        sides["after"] = facts | {"map": rng.normal(size=(n, 2)).tolist()}
+        sentences = {"texts": [f"text {i}" for i in range(n)], "queries": [], "right": []} | sides
+        leave_run(tmp_path)
+        leave_samples(tmp_path, sentences=sentences)
+        pages = [write_run_page(tmp_path, projection="umap").read_text(encoding="utf-8") for _ in range(2)]
+        assert "UMAP of the ten nearest" in pages[0] and "of the variance" not in pages[0]
+        for name in ("map-before", "map-after"):
+            (first,), (again,) = (points(page, name).values() for page in pages)
+            assert first == again
+            at_n2 = np.array(first).T
+            apart_nn = np.linalg.norm(at_n2[:, None] - at_n2, axis=-1) + np.diag([np.inf] * n)
+            same = apart_nn.argsort(axis=1)[:, :5] % 2 == np.arange(n)[:, None] % 2
+            assert same.mean() > 0.95
 
     def test_alignment_against_uniformity(self, page: str) -> None:
         assert points(page, "plane")["batches"] == ([-2.0, -2.0], pytest.approx([0.2, 0.2]))
