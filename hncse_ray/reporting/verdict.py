@@ -12,7 +12,7 @@ def describe_verdict(verdict: Verdict) -> str:
         return f"nothing was judged, as there is no dev set: {model}{_how(verdict)}"
     if verdict.is_base:
         return f"{verdict.metric} {_number(verdict.base)}: nothing helped on dev: {model}"
-    return f"{verdict.metric} {describe_gain(verdict)}{_how(verdict)}: {model}{_doubt(verdict)}"
+    return f"{verdict.metric} on dev {describe_gain(verdict)}{_how(verdict)}: {model}{_doubt(verdict)}"
 
 
 def describe_gain(verdict: Verdict) -> str:

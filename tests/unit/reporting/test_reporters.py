@@ -101,21 +101,21 @@ def test_several_reporters_hear_the_same_and_are_all_closed() -> None:
         (Notice("look out"), "look out"),
         (
             Verdict(8, 1.0, 0.0, "cloze/mrr", 0.512, 0.56, 0.03, 0.0664),
-            "cloze/mrr 0.512 -> 0.560 (+0.048, 95 % 0.030 to 0.066): the adapted model is exported",
+            "cloze/mrr on dev 0.512 -> 0.560 (+0.048, 95 % 0.030 to 0.066): the adapted model is exported",
         ),
         (
             Verdict(8, 0.75, 0.125, "cloze/mrr", 0.512, 0.56, -0.004, 0.1),
-            "cloze/mrr 0.512 -> 0.560 (+0.048, 95 % -0.004 to 0.100) with merge 0.75 and whitening 0.125:"
+            "cloze/mrr on dev 0.512 -> 0.560 (+0.048, 95 % -0.004 to 0.100) with merge 0.75 and whitening 0.125:"
             " the adapted model is exported, though the difference may be luck",
         ),
         (
             Verdict(8, 0.5, 0.0, "stsb/spearman", 80.0, 78.5, -2.0, -1.0),
-            "stsb/spearman 80.00 -> 78.50 (-1.50, 95 % -2.00 to -1.00) with merge 0.5:"
+            "stsb/spearman on dev 80.00 -> 78.50 (-1.50, 95 % -2.00 to -1.00) with merge 0.5:"
             " the adapted model is exported, though it is worse",
         ),
         (
             Verdict(0, 0.0, 0.25, "cloze/mrr", 0.5, 0.52),
-            "cloze/mrr 0.500 -> 0.520 (+0.020) with whitening 0.25: the whitened base model is exported",
+            "cloze/mrr on dev 0.500 -> 0.520 (+0.020) with whitening 0.25: the whitened base model is exported",
         ),
         (
             Verdict(8, 0.0, 0.0, "cloze/mrr", 0.5, 0.5),
