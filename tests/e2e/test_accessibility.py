@@ -44,7 +44,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     for name in ("finished", "going", "died"):
         leave_run(folder / name, finished=name == "finished", extra=POOL)
     leave_samples(folder / "finished")
-    with locked(folder / "going" / ".lock"):
+    with locked(folder / "going" / ".lock", hint=""):
         found = {name: write_run_page(folder / name) for name in ("finished", "going", "died")}
     found["runs"] = write_runs_page([folder / "finished", folder / "died"], folder / "runs.html")
     leave_sweep(folder / "sweep")

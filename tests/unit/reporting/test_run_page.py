@@ -101,7 +101,7 @@ class TestAnswer:
 
 def test_a_run_at_work_is_told_from_one_that_died(tmp_path: Path) -> None:
     leave_run(tmp_path, finished=False)
-    with locked(tmp_path / ".lock"):
+    with locked(tmp_path / ".lock", hint=""):
         assert text_of(written(tmp_path), "state").startswith("Still going")
     assert "it was stopped, or it died" in text_of(written(tmp_path), "state")
     leave_run(tmp_path)
