@@ -46,7 +46,7 @@ def add_adapters(model: SentenceTransformer, settings: LoraSettings, *, seed: in
             transformer.model = get_peft_model(transformer.model, config)
         except ValueError as error:  # peft's word for modules that are not there, or are of a kind that it cannot adapt
             layers = {n.rpartition(".")[2] for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
-            raise ModelError(f"encoder.lora.target_modules: {' '.join(str(error).split())}", name,
+            raise ModelError(f"encoder.lora.target_modules: {str(error).partition('. ')[0].rstrip('.')}", name,
                              f"Its linear layers are {', '.join(sorted(layers))}") from error  # fmt: skip
 
 

@@ -39,7 +39,7 @@ _PROBES = (
     "A second text of a few more words.",
     "The third is longer than both of the others: it goes on and on.",
 )
-_TOLERANCE = 1e-4  # of coordinates of unit-norm vectors in fp32
+_TOLERANCE = {"atol": 1e-4, "rtol": 0.0}  # of coordinates of unit-norm vectors in fp32
 _CHUNK = 10_000  # texts tokenised at a time
 _TOKENISING = threading.Lock()  # a fast tokenizer is changed by every call, and refuses two at a time
 
@@ -233,29 +233,16 @@ class SentenceEncoder(nn.Module):
         self, texts: Sequence[str], max_length: int | None = None, *, side: Side | None = None
     ) -> list[NDArray[np.int32]]:
         """Turn texts into token rows as :meth:`tokenize` does; those of a text without tokens are empty."""
+        max_length = min(max_length or self.max_length, self.length_limit)
         rows: list[NDArray[np.int32]] = []
+        leave_out: dict[str, Any] = dict.fromkeys(("padding", "return_attention_mask", "return_token_type_ids"), False)
+        how: Any = {"common": {"return_tensors": None}, "text": leave_out | {"max_length": max_length}}
         for start in range(0, len(texts), _CHUNK):
-            chunk = list(texts[start : start + _CHUNK])
-            rows += self._token_rows(chunk, min(max_length or self.max_length, self.length_limit), side)
+            chunk, prompt = list(texts[start : start + _CHUNK]), self.prompt(side) or None
+            with _TOKENISING:
+                encoded = self.model.preprocess(chunk, prompt=prompt, processing_kwargs=how, task=side)
+            rows += [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
         return rows
-
-    def _token_rows(self, texts: list[str], max_length: int, side: Side | None) -> list[NDArray[np.int32]]:
-        with _TOKENISING:
-            encoded = self.model.preprocess(
-                texts,
-                prompt=self.prompt(side) or None,
-                processing_kwargs={
-                    "common": {"return_tensors": None},
-                    "text": {
-                        "padding": False,
-                        "max_length": max_length,
-                        "return_attention_mask": False,
-                        "return_token_type_ids": False,
-                    },
-                },
-                **({} if side is None else {"task": side}),
-            )
-        return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
 
     def tokenizer_digest(self) -> str:
         """Return the SHA-256 of everything that decides which token ids a text gets, but for the length."""
@@ -399,14 +386,15 @@ class SentenceEncoder(nn.Module):
         if not wanted.isfinite().all():
             raise ModelError("its vectors are not numbers (NaN or infinite)", self.name, "Its weights are damaged")
         rows = self.tokenize(_PROBES)
-        if not _close(wanted, self(self.features(rows, pack=False))):
+        if not torch.allclose(wanted, self(self.features(rows, pack=False)), **_TOLERANCE):
             raise ModelError("it needs more than token ids to give its vectors, which is not supported", self.name)
         if not use_packed_attention(self.backbone):
             logger.debug("%s has an attention of its own: rows are padded", self.name)
             return
         rows = [row[: int(min(len(row), self._reach))] for row in rows]
         try:
-            self.packs = _close(self(self.features(rows, pack=False)), self(self.features(rows, pack=True)))
+            padded, packed = (self(self.features(rows, pack=pack)) for pack in (False, True))
+            self.packs = torch.allclose(padded, packed, **_TOLERANCE)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             logger.debug("%s does not take packed rows: %s", self.name, error)
         logger.debug("rows of %s are %s", self.name, "packed" if self.packs else "padded")
@@ -426,7 +414,3 @@ class SentenceEncoder(nn.Module):
                                  "Set encoder.precision=fp32") from error  # fmt: skip
             return None, "fp32 (the model does not run under autocast)"
         return dtype, reason
-
-
-def _close(wanted: Tensor, found: Tensor) -> bool:
-    return bool((wanted - found).abs().max() <= _TOLERANCE)

@@ -12,28 +12,20 @@ from torch import nn
 _INIT_STD = 0.02  # BERT's initializer_range, which the published SimCSE code applies to its head
 
 
-class TrainingHead(nn.Module):
+class TrainingHead(Dense):
     """A dense layer with tanh that works in training only and is left out of what is saved.
 
     Source: SimCSE (arXiv 2104.08821, section 6.3), where [CLS] vectors pass it in training and not at test time.
-
-    Args:
-        dense: the layer.
 
     Attributes:
         always: work outside of training too, as for an index that must see what the objective sees.
     """
 
-    def __init__(self, dense: Dense) -> None:
-        super().__init__()
-        self.dense = dense
-        self.always = False
+    always = False
 
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
         """Replace ``sentence_embedding`` ``[B, D]``."""
-        if self.training or self.always:
-            features = self.dense(features)
-        return features
+        return super().forward(features) if self.training or self.always else features
 
 
 def add_head(model: SentenceTransformer, *, training_only: bool, seed: int) -> None:
@@ -48,9 +40,7 @@ def add_head(model: SentenceTransformer, *, training_only: bool, seed: int) -> N
     place = len(stages) - isinstance(stages[-1][1], Normalize)
     with model.truncate_embeddings(None):
         width = int(model.get_embedding_dimension() or 0)
-    dense = Dense(width, width, activation_function=nn.Tanh())
-    generator = torch.Generator().manual_seed(seed)
-    nn.init.normal_(dense.linear.weight, std=_INIT_STD, generator=generator)
-    nn.init.zeros_(dense.linear.bias)
-    stage = (TrainingHead(dense) if training_only else dense).to(model.device)
-    model._modules = dict([*stages[:place], ("head", stage), *stages[place:]])
+    head = (TrainingHead if training_only else Dense)(width, width, activation_function=nn.Tanh())
+    nn.init.normal_(head.linear.weight, std=_INIT_STD, generator=torch.Generator().manual_seed(seed))
+    nn.init.zeros_(head.linear.bias)
+    model._modules = dict([*stages[:place], ("head", head.to(model.device)), *stages[place:]])

@@ -37,7 +37,7 @@ def first_position(backbone: nn.Module) -> int:
 
 def length_limit(model: SentenceTransformer, first: int) -> int:
     """Return how many tokens a row may have: by its folder, its tokenizer, and positions that count from ``first``."""
-    limits = [int(model.max_seq_length or _ANY_LENGTH), int(model.tokenizer.model_max_length), _ANY_LENGTH]
+    limits = [int(model.max_seq_length or _ANY_LENGTH), _ANY_LENGTH]  # the library's is the tokenizer's too
     positions = getattr(model[0].config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
         limits.append(positions - first)

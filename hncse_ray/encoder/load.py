@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,7 @@ def load_encoder(
     backbone: Any = loaded.transformers_model
     _check_stages(loaded, backbone, name)
     _check_complete(loaded, backbone, name)
+    _set_prompts(loaded, settings, name)
     _set_pooling(loaded, settings.pooling, told=(folder / "modules.json").is_file(), name=name)
     if settings.head == "tanh":
         add_head(loaded, training_only=settings.head_in_training_only, seed=seed)
@@ -82,24 +82,23 @@ def has_dropout(encoder: SentenceEncoder) -> bool:
 
 def _load(folder: Path, settings: EncoderSettings, name: str) -> SentenceTransformer:
     _check_weights(folder, name)
-    _check_prompts(folder, settings.prompts, name)
     config: dict[str, Any] = {} if settings.dropout is None else _dropout_config(folder, settings, name)
     try:
         with quiet():
             return SentenceTransformer(
                 str(folder),
                 device="cpu",
-                prompts=dict(settings.prompts) or None,
-                default_prompt_name=settings.default_prompt,
                 trust_remote_code=settings.trust_remote_code,
                 local_files_only=True,
                 model_kwargs={"use_safetensors": True, "dtype": torch.float32},
                 config_kwargs=config,
             )
     except Exception as error:  # the two libraries raise a dozen types, which mean the same to a user
-        hint = "" if settings.trust_remote_code or "trust_remote_code" not in str(error) else (
-            "It comes with code of its own: read it, then set encoder.trust_remote_code=true"
-        )  # fmt: skip
+        hint = "Fetch or copy it anew"
+        if "trust_remote_code" in str(error) and not settings.trust_remote_code:
+            hint = "It comes with code of its own: read it, then set encoder.trust_remote_code=true"
+        elif (folder / "modules.json").is_file():
+            hint = "Its JSON files must be whole, and every stage in modules.json have a folder and a known class"
         raise ModelError(f"cannot be loaded ({_first_line(error)})", name, hint) from error
 
 
@@ -112,25 +111,16 @@ def _check_weights(folder: Path, name: str) -> None:
             raise ModelError("has weights as a pickle only", str(pickled), "Convert them to safetensors first")
 
 
-def _check_prompts(folder: Path, prompts: Mapping[str, str], name: str) -> None:
-    path = folder / "config_sentence_transformers.json"
-    known = {"query", "document"}  # in sentence-transformers an empty prompt `document` stands before `passage`
-    if path.is_file():
-        known |= set(_read_json(path).get("prompts") or {})
-    if unknown := sorted(set(prompts) - known):
-        raise ModelError(f"encoder.prompts names {unknown[0]!r}, which nothing asks for", name,
-                         f"Known are {', '.join(sorted(known))}")  # fmt: skip
-
-
 def _dropout_config(folder: Path, settings: EncoderSettings, name: str) -> dict[str, float | None]:
     """Return the dropout rates of a model's configuration, all set to ``encoder.dropout``."""
-    stages = _read_json(folder / "modules.json") if (folder / "modules.json").is_file() else [{"path": ""}]
+    path = folder / "modules.json"
     try:
+        stages = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else [{"path": ""}]
         config = AutoConfig.from_pretrained(
             folder / stages[0]["path"], trust_remote_code=settings.trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"its config.json cannot be used ({_first_line(error)})", name) from error
+        raise ModelError(f"its configuration cannot be used ({_first_line(error)})", name) from error
     rates = {
         key: settings.dropout
         for key, value in config.to_dict().items()
@@ -151,8 +141,9 @@ def _check_stages(model: SentenceTransformer, backbone: Any, name: str) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError("its tokenizer has no fast version (tokenizer.json)", name)
     if tokenizer.pad_token_id is None:
-        raise ModelError("its tokenizer has no padding token", name, "Set one in its tokenizer_config.json, such as the"
-                         " end token")  # fmt: skip
+        end = getattr(tokenizer, "eos_token", None) or getattr(tokenizer, "unk_token", None)
+        raise ModelError("its tokenizer has no padding token", name,
+                         f"Set pad_token in its tokenizer_config.json, such as to {end!r}")  # fmt: skip
     if len(tokenizer) - len(set(tokenizer.all_special_ids)) < 2:  # transformers makes an empty one where it finds none
         raise ModelError("its tokenizer knows no word", name, "A tokenizer.json is missing in its folder, or empty")
     embedded = backbone.get_input_embeddings().num_embeddings
@@ -179,6 +170,18 @@ def _check_complete(model: SentenceTransformer, backbone: Any, name: str) -> Non
     if lacking:
         raise ModelError(f"its weights lack {len(lacking)} tensors, first {lacking[0]!r}", name,
                          "Its config.json is of another model, or its weights are not whole")  # fmt: skip
+
+
+def _set_prompts(model: SentenceTransformer, settings: EncoderSettings, name: str) -> None:
+    known = ", ".join(sorted(model.prompts))  # `query` and `document` are always among them
+    if unknown := sorted(set(settings.prompts) - set(model.prompts)):
+        raise ModelError(f"encoder.prompts names {unknown[0]!r}, which nothing asks for", name, f"Known are {known}")
+    model.prompts |= settings.prompts
+    if settings.default_prompt is not None:
+        if settings.default_prompt not in model.prompts:
+            raise ModelError(f"encoder.default_prompt is {settings.default_prompt!r}, which is none of its prompts",
+                             name, f"It has {known}")  # fmt: skip
+        model.default_prompt_name = settings.default_prompt
 
 
 def _set_pooling(model: SentenceTransformer, pooling: str, *, told: bool, name: str) -> None:
@@ -247,12 +250,5 @@ def freeze_unused(encoder: SentenceEncoder) -> None:
         parameter.grad = None
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot be read ({error})", str(path)) from error
-
-
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0].rstrip('.')}"

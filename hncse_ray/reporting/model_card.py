@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 import yaml
 
+from hncse_ray import __version__
 from hncse_ray.reporting.events import Verdict
 from hncse_ray.reporting.verdict import describe_verdict
 
@@ -27,6 +29,7 @@ _SUITES = {
     "cloze": "Sentences of the corpus, each to find its document",
     "pseudo-relevance": "Sentences of the corpus, to find what vectors and BM25 find together",
 }
+_LIBRARIES = ("sentence-transformers", "transformers", "torch")  # whose versions it tells
 _FOLDERS = ("storage_path", "cache_dir")  # settings that a card leaves out
 _FILES = ("path", "senteval_path", "pairs_dev", "pairs_test", "collection")  # settings of which it tells the last part
 
@@ -108,8 +111,13 @@ def model_card(facts: CardFacts) -> str:
     environment.filters["told"] = describe_verdict
     settings = shareable_settings(facts.settings)
     dumped = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    head = _front_matter(facts).to_yaml()
-    return environment.get_template("card.md").render(head=head, facts=facts, s=settings, settings_yaml=dumped)
+    return environment.get_template("card.md").render(
+        head=_front_matter(facts).to_yaml(),
+        facts=facts,
+        s=settings,
+        settings_yaml=dumped,
+        versions={"hncse_ray": __version__} | {name: version(name) for name in _LIBRARIES},
+    )
 
 
 def shareable_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

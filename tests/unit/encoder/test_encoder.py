@@ -325,7 +325,8 @@ class TestBadModels:
     def test_truncated_weights(self, tmp_path: Path) -> None:
         weights = make_model(tmp_path) / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:1000])
-        assert "cannot be loaded" in self.failure(tmp_path)
+        message = self.failure(tmp_path)
+        assert "cannot be loaded" in message and message.endswith(". Fetch or copy it anew")
 
     def test_weights_that_lack_layers(self, tmp_path: Path) -> None:
         make_model(tmp_path, layers=1)
@@ -365,14 +366,28 @@ class TestBadModels:
         make_model(tmp_path)
         path = tmp_path / "tokenizer_config.json"
         path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "pad_token"}))
-        assert "no padding token" in self.failure(tmp_path)
+        assert "no padding token. Set pad_token in its tokenizer_config.json, such as to '[UNK]'" in self.failure(
+            tmp_path
+        )
+
+    @pytest.mark.parametrize("kind", ["Odd", "Dense"])
+    def test_a_stage_that_the_library_lacks_or_that_has_no_folder(
+        self, tiny_model: Path, tmp_path: Path, kind: str
+    ) -> None:
+        folder = saved(load_encoder(tiny_model, settings(tiny_model)), tmp_path)
+        stages = json.loads((folder / "modules.json").read_text())
+        stages.append({"idx": 2, "name": "2", "path": f"2_{kind}", "type": f"sentence_transformers.models.{kind}"})
+        (folder / "modules.json").write_text(json.dumps(stages))
+        message = self.failure(folder)
+        assert kind in message and "every stage in modules.json have a folder and a known class" in message
 
     def test_prompts_for_a_side_that_nothing_asks_for(self, tiny_model: Path) -> None:
         message = self.failure(tiny_model, prompts={"questions": "query: "})
         assert "'questions', which nothing asks for" in message and "document, query" in message
 
     def test_a_default_prompt_that_is_none_of_its_prompts(self, tiny_model: Path) -> None:
-        assert "passage" in self.failure(tiny_model, prompts={"query": "query: "}, default_prompt="passage")
+        message = self.failure(tiny_model, prompts={"query": "query: "}, default_prompt="passage")
+        assert "encoder.default_prompt is 'passage', which is none of its prompts. It has document, query" in message
 
     def test_dropout_of_a_model_that_has_none(self, tmp_path: Path) -> None:
         make_model(tmp_path)

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from hncse_ray import __version__
 from hncse_ray.config import OBJECTIVES, load_settings
 from hncse_ray.reporting.model_card import CardFacts, Usage, model_card, shareable_settings
 
@@ -75,10 +76,20 @@ def test_scores_become_the_hub_s_results_of_the_test_split_where_there_is_one() 
     assert {r.task_type for r in results} == {"semantic-similarity", "information-retrieval"}
 
 
+def test_scores_are_told_in_their_units_and_beside_what_they_are_not_compared_with() -> None:
+    text = model_card(facts())
+    assert "stsb is Spearman correlation x 100" in text and "base whitened on the same corpus" in text
+    scores = {"dev": {"retrieval/ndcg@10": 0.5}}
+    text = model_card(facts("evaluation.suites=[retrieval]", "evaluation.metric=retrieval/ndcg@10",
+                            "evaluation.collection=c", before=scores, after=scores))  # fmt: skip
+    assert "stsb" not in text.split("## Scores")[1].split("## Training")[0] and "All are from 0 to 1" in text
+
+
 def test_without_scores_or_a_known_licence_it_says_so() -> None:
     text = model_card(facts(before={}, after={"dev": {}}))
     data = ModelCard(text).data
     assert data.license == "other" and data.get("eval_results") is None and data.get("language") is None
+    assert "whitened" not in text and "on dev" not in text.split("<details>")[0]
     assert "No set was scored" in text and "licence of the base model was not known" in text
     assert data.get("base_model") is None and "licence is that of the base model" not in text
 
@@ -92,6 +103,7 @@ def test_it_tells_how_the_model_came_to_be() -> None:
         "weights of step 50", "(`pool`)",
     ):  # fmt: skip
         assert said in text, said
+    assert f"hncse_ray {__version__}, sentence-transformers 6." in text
     assert "of the batch only" in model_card(facts())
     assert "no step of the training scored better" in model_card(facts(best_step=0))
 
@@ -172,7 +184,7 @@ def test_pairs_are_called_so() -> None:
     changes = ["corpus.source=csv", "corpus.column=question", "corpus.positive_column=answer",
                "corpus.negative_columns=[wrong, worse]"]  # fmt: skip
     text = model_card(facts(*changes, corpus_without_positive=7))
-    assert "4,200 pairs by contrast (InfoNCE)" in text and "unlabelled" not in text and "without labels" not in text
+    assert "4,200 pairs by InfoNCE" in text and "unlabelled" not in text and "without labels" not in text
     assert "of `question` and `answer` with the negatives of `wrong`, `worse`; 7 without a positive" in text
     assert "the other pairs of the batch and those given" in text
     assert text.count("\n- corpus digest") == 1 and "dropout views" in text
@@ -186,7 +198,7 @@ def test_pairs_are_called_so() -> None:
 def test_passages_and_code_are_told_of():
     changes = ["corpus.source=documents", "corpus.path=docs"]
     text = model_card(facts(*changes, corpus_documents=40))
-    assert "unlabelled passages by contrast" in text
+    assert "unlabelled passages by unsupervised SimCSE" in text
     assert "unique passages kept of" in text and " documents\n" in text
     text = model_card(facts("corpus.source=python-code", "corpus.path=[]", "corpus.packages=[numpy]"))
     assert "first sentences of their docstrings (numpy)" in text

@@ -115,7 +115,7 @@ def test_the_three_ways_of_use_agree(family: str, pooling: Any, plain: bool, tmp
     if pooling == "lasttoken":
         encoder.tokenizer.padding_side = "left" if family == "bert" else "right"
     card = check_code(encoder, tmp_path / "model", plain=plain)
-    assert f"come Pooling ({pooling})" in card and ("not of unit norm" in card) == (pooling != "cls")
+    assert f"Transformer, Pooling ({pooling})" in card and ("not of unit norm" in card) == (pooling != "cls")
 
 
 def test_a_causal_model(tmp_path: Path) -> None:
