@@ -112,7 +112,7 @@ def command(run: Callable[[Console], dict[str, Any]], as_json: bool, *, resumes:
         resumes: whether the same command goes on where it was interrupted.
     """
     _write_any_text()
-    console = Console(stderr=as_json, soft_wrap=True)
+    console = plain_console(stderr=as_json)
     _configure_logging(console)
     try:
         _check_home()
@@ -126,14 +126,19 @@ def command(run: Callable[[Console], dict[str, Any]], as_json: bool, *, resumes:
         raise _refusal(HncseError(str(error.strerror), os.fsdecode(error.filename), hint)) from None
     except KeyboardInterrupt:
         advice = "; the same command again goes on where it stopped" if resumes else ""
-        Console(stderr=True).print(f"stopped{advice}", style="yellow")
+        plain_console(stderr=True).print(f"stopped{advice}", style="yellow")
         raise typer.Exit(130) from None
     if as_json:
         typer.echo(json.dumps(result))
 
 
+def plain_console(*, stderr: bool) -> Console:
+    """Return a console that leaves long lines whole, and ``module:x:`` without a picture in place of ``:x:``."""
+    return Console(stderr=stderr, soft_wrap=True, emoji=False)
+
+
 def _refusal(error: HncseError) -> typer.Exit:
-    Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+    plain_console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
     return typer.Exit(2)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from hncse_ray.cli.app import JsonOption, app, command
+from hncse_ray.cli.app import JsonOption, app, command, plain_console
 from hncse_ray.config import LOCAL_IS_ONE
 from hncse_ray.errors import SettingsError
 
@@ -61,13 +61,13 @@ def submit(
         except KeyboardInterrupt:
             if not stop_on_interrupt:
                 hint = submitted.hint()
-                Console(stderr=True, soft_wrap=True).print(f"the job runs on. {hint}", style="yellow", highlight=False)
+                plain_console(stderr=True).print(f"the job runs on. {hint}", style="yellow", highlight=False)
                 raise typer.Exit(130) from None
             outcome = submitted.stop()
             status = 130
         status = status or outcome.exit_code or 0
         if outcome.message:
-            Console(stderr=True, soft_wrap=True).print(outcome.message, style="red", markup=False, highlight=False)
+            plain_console(stderr=True).print(outcome.message, style="red", markup=False, highlight=False)
         console.print(f"job {submitted.id} {outcome.status}", style="dim", highlight=False)
         return facts | {"status": outcome.status, "exit_code": status}
 

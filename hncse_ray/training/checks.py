@@ -82,7 +82,9 @@ def check_run(
             "Set encoder.prompts, such as encoder.prompts={query: '', document: ''}",
         )
     if corpus.report.without_positive:
-        _check_dropout(encoder, f"{corpus.report.without_positive:,} rows have no positive, and ")
+        without = f"{corpus.report.without_positive:,} rows have no positive"
+        _check_dropout(encoder, f"{without}, and ")
+        reporter.on(Notice(f"{without}: they are trained on in two dropout views"))
     gaps = hold_out(settings, corpus)
     left_out = None if gaps is None else gaps.rows
     if (rows := len(corpus) - (0 if left_out is None else len(left_out))) < batch_size:

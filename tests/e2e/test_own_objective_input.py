@@ -31,6 +31,11 @@ BAD: dict[str, tuple[str | None, tuple[str, ...], tuple[str, ...]]] = {
         ("objective.name=nowhere.losses:loss",),
         ("objective.name = nowhere.losses:loss: there is no module 'nowhere'",),
     ),
+    "a name that a terminal might draw": (
+        None,
+        ("objective.name=no_losses:x",),
+        ("objective.name = no_losses:x: there is no module 'no_losses'",),
+    ),
     "a module that needs another": (
         "import nowhere_to_be_found\n",
         (),

@@ -21,8 +21,9 @@ from hncse_ray.training.views import check_views
 Tree = dict[str, Any]
 
 
-class Silent:
-    def on(self, event: Any) -> None: ...
+class Heard(list[Any]):
+    def on(self, event: Any) -> None:
+        self.append(event)
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def tree(small_run: Tree, tmp_path: Path) -> Tree:
 
 
 def checked(settings: Settings) -> Corpus:
-    return check_run(settings, Silent())[2]  # type: ignore[arg-type]
+    return check_run(settings, Heard())[2]  # type: ignore[arg-type]
 
 
 def unpooled(model: str, folder: Path) -> str:
@@ -47,7 +48,9 @@ def unpooled(model: str, folder: Path) -> str:
 
 
 def test_dropout_is_asked_for_where_a_row_has_no_positive(tree: Tree, tmp_path: Path) -> None:
-    without = ["encoder.dropout=0"]
+    heard, without = Heard(), ["encoder.dropout=0"]
+    check_run(load_settings(tree), heard)  # type: ignore[arg-type]
+    assert Notice("6 rows have no positive: they are trained on in two dropout views") in heard
     with pytest.raises(ModelError, match=r"6 rows have no positive, and it has no dropout.*encoder\.dropout=0\.1"):
         checked(load_settings(tree, without))
     with pytest.raises(ModelError, match=r"it has no dropout, so both views"):

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from hncse_ray import __version__
 from hncse_ray.config import OBJECTIVES, load_settings
+from hncse_ray.reporting.events import Verdict
 from hncse_ray.reporting.model_card import CardFacts, Usage, model_card, shareable_settings
 
 USAGE = Usage(
@@ -82,6 +83,7 @@ def test_scores_are_told_in_their_units_and_beside_what_they_are_not_compared_wi
     scores = {"dev": {"retrieval/ndcg@10": 0.5}}
     text = model_card(facts("evaluation.suites=[retrieval]", "evaluation.metric=retrieval/ndcg@10",
                             "evaluation.collection=c", before=scores, after=scores))  # fmt: skip
+    assert "its scores are somewhat too good" in text and "test split" not in text
     assert "stsb" not in text.split("## Scores")[1].split("## Training")[0] and "All are from 0 to 1" in text
 
 
@@ -105,7 +107,10 @@ def test_it_tells_how_the_model_came_to_be() -> None:
         assert said in text, said
     assert f"hncse_ray {__version__}, sentence-transformers 6." in text
     assert "of the batch only" in model_card(facts())
-    assert "no step of the training scored better" in model_card(facts(best_step=0))
+    base = model_card(facts(best_step=0))
+    assert "no step of the training scored better" in base and "adapted to the corpus" not in base
+    whitened = model_card(facts(best_step=0, verdict=Verdict(step=0, merge=0, whiten=1)))
+    assert "adapted to the corpus" in whitened and "base whitened on the same corpus" not in whitened
 
 
 def test_a_smoothing_group_is_as_large_as_the_objective_says() -> None:
