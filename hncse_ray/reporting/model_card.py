@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 import yaml
 
-from hncse_ray import __version__
 from hncse_ray.reporting.events import Verdict
 from hncse_ray.reporting.verdict import describe_verdict
 
@@ -29,7 +29,7 @@ _SUITES = {
     "cloze": "Sentences of the corpus, each to find its document",
     "pseudo-relevance": "Sentences of the corpus, to find what vectors and BM25 find together",
 }
-_LIBRARIES = ("sentence-transformers", "transformers", "torch")  # whose versions it tells
+_SOFTWARE = ("hncse-ray", "sentence-transformers", "transformers", "torch")  # whose versions it tells
 _FOLDERS = ("storage_path", "cache_dir")  # settings that a card leaves out
 _FILES = ("path", "senteval_path", "pairs_dev", "pairs_test", "collection")  # settings of which it tells the last part
 
@@ -116,7 +116,7 @@ def model_card(facts: CardFacts) -> str:
         facts=facts,
         s=settings,
         settings_yaml=dumped,
-        versions={"hncse_ray": __version__} | {name: version(name) for name in _LIBRARIES},
+        versions=_versions(),
     )
 
 
@@ -136,6 +136,14 @@ def shareable_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         section: {key: share(section, key, value) for key, value in values.items() if key not in _FOLDERS}
         for section, values in settings.items()
     }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _SOFTWARE:
+        with suppress(PackageNotFoundError):  # of a package that is run from its source
+            found[name] = version(name)
+    return found
 
 
 def _front_matter(facts: CardFacts) -> ModelCardData:

@@ -105,7 +105,7 @@ def test_it_tells_how_the_model_came_to_be() -> None:
         "weights of step 50", "(`pool`)",
     ):  # fmt: skip
         assert said in text, said
-    assert f"hncse_ray {__version__}, sentence-transformers 6." in text
+    assert f"hncse-ray {__version__}, sentence-transformers 6." in text
     assert "of the batch only" in model_card(facts())
     base = model_card(facts(best_step=0))
     assert "no step of the training scored better" in base and "adapted to the corpus" not in base
