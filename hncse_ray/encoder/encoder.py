@@ -39,7 +39,7 @@ _PROBES = (
     "A second text of a few more words.",
     "The third is longer than both of the others: it goes on and on.",
 )
-_TOLERANCE = {"atol": 1e-4, "rtol": 0.0}  # of coordinates of unit-norm vectors in fp32
+_TOLERANCE = 1e-4  # of coordinates of unit-norm vectors in fp32
 _CHUNK = 10_000  # texts tokenised at a time
 _TOKENISING = threading.Lock()  # a fast tokenizer is changed by every call, and refuses two at a time
 
@@ -386,7 +386,7 @@ class SentenceEncoder(nn.Module):
         if not wanted.isfinite().all():
             raise ModelError("its vectors are not numbers (NaN or infinite)", self.name, "Its weights are damaged")
         rows = self.tokenize(_PROBES)
-        if not torch.allclose(wanted, self(self.features(rows, pack=False)), **_TOLERANCE):
+        if not torch.allclose(wanted, self(self.features(rows, pack=False)), rtol=0, atol=_TOLERANCE):
             raise ModelError("it needs more than token ids to give its vectors, which is not supported", self.name)
         if not use_packed_attention(self.backbone):
             logger.debug("%s has an attention of its own: rows are padded", self.name)
@@ -394,7 +394,7 @@ class SentenceEncoder(nn.Module):
         rows = [row[: int(min(len(row), self._reach))] for row in rows]
         try:
             padded, packed = (self(self.features(rows, pack=pack)) for pack in (False, True))
-            self.packs = torch.allclose(padded, packed, **_TOLERANCE)
+            self.packs = torch.allclose(padded, packed, rtol=0, atol=_TOLERANCE)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             logger.debug("%s does not take packed rows: %s", self.name, error)
         logger.debug("rows of %s are %s", self.name, "packed" if self.packs else "padded")
