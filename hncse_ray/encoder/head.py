@@ -23,7 +23,7 @@ class TrainingHead(Dense):
 
     always = False
 
-    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+    def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Replace ``sentence_embedding`` ``[B, D]``."""
         return super().forward(features) if self.training or self.always else features
 
