@@ -37,6 +37,10 @@ _FAILURES = (RuntimeError, RayError, requests.RequestException)
 _NEWS_S = 20.0  # without a line of log for so long, the job's state is asked for
 _LOST_S = 180.0
 _AGENT_S = 120.0  # a head that was just started answers before it takes jobs
+_NO_AGENT = (
+    "Try again in a minute: its agent may still be starting. Beside another Ray the head needs ports of its own, also "
+    "--dashboard-agent-listen-port"
+)
 _STOP_S = 60.0
 
 
@@ -223,7 +227,8 @@ def submit_job(request: JobRequest, *, address: str | None = None) -> Job:
                 continue
             reason = str(error).strip().splitlines()[-1]
             url = str(client.get_address())
-            raise ClusterError(f"the cluster did not take the job ({reason})", url, proxy_hint(url)) from error
+            hint = _NO_AGENT if "No available agent" in reason else proxy_hint(url)
+            raise ClusterError(f"the cluster did not take the job ({reason})", url, hint) from error
 
 
 def _environment(names: Sequence[str]) -> dict[str, str]:

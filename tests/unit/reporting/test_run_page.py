@@ -264,8 +264,8 @@ class TestSamples:
         assert "75 of 100 are still among its ten nearest" in page
         moved = page[page.index('id="moved"') : page.index("A map of the sample")]
         assert moved.count("<section>") == 1 and "How to sort a list." in moved
-        assert "Return &lt;b&gt;sorted&lt;/b&gt; values. <small>0.90</small>" in moved
-        assert "Open a file. <small>0.70, <b>new</b></small>" in moved
+        assert "Return &lt;b&gt;sorted&lt;/b&gt; values.</span> <small>0.90</small>" in moved
+        assert "Open a file.</span> <small>0.70, <b>new</b></small>" in moved
         queries = page[page.index('id="queries"') : page.index('id="moved"')]
         assert queries.count("<b>right</b>") == 2 and "sort a list" in queries
 
