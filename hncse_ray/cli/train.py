@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -16,7 +17,17 @@ if TYPE_CHECKING:
 
 
 @app.command()
-def prepare(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
+def prepare(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Prepare with so many Ray Data workers; same corpus.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare one that is there with its digests; if damaged, prepare it anew.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Read, clean and tokenise a recipe's corpus, and say what was dropped and why."""
 
     def run(console: Console) -> dict[str, Any]:
@@ -25,8 +36,13 @@ def prepare(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json
         from hncse_ray.training.checks import prepare as prepare_corpus
 
         encoder = load_encoder(settings.encoder.model, settings.encoder)
+        write_rows = None
+        if workers is not None:
+            from hncse_ray.cluster.preparing import ClusterRows
+
+            write_rows = ClusterRows(workers, settings.encoder)
         with console_reporter(console) as reporter:
-            corpus = prepare_corpus(settings, encoder, reporter)
+            corpus = prepare_corpus(settings, encoder, reporter, write_rows=write_rows, digests=check)
         _print_corpus(console, corpus)
         return {"path": str(corpus.path), "digest": corpus.digest, **asdict(corpus.report)}
 

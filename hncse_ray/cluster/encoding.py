@@ -13,7 +13,7 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from hncse_ray.cluster.placement import survey
+from hncse_ray.cluster.placement import check_workers, survey
 from hncse_ray.cluster.resources import largest_share
 from hncse_ray.cluster.session import ray_session
 from hncse_ray.config import EncoderSettings, Side
@@ -87,11 +87,8 @@ class EncodingPool:
 
     def _start(self) -> None:
         self._stack.enter_context(ray_session())
+        cpus = check_workers(self._workers)
         nodes = [node.resources for node in survey().alive]
-        cpus = sum(node.get("CPU", 0.0) for node in nodes)
-        if self._workers > cpus:
-            raise ClusterError(f"{self._workers} workers x 1 CPU = {self._workers}, but the cluster has {cpus:g}",
-                               "--workers", "Ask for fewer")  # fmt: skip
         share = int(largest_share(self._workers, int(cpus // self._workers), nodes))
         remote = ray.remote(EncodingActor).options(num_cpus=share)
         actors = []

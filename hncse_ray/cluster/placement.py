@@ -78,6 +78,19 @@ def survey() -> Nodes:
     return Nodes(alive, growing=_internal_kv_get("__autoscaler_v2_enabled", namespace="__autoscaler") == b"1")
 
 
+def check_workers(workers: int) -> float:
+    """See that a cluster has a CPU for each worker; return how many it has.
+
+    Raises:
+        ClusterError: it has not.
+    """
+    cpus = sum(node.resources.get("CPU", 0.0) for node in survey().alive)
+    if workers > cpus:
+        raise ClusterError(f"{workers} workers x 1 CPU = {workers}, but the cluster has {cpus:g}",
+                           "--workers", "Ask for fewer")  # fmt: skip
+    return cpus
+
+
 def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
     """Say whether Ray would place what has this label selector on a node with these labels.
 

@@ -3,7 +3,7 @@
 from hncse_ray.corpus.batches import BatchPlan, RowLengths, batch_mask, pad_rows, rank_slice
 from hncse_ray.corpus.corpus import Corpus, PrepareReport
 from hncse_ray.corpus.order import Shuffled
-from hncse_ray.corpus.prepare import prepare_corpus
+from hncse_ray.corpus.prepare import WriteRows, prepare_corpus
 from hncse_ray.corpus.python_code import scored_code_pairs
 from hncse_ray.corpus.python_docs import DocPair, docstring_sentences, documentation_pairs
 from hncse_ray.corpus.sentences import sentences_or_runs, split_sentences
@@ -16,6 +16,7 @@ __all__ = [
     "PrepareReport",
     "RowLengths",
     "Shuffled",
+    "WriteRows",
     "batch_mask",
     "docstring_sentences",
     "documentation_pairs",

@@ -97,14 +97,19 @@ class Corpus:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"is a damaged corpus ({error})", str(path), DAMAGED) from None
 
-    def check(self) -> None:
+    def check(self, *, digests: bool = False) -> None:
         """Open every shard, and see that its rows are those that the files of numbers are of.
+
+        Args:
+            digests: whether all of it is read and compared with the digests of the manifest.
 
         Raises:
             DataError: one is damaged, or of another corpus.
         """
         for number in range(len(self._manifest.shards)):
             self._shard(number)
+            if digests:
+                self._manifest.check_digest(number)
 
     def __len__(self) -> int:
         """Rows."""

@@ -30,7 +30,7 @@ SHARD_ROWS, BATCH_ROWS = (
     2**20,
     2**14,
 )  # of a shard, and of a record batch in it, which is also what is written at a time
-NUMBERS = {"hash": "<i8", "length": "<i4", "target_hash": "<i8", "target_length": "<i4", "document": "<i8"}
+NUMBERS = {"hash": "<i8", "target_hash": "<i8", "document": "<i8", "length": "<i4", "target_length": "<i4"}
 DAMAGED = "Delete this folder and prepare the corpus again"
 
 _TOKENS = pa.list_(pa.int32())
@@ -120,16 +120,23 @@ def write_shard(folder: Path, number: int, batches: Iterable[pa.RecordBatch], sc
             for name, numbers in _numbers_of(batch).items():
                 found.setdefault(name, []).append(numbers)
             without_positive += batch["positive"].null_count if "positive" in own.names else 0
+    whole = {name: np.concatenate(parts).astype(NUMBERS[name], copy=False) for name, parts in found.items()}
+    for name, numbers in whole.items():
+        _write_at(folder / numbers_name(name), numbers, number * SHARD_ROWS)
+    rows, tokens = len(whole["length"]), int(whole["length"].sum(dtype=np.int64))
+    return ShardFacts(rows, path.stat().st_size, _digest(path, whole), tuple(starts), tokens, without_positive)
+
+
+def _digest(path: Path, numbers: dict[str, npt.NDArray[np.integer]]) -> str:
+    """Return the digest of a shard's Arrow file and its numbers; see :class:`ShardFacts`."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as stream:
         while part := stream.read(_READ_BYTES):
             digest.update(part)
-    for name, parts in found.items():
-        numbers = np.concatenate(parts).astype(NUMBERS[name], copy=False)
-        digest.update(numbers.tobytes())
-        _write_at(folder / numbers_name(name), numbers, number * SHARD_ROWS)
-    rows, tokens = sum(map(len, found["length"])), sum(int(part.sum()) for part in found["length"])
-    return ShardFacts(rows, path.stat().st_size, digest.hexdigest(), tuple(starts), tokens, without_positive)
+    for name in NUMBERS:
+        if name in numbers:
+            digest.update(numbers[name].tobytes())
+    return digest.hexdigest()
 
 
 def _numbers_of(batch: pa.RecordBatch) -> dict[str, npt.NDArray[np.integer]]:
@@ -218,6 +225,23 @@ class Manifest:
     def map_numbers(self, name: str) -> npt.NDArray[Any]:
         """Map a file of numbers, `[N]`."""
         return np.asarray(np.memmap(self.folder / numbers_name(name), NUMBERS[name], "r", shape=(self.rows,)))
+
+    def check_digest(self, number: int) -> None:
+        """Read a shard, and its part of the files of numbers, and see that they are what was written.
+
+        Raises:
+            DataError: they are not, or cannot be read.
+        """
+        start = number * self.shard_rows
+        numbers = {name: self.map_numbers(name)[start : start + self.shards[number].rows] for name in self.numbers}
+        try:
+            whole = _digest(self.folder / shard_name(number), numbers) == self.shards[number].digest
+        except OSError as error:
+            raise DataError(f"is a damaged corpus ({error})", str(self.folder), DAMAGED) from None
+        if not whole:
+            files = " or ".join([shard_name(number), *map(numbers_name, self.numbers)])
+            what = f"is a damaged corpus: rows {start:,} to {start + self.shards[number].rows - 1:,} in {files}"
+            raise DataError(f"{what} are not what was written", str(self.folder), DAMAGED)
 
     def _check_sizes(self) -> None:
         sizes = {shard_name(n): shard.bytes for n, shard in enumerate(self.shards)}

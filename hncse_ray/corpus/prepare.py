@@ -15,45 +15,81 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
+import pyarrow as pa
 
-from hncse_ray.config import CorpusSettings, Side
+from hncse_ray.config import CorpusSettings
 from hncse_ray.corpus.cache import cache_folder
 from hncse_ray.corpus.corpus import Corpus
 from hncse_ray.corpus.files import (
     FORMAT_VERSION,
     MANIFEST,
     NUMBERS,
+    ShardFacts,
     numbers_name,
     record_batches,
     row_schema,
     write_manifest,
     write_shards,
 )
+from hncse_ray.corpus.rows import Row, RowMaker, Tokenize
 from hncse_ray.corpus.sampling import sample
-from hncse_ray.corpus.sources import DROP_REASONS, Example, Shape, read_examples, shape_of, source_identity
-from hncse_ray.corpus.text import name_hash, row_hash
+from hncse_ray.corpus.sources import DROP_REASONS, Shape, read_examples, shape_of, source_identity
 from hncse_ray.errors import DataError
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int | None], None]
-TokenRow = npt.NDArray[np.int32]
-Row = tuple[Any, ...]  # one value for each column of the schema
+Tell = Callable[[int], None]
 
 _BATCH = 4096  # rows tokenised at a time
 _FOREIGN_STALE_S = 7 * 24 * 3600.0  # a temporary folder of another host is removed after so long
 
 
-class Tokenize(Protocol):
-    """Turns texts into token rows, those of a text without tokens empty; see ``SentenceEncoder.token_rows``."""
+@dataclass(frozen=True)
+class Job:
+    """What the rows of a corpus are made from, and how: the same for every process that has a part in it.
 
-    def __call__(self, texts: Sequence[str], max_length: int, *, side: Side | None) -> list[TokenRow]:
-        """Return a row of each text, of at most ``max_length`` tokens, with the prompt of its side."""
+    Attributes:
+        settings: the source, and its filters.
+        tokenizer: the digest of its tokenizer.
+        max_length: tokens a row at most.
+        seed: chooses the sample.
+    """
+
+    settings: CorpusSettings
+    tokenizer: str
+    max_length: int
+    seed: int
+
+    @cached_property
+    def shape(self) -> Shape:
+        """What rows have."""
+        return shape_of(self.settings)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Their columns."""
+        shape = self.shape
+        return row_schema(
+            pairs=shape.pairs, negatives=shape.negatives, documents=shape.documents, passages=shape.passages
+        )
+
+    @property
+    def document_column(self) -> int | None:
+        """The column of the documents that are sampled as a whole; None where rows are sampled."""
+        return self.schema.get_field_index("document") if self.shape.passages else None
+
+
+class WriteRows(Protocol):
+    """Writes the unique rows of a source into a folder, in their order, and counts what is dropped."""
+
+    def __call__(self, folder: Path, job: Job, counts: Counter[str], tell: Tell) -> list[ShardFacts]:
+        """Return the shards written; ``counts`` gains ``read`` and the rows dropped by reason, ``tell`` hears rows."""
         ...
 
 
@@ -66,6 +102,8 @@ def prepare_corpus(
     seed: int = 0,
     sentences: Sequence[str] | None = None,
     progress: Progress | None = None,
+    write_rows: WriteRows | None = None,
+    digests: bool = False,
 ) -> Corpus:
     """Return the corpus of the settings: from the cache, or read, made unique, tokenised and saved.
 
@@ -80,6 +118,8 @@ def prepare_corpus(
         seed: chooses the sample where ``settings.max_sentences`` asks for one.
         sentences: what is read where ``settings.source`` is ``memory``.
         progress: called with (what is done, rows done, rows in all if known).
+        write_rows: reads, tokenises and writes; default: this process alone. The corpus is the same.
+        digests: whether a corpus that is found is compared with its digests, which reads all of it.
 
     Raises:
         DataError: the source cannot be read, nothing is left of it, or the cache cannot be written.
@@ -98,7 +138,7 @@ def prepare_corpus(
     digest = hashlib.sha256(json.dumps(relevant).encode()).hexdigest()
     corpora = cache_folder(settings.cache_dir) / "corpora"
     final = corpora / digest
-    if (corpus := _open_if_whole(final, tokenizer_digest)) is not None:
+    if (corpus := _open_if_whole(final, tokenizer_digest, digests=digests)) is not None:
         return corpus
     try:
         corpora.mkdir(parents=True, exist_ok=True)
@@ -114,7 +154,9 @@ def prepare_corpus(
     try:
         facts: dict[str, Any] = {"digest": digest, "source": identity, "tokenizer": tokenizer_digest}
         facts |= {"max_length": max_length, "seed": seed, "settings": settings.model_dump(mode="json")}
-        _write(temporary, settings, tokenize, max_length, seed, sentences, progress, facts)
+        job = Job(settings, tokenizer_digest, max_length, seed)
+        write_rows = write_rows or _InProcess(tokenize, sentences)
+        _write(temporary, job, write_rows, progress, facts)
         _put_in_place(temporary, final)
     except OSError as error:
         raise DataError(
@@ -127,7 +169,7 @@ def prepare_corpus(
     return Corpus.open(final)
 
 
-def _open_if_whole(final: Path, tokenizer_digest: str) -> Corpus | None:
+def _open_if_whole(final: Path, tokenizer_digest: str, *, digests: bool) -> Corpus | None:
     if not final.exists():
         return None
     try:
@@ -135,7 +177,7 @@ def _open_if_whole(final: Path, tokenizer_digest: str) -> Corpus | None:
         if corpus.digest != final.name:
             other = "" if corpus.tokenizer == tokenizer_digest else ", of another tokenizer"
             raise DataError(f"holds another corpus{other}", str(final))
-        corpus.check()
+        corpus.check(digests=digests)
         return corpus
     except DataError as error:
         # Moved before it is removed: no other process meets it half gone.
@@ -178,31 +220,16 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _write(
-    folder: Path,
-    settings: CorpusSettings,
-    tokenize: Tokenize,
-    max_length: int,
-    seed: int,
-    sentences: Sequence[str] | None,
-    progress: Progress | None,
-    facts: dict[str, Any],
-) -> None:
+def _write(folder: Path, job: Job, write_rows: WriteRows, progress: Progress | None, facts: dict[str, Any]) -> None:
     """Write the rows of a corpus, and its manifest with these facts."""
     started = time.monotonic()
     counts: Counter[str] = Counter()
-    shape = shape_of(settings)
-    schema = row_schema(
-        pairs=shape.pairs, negatives=shape.negatives, documents=shape.documents, passages=shape.passages
+    shape = job.shape
+    shards = write_rows(
+        folder, job, counts, lambda rows: progress("preparing the corpus", rows, None) if progress else None
     )
-    prepared = _prepared(read_examples(settings, counts, sentences), shape, tokenize, max_length)
-    rows = _unique_rows(prepared, shape, counts, progress)
-    if settings.max_sentences is not None:
-        by_document = schema.get_field_index("document") if shape.passages else None
-        rows = sample(rows, settings.max_sentences, seed, counts, by_document)
-    shards = list(write_shards(folder, record_batches(rows, schema), schema))
     if not shards:
-        raise _nothing_left(settings, shape, counts)
+        raise _nothing_left(job.settings, shape, counts)
     documents = np.fromfile(folder / numbers_name("document"), NUMBERS["document"]) if shape.passages else None
     written = sum(shard.rows for shard in shards)
     facts = facts | {
@@ -215,7 +242,35 @@ def _write(
         # Those of one stand together.
         "documents": None if documents is None else 1 + int(np.count_nonzero(np.diff(documents))),
     }
-    write_manifest(folder, schema, shards, facts)
+    write_manifest(folder, job.schema, shards, facts)
+
+
+@dataclass(frozen=True)
+class _InProcess:
+    """Writes rows one by one, and remembers what they are unique by."""
+
+    tokenize: Tokenize
+    sentences: Sequence[str] | None
+
+    def __call__(self, folder: Path, job: Job, counts: Counter[str], tell: Tell) -> list[ShardFacts]:
+        rows: Iterator[Row] = self._unique_rows(job, counts, tell)
+        if job.settings.max_sentences is not None:
+            rows = sample(rows, job.settings.max_sentences, job.seed, counts, job.document_column)
+        return list(write_shards(folder, record_batches(rows, job.schema), job.schema))
+
+    def _unique_rows(self, job: Job, counts: Counter[str], tell: Tell) -> Iterator[Row]:
+        """Yield the first of the rows that are the same to the model."""
+        make = RowMaker(job.shape, self.tokenize, job.max_length)
+        examples = read_examples(job.settings, counts, self.sentences)
+        seen: set[int] = set()
+        while batch := list(itertools.islice(examples, _BATCH)):
+            for key, row in make(batch, counts):
+                if key in seen:
+                    counts["duplicate"] += 1
+                else:
+                    seen.add(key)
+                    yield row
+            tell(len(seen))
 
 
 def _nothing_left(settings: CorpusSettings, shape: Shape, counts: Counter[str]) -> DataError:
@@ -225,84 +280,3 @@ def _nothing_left(settings: CorpusSettings, shape: Shape, counts: Counter[str]) 
         rows_of, hint = ("passage", "documents"), "See corpus.min_words and corpus.column"
     what = f"no {rows_of[0]} is left of {counts['read']} {rows_of[1]} (dropped: {dropped or 'none'})"
     return DataError(what, settings.place, hint)
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """The token rows of an example, None where the model sees nothing of a text."""
-
-    example: Example
-    ids: TokenRow | None
-    positive_ids: TokenRow | None
-    negative_ids: list[TokenRow]
-
-
-def _prepared(
-    examples: Iterator[Example], shape: Shape, tokenize: Tokenize, max_length: int
-) -> Iterator[list[_Prepared]]:
-    """Tokenise examples, a batch at a time."""
-    side: Side | None = "query" if shape.pairs else "document" if shape.passages else None
-    own = _Own(tokenize, max_length)
-    while batch := list(itertools.islice(examples, _BATCH)):
-        rows = own([example.text for example in batch], side)
-        others = iter(own([text for e in batch for text in (e.positive, *e.negatives) if text is not None], "document"))
-        found = []
-        for example, ids in zip(batch, rows, strict=True):
-            positive_ids = None if example.positive is None else next(others)
-            negatives = [row for row in itertools.islice(others, len(example.negatives)) if row is not None]
-            found.append(_Prepared(example, ids, positive_ids, negatives))
-        yield found
-
-
-class _Own:
-    """Tokenises texts of a side; None for those without a token of their own, beside prompt and special tokens."""
-
-    def __init__(self, tokenize: Tokenize, max_length: int) -> None:
-        self._tokenize, self._max_length = tokenize, max_length
-        self._nothing: dict[Side | None, TokenRow] = {}
-
-    def __call__(self, texts: list[str], side: Side | None) -> list[TokenRow | None]:
-        if not texts:
-            return []
-        if side not in self._nothing:
-            (self._nothing[side],) = self._tokenize([""], self._max_length, side=side)
-            if len(self._nothing[side]) >= self._max_length:
-                raise DataError("the prompt leaves no token for the text", f"encoder.max_length = {self._max_length}",
-                                "Raise it, or see encoder.prompts")  # fmt: skip
-        rows = self._tokenize(texts, self._max_length, side=side)
-        return [None if np.array_equal(row, self._nothing[side]) else row for row in rows]
-
-
-def _unique_rows(
-    batches: Iterator[list[_Prepared]], shape: Shape, counts: Counter[str], progress: Progress | None
-) -> Iterator[Row]:
-    """Yield the rows that have a token of their own, the first of those that are the same to the model."""
-    seen: set[int] = set()
-    for batch in batches:
-        for prepared in batch:
-            if prepared.ids is None:
-                counts["no_token"] += 1
-                continue
-            anchor = row_hash(prepared.ids)
-            target = anchor if prepared.positive_ids is None else row_hash(prepared.positive_ids)
-            key, negatives = anchor, [row_hash(ids) for ids in prepared.negative_ids]
-            if shape.pairs:
-                key = hash((anchor, target, *negatives))
-            if key in seen:
-                counts["duplicate"] += 1
-                continue
-            seen.add(key)
-            row: Row = (prepared.example.text, anchor, prepared.ids)
-            if shape.pairs:
-                # A positive of the same tokens is none: there are only the sentence's own two views.
-                given = target != anchor
-                row += (prepared.example.positive, prepared.positive_ids, target) if given else (None, None, anchor)
-            if shape.negatives:
-                row += (prepared.negative_ids, negatives)
-            if shape.documents:
-                row += (name_hash(prepared.example.document or f"\0{key}"),)  # a document of its own
-            if shape.passages:
-                row += (prepared.example.title, prepared.example.body)
-            yield row
-        if progress is not None:
-            progress("preparing the corpus", len(seen), None)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hncse_ray.config import CorpusSettings
 from hncse_ray.corpus.documents import documents_identity, read_passages, reads_documents
-from hncse_ray.corpus.hub import hub_is_reachable
+from hncse_ray.corpus.hub import hub_identity, load_hub
 from hncse_ray.corpus.python_code import code_identity, code_pairs
 from hncse_ray.corpus.python_docs import docstring_sentences, package_versions
 from hncse_ray.corpus.text import document_name, normalise
@@ -22,6 +19,7 @@ from hncse_ray.errors import DataError
 from hncse_ray.reading import (
     MAX_RECORD,
     Kind,
+    Span,
     check_file,
     expand_path,
     explained,
@@ -74,6 +72,22 @@ class Shape:
     passages: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a source that is read by itself; see :func:`~hncse_ray.corpus.parts.parts_of`.
+
+    Attributes:
+        path: one of its files; None = all of the source, but for the span.
+        span: what of it: bytes of a text, row groups of a Parquet file, rows of a hub's data set; None = all.
+    """
+
+    path: Path | None = None
+    span: Span | None = None
+
+
+WHOLE = Part()
+
+
 def shape_of(settings: CorpusSettings) -> Shape:
     """Return what the rows of a source have.
 
@@ -100,6 +114,30 @@ def read_examples(
     Raises:
         DataError: a file, column, package or data set cannot be read, or a column has nothing in any row.
     """
+    filled: set[tuple[str, str]] = set()
+    yield from read_part(settings, WHOLE, counts, filled, sentences)
+    check_filled(settings, filled)
+
+
+def read_part(
+    settings: CorpusSettings,
+    part: Part,
+    counts: Counter[str],
+    filled: set[tuple[str, str]],
+    sentences: Sequence[str] | None = None,
+) -> Iterator[Example]:
+    """Yield the rows of a part of a source as :func:`read_examples` does.
+
+    Args:
+        settings: the source and its filters.
+        part: what is read of it.
+        counts: as there.
+        filled: gains the columns in which there was something; see :func:`check_filled`.
+        sentences: as there.
+
+    Raises:
+        DataError: a file, column, package or data set cannot be read.
+    """
     if settings.source == "python-code" or reads_documents(settings):
         for example in _codes(settings, counts) if settings.source == "python-code" else _passages(settings, counts):
             if _is_short(example.text, settings):
@@ -107,11 +145,10 @@ def read_examples(
             else:
                 yield example
         return
-    blank, kept = set(settings.further_columns), False
-    for cells in _raw(settings, counts, sentences):
+    for cells in _raw(settings, part, counts, sentences):
         counts["read"] += 1
         try:
-            example = _example(cells, settings, blank)
+            example = _example(cells, settings, filled)
         except _Unusable as error:
             counts[error.reason] += 1
             continue
@@ -120,10 +157,18 @@ def read_examples(
         elif _is_short(example.text, settings):
             counts["too_short"] += 1
         else:
-            kept = True
+            filled.add(("column", settings.column))
             yield example
+
+
+def check_filled(settings: CorpusSettings, filled: set[tuple[str, str]]) -> None:
+    """See that each column that was asked for has something in some row, where any row was kept.
+
+    Raises:
+        DataError: one has not.
+    """
     for setting, name in settings.further_columns:
-        if kept and (setting, name) in blank:
+        if ("column", settings.column) in filled and (setting, name) not in filled:
             raise DataError(f"column {name!r} has nothing in any row", settings.place, f"See corpus.{setting}")
 
 
@@ -162,13 +207,13 @@ def source_identity(settings: CorpusSettings, sentences: Sequence[str] | None = 
     if settings.source == "python-code":
         return code_identity(settings)
     if settings.source == "hub":
-        return f"hub {_columns_identity(settings)} {_hub_identity(_load_hub(settings))}"
+        return f"hub {_columns_identity(settings)} {hub_identity(load_hub(settings))}"
     if reads_documents(settings):
         return documents_identity(settings)
     digest = hashlib.sha256()
     tables = False
     for path in find_files(settings.path):
-        kind = _kind(path, settings)
+        kind = file_kind(path, settings)
         tables |= kind != "text"
         with explained(path), path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -181,7 +226,12 @@ def _columns_identity(settings: CorpusSettings) -> str:
     return json.dumps([settings.column, *further]) if further else settings.column
 
 
-def _kind(path: Path, settings: CorpusSettings) -> Kind:
+def file_kind(path: Path, settings: CorpusSettings) -> Kind:
+    """Return how a file of a source is read.
+
+    Raises:
+        DataError: it cannot be, or has no columns where some are asked for.
+    """
     kind = kind_of(path, settings.source)
     if kind == "text" and settings.further_columns:
         what = f"is plain text and has no columns, so corpus.{settings.further_columns[0][0]} cannot be read from it"
@@ -208,7 +258,9 @@ def _handed(sentences: Sequence[str] | None) -> Sequence[str]:
     return sentences
 
 
-def _raw(settings: CorpusSettings, counts: Counter[str], sentences: Sequence[str] | None) -> Iterator[Sequence[object]]:
+def _raw(
+    settings: CorpusSettings, part: Part, counts: Counter[str], sentences: Sequence[str] | None
+) -> Iterator[Sequence[object]]:
     """Yield the cells of each row: the sentence, and those of the further columns in their order."""
     columns = [settings.column, *(name for _, name in settings.further_columns)]
     if settings.source == "python-docs":
@@ -218,18 +270,19 @@ def _raw(settings: CorpusSettings, counts: Counter[str], sentences: Sequence[str
         yield from ((sentence,) for sentence in _handed(sentences))
         return
     if settings.source == "hub":
-        yield from _hub_rows(settings, columns)
+        yield from _hub_rows(settings, columns, part)
         return
-    for path in find_files(settings.path):
-        kind = _kind(path, settings)
+    for path in find_files(settings.path) if part.path is None else [part.path]:
+        kind = file_kind(path, settings)
         if kind == "text":
-            for line in text_lines(path, limit=settings.max_chars):
+            for line in text_lines(path, limit=settings.max_chars, span=part.span):
                 if line is None:
                     counts.update(read=1, too_long=1)
                 else:
                     yield (line,)
             continue
-        for record in read_records(path, columns, kind=kind, limit=max(MAX_RECORD, 8 * settings.max_chars)):
+        limit = max(MAX_RECORD, 8 * settings.max_chars)
+        for record in read_records(path, columns, kind=kind, limit=limit, groups=part.span):
             if record.fault == "blank":
                 yield [None] * len(columns)
             elif record.fault:
@@ -246,8 +299,8 @@ class _Unusable(Exception):
         self.reason = reason
 
 
-def _example(cells: Sequence[object], settings: CorpusSettings, blank: set[tuple[str, str]]) -> Example:
-    """Read the cells of a row; columns in which there is something leave ``blank``."""
+def _example(cells: Sequence[object], settings: CorpusSettings, filled: set[tuple[str, str]]) -> Example:
+    """Read the cells of a row; ``filled`` gains the columns in which there is something."""
     text, *further = cells
     positive: str | None = None
     document: str | None = None
@@ -268,7 +321,7 @@ def _example(cells: Sequence[object], settings: CorpusSettings, blank: set[tuple
             elif texts:
                 (positive,) = texts
         if not is_blank:
-            blank.discard(column)
+            filled.add(column)
     return Example(_clean(text, settings), positive, tuple(negatives), document)
 
 
@@ -285,61 +338,11 @@ def _clean(value: object, settings: CorpusSettings) -> str:
     return "" if is_blank(text) else text
 
 
-def _hub_rows(settings: CorpusSettings, columns: Sequence[str]) -> Iterator[Sequence[object]]:
-    rows = _load_hub(settings)
+def _hub_rows(settings: CorpusSettings, columns: Sequence[str], part: Part) -> Iterator[Sequence[object]]:
+    rows = load_hub(settings)
     for name in columns:
         require_column(name, rows.column_names, settings.path[0])
+    if part.span is not None:
+        rows = rows.select(range(*part.span))
     for batch in rows.select_columns([*dict.fromkeys(columns)]).iter(batch_size=1000):
         yield from zip(*(batch[name] for name in columns), strict=True)
-
-
-def _load_hub(settings: CorpusSettings) -> Any:
-    """Load a data set of the Hugging Face hub, from its cache where the hub is out of reach.
-
-    Raises:
-        DataError: it is neither in the cache nor to be fetched, or has no such subset or split.
-    """
-    import datasets
-    import huggingface_hub.constants
-
-    name = settings.path[0]
-    online = os.path.exists(name) or hub_is_reachable()
-    with contextlib.ExitStack() as stack:
-        if not online:
-            # Without this the clients retry for minutes before they look into the cache.
-            stack.enter_context(_constant(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
-            stack.enter_context(_constant(datasets.config, "HF_HUB_OFFLINE", True))
-        try:
-            return datasets.load_dataset(name, settings.subset, split=settings.split)
-        except Exception as error:  # the library raises a dozen kinds; all are about this data set
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            if online:
-                what, hint = (
-                    f"cannot be loaded ({reason})",
-                    "Check corpus.path, corpus.subset and corpus.split",
-                )
-            else:
-                what = "is not in the local cache, and the Hugging Face hub cannot be reached"
-                hint = (
-                    "Use a local file (corpus.source=auto corpus.path=FILE), the text that is already here"
-                    " (corpus.source=python-docs), or set HF_HOME to a cache that holds the data set"
-                )
-            raise DataError(what, name, hint) from error
-
-
-@contextlib.contextmanager
-def _constant(module: Any, name: str, value: object) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
-
-
-def _hub_identity(rows: Any) -> str:
-    """Name the revision where the data set knows it (its download URLs hold it), else its fingerprint."""
-    info = rows.info
-    checksums = json.dumps(info.download_checksums, sort_keys=True, default=str) if info.download_checksums else ""
-    what = [info.dataset_name, info.config_name, str(info.version), str(rows.split), str(len(rows))]
-    return " ".join(map(str, what)) + " " + hashlib.sha256((checksums or rows._fingerprint).encode()).hexdigest()

@@ -10,8 +10,8 @@ from hncse_ray.reading.documents import (
     titled,
 )
 from hncse_ray.reading.kinds import ENDINGS, Kind, check_file, expand_path, kind_of
-from hncse_ray.reading.lines import explained, is_blank, is_unicode, read_lines, text_lines
-from hncse_ray.reading.tables import MAX_RECORD, Record, read_records, read_table, require_column
+from hncse_ray.reading.lines import Span, explained, is_blank, is_unicode, line_spans, read_lines, text_lines
+from hncse_ray.reading.tables import MAX_RECORD, Record, group_rows, read_records, read_table, require_column
 
 __all__ = [
     "Document",
@@ -20,14 +20,17 @@ __all__ = [
     "MAX_RECORD",
     "Kind",
     "Record",
+    "Span",
     "check_file",
     "document_kind",
     "documents_in",
     "expand_path",
     "explained",
+    "group_rows",
     "is_blank",
     "is_unicode",
     "kind_of",
+    "line_spans",
     "paragraphs_of",
     "read_document",
     "read_lines",

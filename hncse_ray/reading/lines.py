@@ -11,7 +11,7 @@ import unicodedata
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from hncse_ray.errors import DataError
 from hncse_ray.reading.kinds import check_file
@@ -19,6 +19,7 @@ from hncse_ray.reading.kinds import check_file
 # Letters and signs that are drawn as nothing: Hangul fillers and the empty pattern of Braille.
 _BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800")
 _CHUNK = 2**16
+Span = tuple[int, int]  # from, and up to
 _MOST = 2**31 - 2  # what a stream's readline takes on every platform
 
 
@@ -33,13 +34,16 @@ def explained(path: Path) -> Iterator[None]:
         raise DataError(f"cannot be read ({error.strerror or error})", str(path)) from None
 
 
-def text_lines(path: Path | None, *, limit: int | None = None, encoding: str = "utf-8-sig") -> Iterator[str | None]:
+def text_lines(
+    path: Path | None, *, limit: int | None = None, encoding: str = "utf-8-sig", span: Span | None = None
+) -> Iterator[str | None]:
     r"""Yield every line without its end; a line ends at ``\n``, ``\r\n`` or ``\r``, and nowhere else.
 
     Args:
         path: the file; ``.gz`` is unpacked. None = standard input.
         limit: characters of a line at most.
         encoding: of the text.
+        span: the bytes to read, one of :func:`line_spans`; None = all.
 
     Yields:
         The line. Bytes that are not of the encoding stand in it as lone surrogates, so that nothing moves; see
@@ -51,7 +55,9 @@ def text_lines(path: Path | None, *, limit: int | None = None, encoding: str = "
     if path is not None:
         check_file(path)
     most = min(limit if limit is not None else _MOST, _MOST)
-    with explained(path or Path("standard input")), _open(path) as stream:
+    if span is not None and span[0]:
+        encoding = encoding.removesuffix("-sig")  # a mark within the text is a character
+    with explained(path or Path("standard input")), _open(path, span) as stream:
         text = io.TextIOWrapper(stream, encoding=encoding, errors="surrogateescape", newline=None)
         try:
             while line := text.readline(most + 1):
@@ -65,6 +71,26 @@ def text_lines(path: Path | None, *, limit: int | None = None, encoding: str = "
                     yield None
         finally:
             text.detach()  # the wrapper would close standard input when it is collected
+
+
+def line_spans(path: Path, size: int) -> Iterator[Span]:
+    """Yield the spans of bytes, of about this size, that a text is to be read in; each ends where a line does.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    with explained(path), path.open("rb") as stream:
+        start, end = 0, os.fstat(stream.fileno()).st_size
+        while start < end:
+            stop = min(start + size, end)
+            stream.seek(stop - 1)
+            while stop < end and (part := stream.read(_CHUNK)):
+                if (found := part.find(b"\n")) >= 0:  # stands for nothing else in UTF-8
+                    stop = stream.tell() - len(part) + found + 1
+                    break
+                stop = stream.tell()
+            yield start, stop
+            start = stop
 
 
 def read_lines(path: str | Path | None, *, encoding: str = "utf-8-sig") -> list[str]:
@@ -105,8 +131,25 @@ def is_blank(text: str) -> bool:
     return not any(unicodedata.category(c)[0] in "LNPS" and c not in _BLANK for c in text)
 
 
+class _Bytes(io.RawIOBase):
+    """A span of a file."""
+
+    def __init__(self, file: BinaryIO, span: Span) -> None:
+        file.seek(span[0])
+        self._file, self._left = file, span[1] - span[0]
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        part = self._file.read(min(len(buffer), self._left))
+        buffer[: len(part)] = part
+        self._left -= len(part)
+        return len(part)
+
+
 @contextlib.contextmanager
-def _open(path: Path | None) -> Iterator[BinaryIO | gzip.GzipFile]:
+def _open(path: Path | None, span: Span | None = None) -> Iterator[BinaryIO | gzip.GzipFile | io.BufferedReader]:
     if path is None:
         yield sys.stdin.buffer
     elif path.suffix.lower() == ".gz":
@@ -114,4 +157,4 @@ def _open(path: Path | None) -> Iterator[BinaryIO | gzip.GzipFile]:
             yield packed
     else:
         with path.open("rb") as plain:
-            yield plain
+            yield plain if span is None else io.BufferedReader(_Bytes(plain, span), _CHUNK)

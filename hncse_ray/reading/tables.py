@@ -11,12 +11,14 @@ import csv
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hncse_ray.errors import DataError
 from hncse_ray.reading.kinds import Kind, check_file, kind_of
-from hncse_ray.reading.lines import explained, is_blank, is_unicode, text_lines
+from hncse_ray.reading.lines import Span, explained, is_blank, is_unicode, text_lines
 
 MAX_RECORD = 16 * 2**20
 """Characters of a line of a table: it holds other columns too. A field of CSV is bounded by it as well."""
@@ -48,6 +50,7 @@ def read_records(
     optional: Sequence[str] = (),
     header: bool = True,
     limit: int = MAX_RECORD,
+    groups: Span | None = None,
 ) -> Iterator[Record]:
     """Yield all records of a table, also those with a fault. Text may hold lone surrogates where bytes were wrong.
 
@@ -59,13 +62,14 @@ def read_records(
         header: False: the first line of a TSV need not name the columns. If it does not, it is the first record, and
             every record has as many cells as there are ``columns``.
         limit: characters of a line at most.
+        groups: of a Parquet file, the row groups to read; None = all. Then records are numbered from the first of them.
 
     Raises:
         DataError: the file cannot be read, a column is missing, or a quote of CSV is not closed.
     """
     kind = kind or kind_of(path)
     if kind == "parquet":
-        return _parquet(path, columns, optional)
+        return _parquet(path, columns, optional, groups)
     if kind == "jsonl":
         return _jsonl(path, columns, optional, limit)
     rows = _csv_rows(path, limit) if kind == "csv" else _tsv_rows(path, limit)
@@ -247,28 +251,47 @@ def _jsonl(path: Path, columns: Sequence[str], optional: Sequence[str], limit: i
             require_column(column, known, str(path))
 
 
-def _parquet(path: Path, columns: Sequence[str], optional: Sequence[str]) -> Iterator[Record]:
+def group_rows(path: Path) -> list[int]:
+    """Return how many rows each row group of a Parquet file has.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    with _opened_parquet(path) as file:
+        return [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+
+
+@contextmanager
+def _opened_parquet(path: Path) -> Iterator[Any]:
     import pyarrow as pa  # slow to import, and used here only
     import pyarrow.parquet as pq
 
     check_file(path)
-    number = 0
     try:
         with explained(path), pq.ParquetFile(path) as file:
-            known = file.schema_arrow.names
-            for column in columns:
-                require_column(column, known, str(path))
-            present = [name for name in dict.fromkeys((*columns, *optional)) if name in known]
-            for batch in file.iter_batches(batch_size=4096, columns=present):
-                positions = {name: batch.column(batch.schema.names.index(name)) for name in present}
-                for i in range(batch.num_rows):
-                    number += 1
-                    try:
-                        cells = [positions[n][i].as_py() if n in positions else None for n in (*columns, *optional)]
-                    except (ValueError, OverflowError):  # bytes that are no UTF-8, a time out of range
-                        yield Record(number, fault="undecodable", what="cannot be decoded")
-                        continue
-                    yield Record(number, tuple(cells))
+            yield file
     except (pa.ArrowException, ValueError, OverflowError) as error:  # a damaged footer may hold any names and lengths
         reason = str(error).partition("\n")[0]
         raise DataError(f"is not a readable Parquet file ({reason})", str(path)) from None
+
+
+def _parquet(
+    path: Path, columns: Sequence[str], optional: Sequence[str], groups: Span | None = None
+) -> Iterator[Record]:
+    number = 0
+    with _opened_parquet(path) as file:
+        known = file.schema_arrow.names
+        for column in columns:
+            require_column(column, known, str(path))
+        wanted = [*range(*groups)] if groups is not None else None
+        present = [name for name in dict.fromkeys((*columns, *optional)) if name in known]
+        for batch in file.iter_batches(batch_size=4096, columns=present, row_groups=wanted):
+            positions = {name: batch.column(batch.schema.names.index(name)) for name in present}
+            for i in range(batch.num_rows):
+                number += 1
+                try:
+                    cells = [positions[n][i].as_py() if n in positions else None for n in (*columns, *optional)]
+                except (ValueError, OverflowError):  # bytes that are no UTF-8, a time out of range
+                    yield Record(number, fault="undecodable", what="cannot be decoded")
+                    continue
+                yield Record(number, tuple(cells))

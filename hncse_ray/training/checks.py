@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from hncse_ray.config import InstanceSmoothing, Settings, Side
-from hncse_ray.corpus import Corpus, prepare_corpus
+from hncse_ray.corpus import Corpus, WriteRows, prepare_corpus
 from hncse_ray.encoder import SentenceEncoder, has_dropout, load_encoder
 from hncse_ray.errors import DataError, ModelError
 from hncse_ray.reporting.events import Notice, StageProgress
@@ -21,7 +21,13 @@ from hncse_ray.training.views import check_views
 
 
 def prepare(
-    settings: Settings, encoder: SentenceEncoder, reporter: Reporter, *, sentences: Sequence[str] | None = None
+    settings: Settings,
+    encoder: SentenceEncoder,
+    reporter: Reporter,
+    *,
+    sentences: Sequence[str] | None = None,
+    write_rows: WriteRows | None = None,
+    digests: bool = False,
 ) -> Corpus:
     """Prepare a run's corpus for its encoder, or find it prepared; progress goes to ``reporter``.
 
@@ -30,6 +36,8 @@ def prepare(
         encoder: whose tokenizer.
         reporter: receives how far it is.
         sentences: of a run whose ``corpus.source`` is ``memory``.
+        write_rows: who does it; default: this process.
+        digests: whether one that is found is compared with its digests, which reads all of it.
 
     Raises:
         DataError: the source cannot be read, or nothing of it is left.
@@ -41,6 +49,8 @@ def prepare(
         max_length=settings.encoder.max_length,
         seed=settings.run.seed,
         sentences=sentences,
+        write_rows=write_rows,
+        digests=digests,
         progress=lambda stage, done, total: reporter.on(StageProgress(stage, done, total)),
     )
 

@@ -46,7 +46,15 @@ def prepare(tokenizer, tmp_path):
     from hncse_ray.corpus import prepare_corpus
 
     def run(
-        *, max_length=16, seed=0, tokenizer_digest="tiny", progress=None, tokenizer=None, tokenize=None, **settings
+        *,
+        max_length=16,
+        seed=0,
+        tokenizer_digest="tiny",
+        progress=None,
+        tokenizer=None,
+        tokenize=None,
+        digests=False,
+        **settings,
     ):
         settings.setdefault("cache_dir", str(tmp_path / "cache"))
         return prepare_corpus(
@@ -56,6 +64,7 @@ def prepare(tokenizer, tmp_path):
             max_length=max_length,
             seed=seed,
             progress=progress,
+            digests=digests,
         )
 
     return run

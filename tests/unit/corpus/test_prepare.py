@@ -263,6 +263,25 @@ def test_what_is_damaged_is_named(prepare, text_file):
         Corpus.open(path)
 
 
+@pytest.mark.parametrize("name", ["rows-00001.arrow", "hash.i8", "length.i4"])
+def test_a_changed_byte_is_seen_by_the_digests_and_mended_by_preparing(prepare, text_file, monkeypatch, caplog, name):
+    monkeypatch.setattr(files, "SHARD_ROWS", 20)
+    monkeypatch.setattr(files, "BATCH_ROWS", 20)
+    corpus = prepare(path=text_file)
+    corpus.check(digests=True)
+    content = bytearray((corpus.path / name).read_bytes())
+    at = content.index(b"25 the cat") if name.endswith("arrow") else 25 * int(name[-1])
+    content[at] ^= 1
+    (corpus.path / name).write_bytes(content)
+    damaged = Corpus.open(corpus.path)
+    damaged.check()  # the first and the last row of each shard are as they were
+    with pytest.raises(DataError, match=r"rows 20 to 39 in rows-00001\.arrow or hash.* are not what was written"):
+        damaged.check(digests=True)
+    assert prepare(path=text_file, digests=True).texts([25]) == [LINES[25]]
+    assert "preparing it anew" in caplog.text
+    Corpus.open(corpus.path).check(digests=True)
+
+
 def test_a_shard_of_another_corpus_is_seen_and_mended_by_preparing(prepare, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "SHARD_ROWS", 20)
     monkeypatch.setattr(files, "BATCH_ROWS", 20)
