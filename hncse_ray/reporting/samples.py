@@ -177,8 +177,8 @@ def _maps(before: Row, after: Row, projection: Projection) -> list[Figure]:
         return []
     is_umap = projection == "umap"
     if is_umap:
-        old_n2 = by_umap(before["neighbours"], old_n2)
-        new_n2 = by_umap(after["neighbours"], turned(new_n2, old_n2))
+        start_n2 = np.round(turned(new_n2, old_n2), 3)  # as the other: what has not changed gets the same map
+        old_n2, new_n2 = by_umap(before["neighbours"], old_n2), by_umap(after["neighbours"], start_n2)
     shades = np.round(old_n2[:, 0], 3).tolist()
     figures = []
     for caption, facts, positions_n2 in (("Before", before, old_n2), ("After", after, turned(new_n2, old_n2))):
