@@ -10,8 +10,8 @@
   other), and the bytes that the first rank sends to the others for it, beside bc9c010's.
 - ``publish`` and ``checkpoint``: a run of one trainer in this process, whose steps are all alike, with a pool of one
   shard or with checkpoints. Steps that begin with a publication or a checkpoint against the median of the others, in
-  seconds of CPU of the step's own thread (on a CPU what is built or written meanwhile takes its part of the clock) and
-  by the clock; where ``--before`` is given, a commit as of acadca3, that commit's beside it.
+  seconds of CPU of the step's own thread and of the whole process, which is what the clock shows where all cores are
+  busy, and by the clock; where ``--before`` is given, a commit as of acadca3 or later, that commit's beside it.
 
     git worktree add ../bc9c010 bc9c010
     python benchmarks/data_plane.py --parts loss weak --before ../bc9c010 --out result.json
@@ -50,6 +50,7 @@ LOOKUP = {"shards": 64, "batch": 4096, "k": 32, "m": 1}
 LOOKUP_AIMS = {"cpu_s": 1 / 8, "sent_bytes": 4096}
 BESIDE = ("publish", "checkpoint")
 BESIDE_AIM = 1.05
+SECONDS = ("cpu_s", "process_cpu_s", "wall_s")
 EVERY = 6  # steps between two publications or checkpoints
 
 
@@ -258,20 +259,21 @@ def timed(name: str, function: Callable[..., Any], z1_bD: Tensor, z2_bD: Tensor,
 def steps_beside(part: str, args: argparse.Namespace) -> dict[str, Any]:
     """Each checkout's steps, in turns, and the ratio of those beside a publication or a checkpoint to the others."""
     found: dict[str, Any] = {"model": args.model, "rows": args.step_rows, "every": EVERY, "aim": BESIDE_AIM}
-    for way, checkout in (("before", args.before), ("after", Path(__file__).parents[1])):
-        if checkout is None:
-            continue
-        rounds = [in_a_process(way, part, checkout, args) for _ in range(args.rounds)]
-        joined = {key: [value for of_round in rounds for value in of_round[key]] for key in rounds[0]}  # type: ignore[attr-defined]
+    ways = {"before": args.before, "after": Path(__file__).parents[1]}
+    rounds: dict[str, list[Any]] = {way: [] for way, checkout in ways.items() if checkout is not None}
+    for _ in range(args.rounds):
+        for way, of_way in rounds.items():
+            of_way.append(in_a_process(way, part, ways[way], args))
+    for way, of_way in rounds.items():
+        joined = {key: [value for of_round in of_way for value in of_round[key]] for key in of_way[0]}
         medians = {key: statistics.median(values) for key, values in joined.items()}
-        ratios = {key: medians[f"beside_{key}"] / medians[f"others_{key}"] for key in ("cpu_s", "wall_s")}
         found[way] = {
             "medians": medians,
-            "ratio": ratios,
+            "ratio": {key: medians[f"beside_{key}"] / medians[f"others_{key}"] for key in SECONDS},
             "steps": {key: len(values) for key, values in joined.items()},
         }
         print(part, way, found[way], flush=True)
-    return found | {"reached": found["after"]["ratio"]["cpu_s"] <= BESIDE_AIM}
+    return found | {"reached": {key: found["after"]["ratio"][key] <= BESIDE_AIM for key in SECONDS}}
 
 
 def steps_of_a_run(part: str, args: argparse.Namespace) -> dict[str, list[float]]:
@@ -303,19 +305,19 @@ def steps_of_a_run(part: str, args: argparse.Namespace) -> dict[str, list[float]
         source, published = None, list[int]()
         if part == "publish":
             source = stack.enter_context(pool_of_one(settings, corpus, encoder.dimension, Path(folder), published))
-        marks: list[tuple[int, float, float]] = []
+        marks: list[tuple[int, float, float, float]] = []
 
         def emit(event: object) -> None:
             if isinstance(event, StepsLogged):
-                marks.append((event.step, time.thread_time(), time.perf_counter()))
+                marks.append((event.step, time.thread_time(), time.process_time(), time.perf_counter()))
 
         store = stack.enter_context(folder_store(RunFolder(Path(folder) / "run"), print))
         fit(TrainJob(settings, corpus, encoder, EvaluationSets({}), source), store, emit)
     begun = set(published) if part == "publish" else set(range(EVERY, args.steps, EVERY))
-    found: dict[str, list[float]] = {f"{who}_{key}": [] for who in ("beside", "others") for key in ("cpu_s", "wall_s")}
+    found: dict[str, list[float]] = {f"{who}_{key}": [] for who in ("beside", "others") for key in SECONDS}
     for (before, *started), (_, *ended) in zip(marks[2:], marks[3:], strict=False):  # the first ones warm up
         who = "beside" if before in begun else "others"
-        for key, start, end in zip(("cpu_s", "wall_s"), started, ended, strict=True):
+        for key, start, end in zip(SECONDS, started, ended, strict=True):
             found[f"{who}_{key}"].append(end - start)
     return found
 

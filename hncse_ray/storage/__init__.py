@@ -2,6 +2,7 @@
 
 from hncse_ray.storage.lease import LEASES, Lease, LeaseLost, leased
 from hncse_ray.storage.local import (
+    BLOCK,
     check_outlasts_job,
     is_job,
     is_locked,
@@ -9,11 +10,13 @@ from hncse_ray.storage.local import (
     replacing,
     write_atomically,
     write_folder,
+    write_past_cache,
 )
 from hncse_ray.storage.remote import Remote, is_url
 from hncse_ray.storage.sending import Sender, keep_trying
 
 __all__ = [
+    "BLOCK",
     "LEASES",
     "Lease",
     "LeaseLost",
@@ -29,4 +32,5 @@ __all__ = [
     "replacing",
     "write_atomically",
     "write_folder",
+    "write_past_cache",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -12,6 +13,8 @@ from pathlib import Path
 
 from hncse_ray.errors import StorageError
 
+BLOCK = 4096  # bytes; what goes past the cache is a multiple of it, in memory too
+_SMALL, _PIECE = 1 << 20, 64 << 20
 _OF_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the command of a submitted job
 
 
@@ -75,6 +78,35 @@ def replacing(path: Path, hint: str = "") -> Iterator[Path]:
     finally:
         with suppress(OSError):  # it is in its place, or there is no such folder
             partial.unlink()
+
+
+def write_past_cache(path: Path, content: memoryview, *, size: int) -> None:
+    """Write a new file from memory past the system's cache of files, where the file system can do that.
+
+    Through the cache the kernel takes about a second of CPU for each GB, and may drop what others have mapped.
+
+    Args:
+        path: the file.
+        content: whole blocks, at an address that is a multiple of ``BLOCK``.
+        size: of the file, in the last of these blocks; what is behind it is not kept.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with path.open("xb", buffering=0) as file:
+        cached = fcntl.fcntl(file, fcntl.F_GETFL)
+        if size >= _SMALL:
+            with suppress(OSError):  # no file system of this kind
+                fcntl.fcntl(file, fcntl.F_SETFL, cached | getattr(os, "O_DIRECT", 0))  # Linux has it
+        at = 0
+        while at < len(content):
+            try:
+                at += file.write(content[at : at + _PIECE])
+            except OSError as error:
+                if error.errno != errno.EINVAL or fcntl.fcntl(file, fcntl.F_GETFL) == cached:
+                    raise
+                fcntl.fcntl(file, fcntl.F_SETFL, cached)  # its blocks are larger
+        file.truncate(size)
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:

@@ -16,20 +16,19 @@ from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import xxhash
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hncse_ray.config import Settings
 from hncse_ray.encoder import SentenceEncoder
 from hncse_ray.errors import StorageError
 from hncse_ray.training.distributed import gather_values
-from hncse_ray.training.host_copy import HostCopier
+from hncse_ray.training.host_copy import HostCopier, HostCopy
 from hncse_ray.training.objective import Objective
 
 logger = logging.getLogger(__name__)
@@ -140,12 +139,14 @@ class Snapshot:
     """Everything that going on needs, as it was when it was taken; on the host, or on its way there.
 
     Attributes:
-        parts: weights and moments by file, those that training changes next as copies.
+        copies: weights and moments that training changes next, by file.
+        others: weights that it does not change, by file.
         content: where the run stands, and the progress of optimiser and schedule, for JSON.
         settings: the resolved settings, as YAML.
     """
 
-    parts: dict[str, Callable[[], Weights]]
+    copies: dict[str, HostCopy]
+    others: dict[str, Weights]
     content: dict[str, Any]
     settings: str
 
@@ -163,7 +164,7 @@ class Snapshot:
         best: Weights | None,
         index: Weights | None = None,
     ) -> Snapshot:
-        """Begin to copy what training changes.
+        """Begin to copy what training changes, over the snapshot before.
 
         Args:
             settings: the resolved settings.
@@ -176,20 +177,27 @@ class Snapshot:
             best: weights of the best dev score; None if they are the present ones.
             index: weights that the global negatives in use were made from; None if going on does not need them.
         """
-        parts = {
-            "encoder": copier.copy(encoder.trained()).wait,
-            "training": copier.copy(_moments(optimizer, objective)).wait,
+        copies = {
+            "encoder": copier.copy(encoder.trained(), over="weights"),
+            "training": copier.copy(_moments(optimizer, objective), over="moments"),
         }
-        parts |= {name: partial(dict, part) for name, part in (("best", best), ("index", index)) if part is not None}
+        others = {name: part for name, part in (("best", best), ("index", index)) if part is not None}
         progress = {"groups": optimizer.state_dict()["param_groups"], "schedule": schedule.state_dict()}
-        return cls(parts, {"state": asdict(state), "progress": deepcopy(progress)}, settings.to_yaml())
+        return cls(copies, others, {"state": asdict(state), "progress": deepcopy(progress)}, settings.to_yaml())
 
     def write(self, folder: Path) -> None:
         """Write all of it into an empty folder; from any thread."""
-        for name, part in self.parts.items():
-            save_file(part(), folder / f"{name}.safetensors")
+        files = {}
+        for name, copy in self.copies.items():
+            copy.wait()
+            files[f"{name}.safetensors"] = copy.image.write(folder / f"{name}.safetensors")
+        image = self.copies["encoder"].image  # on the disk by now
+        for name, part in self.others.items():
+            image.fill(part)
+            files[f"{name}.safetensors"] = image.write(folder / f"{name}.safetensors")
         (folder / "settings.yaml").write_text(self.settings, encoding="utf-8")
-        content = self.content | {"files": {path.name: _facts(path) for path in sorted(folder.iterdir())}}
+        files["settings.yaml"] = file_facts(folder / "settings.yaml")
+        content = self.content | {"files": files}
         text = json.dumps(content | {"digest": _text_digest(content)}, indent=1)
         (folder / LAST_FILE).write_text(text, encoding="utf-8")
 
@@ -286,7 +294,7 @@ def read_state(folder: Path) -> tuple[TrainState, dict[str, Any]]:
         if missing := files.keys() - found:
             raise StorageError(f"the checkpoint is incomplete (there is no {min(missing)})", str(folder))
         for name in found:
-            if _facts(folder / name) != files[name]:
+            if file_facts(folder / name) != files[name]:
                 raise StorageError(f"the checkpoint is damaged ({name} differs from what was written)", str(folder))
         return TrainState(**content["state"]), content["progress"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -297,12 +305,7 @@ def _text_digest(content: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
-def _facts(path: Path) -> list[Any]:
-    """Return the size and the digest of a file.
-
-    In one call: read piece by piece, a file would ask for Python's lock thousands of times while a step is taken.
-    """
-    digest = xxhash.xxh3_128()
+def file_facts(path: Path) -> list[Any]:
+    """Return the size and the digest of a file."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        digest.update(content)
-        return [len(content), digest.hexdigest()]
+        return [len(content), xxhash.xxh3_128_hexdigest(content)]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
+from hncse_ray.training.image import FileImage
+
 Copies = dict[str, Tensor]
 
 
 class HostCopy:
-    """Tensors that are on the host, or on their way there; made by :class:`HostCopier`."""
+    """Tensors that are on the host, or on their way there, as an image of a file; made by :class:`HostCopier`."""
 
-    def __init__(self, under_way: Future[tuple[Copies, torch.cuda.Event | None]]) -> None:
-        self._under_way = under_way
+    def __init__(self, image: FileImage, under_way: Future[tuple[Copies, torch.cuda.Event | None]]) -> None:
+        self.image, self._under_way = image, under_way
 
     def wait(self) -> Copies:
         """Return them when they are whole; from any thread."""
@@ -44,20 +47,26 @@ class HostCopier:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="host-copy")
         self._under_way: list[HostCopy] = []
+        self._kept: defaultdict[str, FileImage] = defaultdict(FileImage)
         optimizer.register_step_pre_hook(self._before_step)
 
-    def copy(self, tensors: Mapping[str, Tensor], *, rounded: Collection[str] = ()) -> HostCopy:
+    def copy(
+        self, tensors: Mapping[str, Tensor], *, rounded: Collection[str] = (), over: str | None = None
+    ) -> HostCopy:
         """Begin to copy.
 
         Args:
             tensors: by name.
             rounded: names of those that are copied in bf16.
+            over: what to call the memory that they are copied into, and which keeps what it is: the copy before that
+                was called so is lost. None: memory of their own.
         """
         side: torch.cuda.Stream | None = None
         if any(value.is_cuda for value in tensors.values()):
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
-        copy = HostCopy(self._threads.submit(_copied, dict(tensors), set(rounded), side))
+        image = FileImage() if over is None else self._kept[over]
+        copy = HostCopy(image, self._threads.submit(_copied, dict(tensors), set(rounded), image, side))
         self._under_way.append(copy)
         return copy
 
@@ -69,19 +78,18 @@ class HostCopier:
 
 @torch.no_grad()
 def _copied(
-    tensors: Copies, rounded: Collection[str], side: torch.cuda.Stream | None
+    tensors: Copies, rounded: Collection[str], image: FileImage, side: torch.cuda.Stream | None
 ) -> tuple[Copies, torch.cuda.Event | None]:
-    copies, done = {}, None
+    dtypes = {name: torch.bfloat16 if name in rounded else value.dtype for name, value in tensors.items()}
+    shapes = {name: (dtypes[name], value.shape) for name, value in tensors.items()}
+    copies, done = image.lay_out(shapes, pinned=side is not None), None
     with torch.cuda.stream(side):  # nothing where there is none
         for name, value in tensors.items():
-            dtype = torch.bfloat16 if name in rounded else value.dtype
-            if not value.is_cuda:
-                copies[name] = value.to(dtype, copy=True).contiguous()
-                continue
-            assert side is not None
-            value.record_stream(side)
-            pinned = torch.empty(value.shape, dtype=dtype, pin_memory=True)
-            copies[name] = pinned.copy_(value.to(dtype), non_blocking=True)
+            if value.is_cuda:
+                assert side is not None
+                value.record_stream(side)
+                value = value.to(dtypes[name])  # rounded before it travels
+            copies[name].copy_(value, non_blocking=value.is_cuda)
         if side is not None:
             done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             done.record()

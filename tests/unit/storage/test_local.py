@@ -1,7 +1,8 @@
-"""Files are whole or not there, and results of a submitted job lie where they outlive it."""
+"""Files are whole or not there, past the cache or through it; results of a submitted job outlive it."""
 
 from __future__ import annotations
 
+import mmap
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from invoke import assert_refused, hncse
 
 from hncse_ray.errors import StorageError
-from hncse_ray.storage import check_outlasts_job, replacing
+from hncse_ray.storage import BLOCK, check_outlasts_job, replacing, write_past_cache
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -92,3 +93,15 @@ def test_the_documentation_submits_no_run_that_is_lost() -> None:
             found += 1
             assert re.search(r"run\.storage_path=(/|\$PWD|s3://|gs://|URL|\.\.\.)", command), (path.name, command)
     assert found >= 6
+
+
+@pytest.mark.parametrize("shift", [0, 1])  # 1: an address that no disk reads from
+@pytest.mark.parametrize("blocks", [1, 300])
+def test_what_is_written_past_the_cache_is_there(tmp_path: Path, blocks: int, shift: int) -> None:
+    memory = mmap.mmap(-1, (blocks + 1) * BLOCK)
+    memory[:] = bytes(i * i % 251 for i in range(len(memory)))
+    content, size = memoryview(memory)[shift : shift + blocks * BLOCK], blocks * BLOCK - 100
+    write_past_cache(tmp_path / "file", content, size=size)
+    assert (tmp_path / "file").read_bytes() == bytes(content[:size])
+    with pytest.raises(FileExistsError):
+        write_past_cache(tmp_path / "file", content, size=size)
