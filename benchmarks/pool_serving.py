@@ -59,8 +59,8 @@ class RandomShard:
     def vectors(self, version, ids):  # type: ignore[no-untyped-def]
         return self.shard.vectors(version, ids)
 
-    def search(self, version, queries_QD, k):  # type: ignore[no-untyped-def]
-        return self.shard.search(version, queries_QD, k=k)
+    def search(self, version, queries_QD, k, words, ahead):  # type: ignore[no-untyped-def]
+        return self.shard.search(version, queries_QD, k=k), self.shard.vectors(version, ahead)
 
 
 def random_rows(ids: np.ndarray, dimension: int) -> np.ndarray:

@@ -169,8 +169,12 @@ def _request(plan: PoolPlan) -> str:
 class PoolClient:
     """Asks the pool: owners give the rows' vectors, all shards search, the answers are merged. See NegativeSource.
 
-    Instead of rows' vectors there may be anchors, which are shared out over the shards to be embedded. Either way a
-    shard is called twice a search at most. A thread keeps the pool's state at hand, so that asking costs nothing.
+    A shard is called once a search where the search before has said which rows come next: it gives their vectors with
+    its hits. Else it is called twice: first for vectors, or to embed its share of anchors. The vectors of selected
+    neighbours are a call of their own: they are selected from the hits of all shards, and would come with these only if
+    each shard sent those of all its k hits, k times the shards for every one that is selected.
+
+    A thread keeps the pool's state at hand, so that asking costs nothing.
 
     Args:
         handles: the pool's actors.
@@ -183,6 +187,7 @@ class PoolClient:
         self._state = PoolState(SourceStatus(shards=len(handles.shards)), ())
         self._unreachable, self._poll_s = "", poll_s
         self._closed = threading.Event()
+        self._ahead: tuple[IndexVersion, np.ndarray, np.ndarray] | None = None  # rows and vectors, all of them known
         self._poll()
         threading.Thread(target=self._keep_polling, name="pool-state", daemon=True).start()
 
@@ -221,6 +226,7 @@ class PoolClient:
         version: IndexVersion | None = None,
         anchors: Sequence[TokenRow] | None = None,
         words: WordQuery | None = None,
+        ahead: np.ndarray | None = None,
     ) -> Hits:
         """Find the k nearest rows of each of B rows, or of their anchors."""
         if version is not None and version != self._state.status.version:
@@ -231,22 +237,29 @@ class PoolClient:
             self._poll()  # whoever asks again should find what there is then
             raise SourceUnavailable(self._unreachable or "no shard serves an index")
         if anchors is None:
-            queries_BD, known_B, failed = self._gather_vectors(row_ids, version, state.serving)
+            queries_BD, known_B, failed = self._row_vectors(row_ids, version, state.serving)
         else:
             queries_BD, known_B, failed = self._embed(anchors, state.serving)
+        asked = [s for s in state.serving if s not in failed]
+        shared: list[Any] = [queries_BD[known_B], None]
+        if words is not None:
+            shared[1] = row_ids[known_B], [text for text, known in zip(words.texts, known_B, strict=True) if known]
+        queries, of_words = (ray.put(x) if len(asked) > 1 and x is not None else x for x in shared)
+        next_ids = np.zeros(0, dtype=np.int64) if ahead is None else ahead
+        owned = self._owned(next_ids, asked)
+        answers = self._ask(
+            {s: self._searching(s, "search").remote(version, queries, k, of_words, next_ids[owned[s]]) for s in asked}
+        )
+        if ahead is not None:
+            self._keep_ahead(version, next_ids, owned, {s: vectors_nD for s, (_, vectors_nD) in answers.items()})
+        found, most_B = [found for found, _ in answers.values()], None
         ids_Bk = np.full((len(row_ids), k), -1, dtype=np.int64)
         scores_Bk = np.full((len(row_ids), k), -np.inf, dtype=np.float32)
-        queries = ray.put(queries_BD[known_B]) if len(state.serving) > 1 else queries_BD[known_B]
-        asked, most_B = [s for s in state.serving if s not in failed], None
         if words is None:
-            answers = self._ask({s: self._searching(s, "search").remote(version, queries, k) for s in asked})
-            scores_Bk[known_B], ids_Bk[known_B] = merge_hits(*zip(*answers.values(), strict=True), k=k)
+            scores_Bk[known_B], ids_Bk[known_B] = merge_hits(*zip(*found, strict=True), k=k)
         else:
-            texts = [text for text, known in zip(words.texts, known_B, strict=True) if known]
-            arguments = (version, queries, k, row_ids[known_B], ray.put(texts) if len(asked) > 1 else texts)
-            answers = self._ask({s: self._searching(s, "offers").remote(*arguments) for s in asked})
             most_B = np.zeros(len(row_ids), dtype=np.float32)
-            hits, most_B[known_B] = merge_offers(list(answers.values()), words=words)
+            hits, most_B[known_B] = merge_offers(found, words=words)
             scores_Bk[known_B], ids_Bk[known_B] = hits
         complete = len(answers) == len(self._shards) and bool(known_B.all())
         return Hits(ids_Bk, scores_Bk, version, complete, queries_BD, most_B)
@@ -254,7 +267,7 @@ class PoolClient:
     def scores(self, hits: Hits, ids: np.ndarray, *, words: WordQuery | None = None) -> np.ndarray:
         """Return the scores of a search's queries with rows, from the shards that own these."""
         serving = self._state.serving
-        owned = {s: np.flatnonzero(ids % len(self._shards) == s) for s in serving}
+        owned = self._owned(ids, serving)
         given = [ray.put(x) if len(serving) > 1 else x for x in (hits, words)]
         calls = {
             s: self._searching(s, "scores").remote(given[0], ids[at], given[1]) for s, at in owned.items() if len(at)
@@ -283,12 +296,32 @@ class PoolClient:
         """Stop following the pool's state."""
         self._closed.set()
 
+    def _row_vectors(
+        self, ids: np.ndarray, version: IndexVersion, serving: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray, set[int]]:
+        """As `_gather_vectors`, of those that came with the last answer without a call."""
+        ahead = self._ahead
+        if ahead is not None and ahead[0] == version and np.array_equal(ahead[1], ids):
+            return ahead[2], np.ones(len(ids), dtype=bool), set()
+        return self._gather_vectors(ids, version, serving)
+
+    def _keep_ahead(
+        self, version: IndexVersion, ids: np.ndarray, owned: dict[int, np.ndarray], parts: dict[int, np.ndarray]
+    ) -> None:
+        """Keep vectors that came with an answer, unless one is missing: then its shard is asked for it again."""
+        vectors_nD, known_n = _joined(parts, owned, len(ids))
+        self._ahead = (version, ids, vectors_nD) if known_n.all() else None
+
+    def _owned(self, ids: np.ndarray, serving: Sequence[int]) -> dict[int, np.ndarray]:
+        """Positions of the rows that each shard owns."""
+        owners = ids % len(self._shards)
+        return {s: np.flatnonzero(owners == s) for s in serving}
+
     def _gather_vectors(
         self, ids: np.ndarray, version: IndexVersion, serving: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray, set[int]]:
         """Vectors ``[n, D]`` from the shards that own the rows, which of them are there ``[n]``, and who failed."""
-        owners = ids % len(self._shards)
-        owned = {s: np.flatnonzero(owners == s) for s in serving}
+        owned = self._owned(ids, serving)
         calls = {
             s: self._searching(s, "vectors").remote(version, ids[index]) for s, index in owned.items() if len(index)
         }
@@ -308,11 +341,7 @@ class PoolClient:
         self, calls: dict[int, Any], positions: dict[int, np.ndarray], n: int
     ) -> tuple[np.ndarray, np.ndarray, set[int]]:
         answers = self._ask(calls)
-        width = next(iter(answers.values())).shape[1]
-        vectors_nD, known_n = np.zeros((n, width), dtype=np.float32), np.zeros(n, dtype=bool)
-        for s, part_nD in answers.items():
-            vectors_nD[positions[s]], known_n[positions[s]] = part_nD, True
-        return vectors_nD, known_n, set(calls) - set(answers)
+        return *_joined(answers, positions, n), set(calls) - set(answers)
 
     def _searching(self, number: int, method: str) -> Any:
         return getattr(self._shards[number], method).options(concurrency_group="search")
@@ -357,6 +386,15 @@ class PoolClient:
     def _keep_polling(self) -> None:
         while not self._closed.wait(self._poll_s):
             self._poll()
+
+
+def _joined(parts: dict[int, np.ndarray], positions: dict[int, np.ndarray], n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Put the vectors of shards in their positions ``[n, D]``; and say which are there ``[n]``."""
+    width = next(iter(parts.values())).shape[1]
+    vectors_nD, known_n = np.zeros((n, width), dtype=np.float32), np.zeros(n, dtype=bool)
+    for s, part_nD in parts.items():
+        vectors_nD[positions[s]], known_n[positions[s]] = part_nD, True
+    return vectors_nD, known_n
 
 
 def _reason(error: Exception) -> str:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from hncse_ray.negatives.shard import IndexShard
 
 
+Found = tuple[np.ndarray, np.ndarray] | Offers  # scores and ids; or by words too
+
+
 @dataclass(frozen=True)
 class ShardSpec:
     """What a shard actor is made from, again after every restart."""
@@ -40,7 +43,7 @@ class ShardActor:
     """An IndexShard in a process of its own.
 
     It begins with the corpus, which may have to be prepared on its node; encoder and index follow when they are asked
-    for. Concurrency groups: ``search`` (vectors, embed, search, offers, scores), ``build``, ``control`` (the others).
+    for. Concurrency groups: ``search`` (vectors, embed, search, scores), ``build``, ``control`` (the others).
     """
 
     def __init__(self, spec: ShardSpec) -> None:
@@ -114,16 +117,34 @@ class ShardActor:
         """Embed anchors; see IndexShard."""
         return self._shard().embed(blocks)
 
-    def offers(
-        self, version: IndexVersion, queries_QD: np.ndarray, k: int, row_ids: np.ndarray, texts: Sequence[str]
-    ) -> Offers:
-        """Search this shard's rows by cosine and by words."""
-        return self._shard().offers(version, queries_QD, k=k, row_ids=row_ids, texts=texts)
-
     def scores(self, hits: Hits, ids: np.ndarray, words: WordQuery | None) -> np.ndarray:
         """Score rows that this shard owns."""
         return self._shard().scores(hits, ids, words)
 
-    def search(self, version: IndexVersion, queries_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Search this shard's rows."""
-        return self._shard().search(version, queries_QD, k=k)
+    def search(
+        self,
+        version: IndexVersion,
+        queries_QD: np.ndarray,
+        k: int,
+        words: tuple[np.ndarray, Sequence[str]] | None,
+        ahead: np.ndarray,
+    ) -> tuple[Found, np.ndarray]:
+        """Search this shard's rows, and give vectors that are asked for next in the same answer.
+
+        Args:
+            version: of the index.
+            queries_QD: what to search with.
+            k: hits of each.
+            words: rows and texts of the queries, to search by words too.
+            ahead: rows that this shard owns.
+
+        Returns:
+            The hits, or what is offered by cosine and by words; and the vectors of ``ahead``.
+        """
+        shard = self._shard()
+        found: Found
+        if words is None:
+            found = shard.search(version, queries_QD, k=k)
+        else:
+            found = shard.offers(version, queries_QD, k=k, row_ids=words[0], texts=words[1])
+        return found, shard.vectors(version, ahead)

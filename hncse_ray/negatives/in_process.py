@@ -60,6 +60,7 @@ class InProcessSource:
         version: IndexVersion | None = None,
         anchors: Sequence[TokenRow] | None = None,
         words: WordQuery | None = None,
+        ahead: Int64 | None = None,
     ) -> Hits:
         """Find the k nearest rows of each of B rows, or of their anchors."""
         version = version or self._status.version

@@ -142,6 +142,7 @@ class NegativeSource(Protocol):
         version: IndexVersion | None = None,
         anchors: Sequence[TokenRow] | None = None,
         words: WordQuery | None = None,
+        ahead: Int64 | None = None,
     ) -> Hits:
         """Find the k nearest rows of each of B rows.
 
@@ -154,6 +155,7 @@ class NegativeSource(Protocol):
                 version that is searched, as in ANCE (Xiong et al. 2020, arXiv 2007.00808). None: each row is searched
                 by its vector in that version, and is its own nearest.
             words: what makes a row near beside its cosine; None: nothing.
+            ahead: rows that are searched next by their vectors, which a source may fetch with this answer.
 
         Raises:
             SourceUnavailable: no version is served, this one is not any more, or nothing answers.

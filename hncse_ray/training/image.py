@@ -38,7 +38,7 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_ORDER = {dtype: place for place, dtype in enumerate(_NAMES)}
+_ORDER = {dtype: position for position, dtype in enumerate(_NAMES)}
 
 Shapes = Mapping[str, tuple[torch.dtype, torch.Size]]
 
@@ -76,14 +76,14 @@ class FileImage:
         content = self._kept[self._start : self._start + self._size]
         content[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
         data = content[len(head) :]
-        places = {name: slice(*facts["data_offsets"]) for name, facts in header.items()}
-        return {name: data[places[name]].view(dtype).view(shape) for name, (dtype, shape) in shapes.items()}
+        positions = {name: slice(*facts["data_offsets"]) for name, facts in header.items()}
+        return {name: data[positions[name]].view(dtype).view(shape) for name, (dtype, shape) in shapes.items()}
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Lay out tensors of the host and copy them."""
         shapes = {name: (value.dtype, value.shape) for name, value in tensors.items()}
-        for name, place in self.lay_out(shapes).items():
-            place.copy_(tensors[name])
+        for name, destination in self.lay_out(shapes).items():
+            destination.copy_(tensors[name])
 
     def write(self, path: Path) -> list[Any]:
         """Write the file; return its size and digest, as :func:`hncse_ray.training.checkpoint.file_facts` does."""

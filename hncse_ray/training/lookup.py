@@ -185,7 +185,10 @@ class LookUp:
         own_b = rank_slice(np.arange(len(ids_B)), rank(), world_size())
         ids_b = ids_B[own_b]
         views = None if self._views is None else self._views.of(number)
-        found = self._search(ids_b, version) if views is None else self._search_views(number, ids_b, views, version)
+        if views is None:
+            found = self._search(number, ids_b, version)
+        else:
+            found = self._search_views(number, ids_b, views, version)
         seconds = time.perf_counter() - started
         selection = select(
             found.hits.ids_Bk,
@@ -225,12 +228,13 @@ class LookUp:
     def _k(self) -> int:
         return self._settings.negatives.candidates + 1  # the row itself may be one
 
-    def _search(self, ids_B: Int64, version: IndexVersion) -> _Found:
+    def _search(self, number: int, ids_B: Int64, version: IndexVersion) -> _Found:
         """Search by the rows of sentences, and by the anchors of pairs, not by their targets."""
         by_anchors = self._corpus.has_pairs and not self._smoothing
         words = self._words(lambda: self._corpus.texts(ids_B) if by_anchors else self._corpus.target_texts(ids_B))
         anchors = self._corpus.token_rows(ids_B) if by_anchors else None
-        hits = self._source.search(ids_B, k=self._k, version=version, anchors=anchors, words=words)
+        ahead = None if by_anchors else rank_slice(self._plan.batch(number + 1), rank(), world_size())
+        hits = self._source.search(ids_B, k=self._k, version=version, anchors=anchors, words=words, ahead=ahead)
         ranks_B = self._own_ranks(hits, ids_B)
         if not by_anchors:
             ranks_B = np.full_like(ranks_B, -1)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -216,6 +217,14 @@ class TestPool:
         tied_Bk = np.pad(gaps_Bk < 2e-5, ((0, 0), (0, 1)), constant_values=True)
         tied_Bk[:, 1:] |= gaps_Bk < 2e-5
         assert not (apart & ~tied_Bk).any() and apart.mean() < 0.05
+        following, really = everyone[50:90], client._gather_vectors
+        client.search(everyone, k=1, ahead=following)
+        for rows, calls in ((following, 0), (everyone[60:100], 1)):  # those that were said to come next, and others
+            with patch.object(client, "_gather_vectors", side_effect=really) as gathering:
+                again = client.search(rows, k=K)
+            assert gathering.call_count == calls
+            np.testing.assert_array_equal(again.ids_Bk, hits.ids_Bk[rows])
+            np.testing.assert_array_equal(again.scores_Bk, hits.scores_Bk[rows])
         ids = np.array([3, 899, 0, 450, 3])
         np.testing.assert_allclose(
             client.vectors(ids, version=hits.version), alone.vectors(ids, version=hits.version), atol=1e-5

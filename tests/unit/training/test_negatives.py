@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,20 @@ def test_rules_that_leave_something_now_and_then_are_no_mistake(
     run = carry_out(settings, tmp_path, run=probe)
     assert run.finished is not None
     assert [usable > 0 for usable in run.series("usable")] == [False, False, False, True] * 3
+
+
+def test_each_search_says_which_rows_come_next(tree: Tree, tmp_path: Path) -> None:
+    run = prepared(settings := negatives_settings(tree, "train.max_steps=8"))
+    asked, really = list[tuple[list[int], list[int]]](), run.source.search
+
+    def search(row_ids: np.ndarray, *, k: int, ahead: np.ndarray, **how: Any) -> Any:
+        asked.append((row_ids.tolist(), ahead.tolist()))
+        return really(row_ids, k=k, **how)
+
+    run.source.search = search  # type: ignore[method-assign]
+    assert carry_out(settings, tmp_path, run=run).finished is not None
+    following = list(itertools.pairwise(run.plan.batch(number).tolist() for number in range(12)))
+    assert all(call in asked for call in following[:8]) and all(call in following for call in asked)
 
 
 def test_more_candidates_than_sentences_are_refused(tree: Tree, tmp_path: Path) -> None:
