@@ -23,6 +23,9 @@ SELECT_BYTES = 35
 FORWARD_SHARE = 0.415 / (1 - 0.05 * (1 - 17 / 109))
 GPU_STEP_OVER_FORWARD = 3.0  # the usual count: the backward pass computes twice the forward; not measured
 PREPARE_S_A_ROW = 222 / 1e6  # README: one million sentences in 222 s, one process, under other load
+# Of a hit of a shard's answer, merged and selected among: results/data_plane_cpu.json, the part lookup, 0.034 s for the
+# 33 hits that 64 shards give for each of 512 anchors.
+MERGE_S = 0.034 / (64 * 512 * 33)
 SHARD_BYTES = 16  # of main memory a row, whatever the index: a shard orders its own rows; the corpus itself is mapped
 _KMEANS_ROUNDS, _PQ_ROUNDS, _PQ_ROWS = 10, 25, 65_536  # faiss 1.15's defaults
 
@@ -177,6 +180,11 @@ def search_s(plan: IndexPlan, queries: int, device: Device) -> float:
     return max(products / device.search_flops, reading / device.bandwidth) + choosing
 
 
+def merge_s(setup: Setup) -> float:
+    """Seconds that a trainer takes to merge the answers for its anchors and to select among them."""
+    return MERGE_S * setup.shards * setup.batch / setup.trainers * (setup.candidates + 1)
+
+
 def step_s(setup: Setup) -> float:
     """Seconds of a training step: two views of the batch, the gradient's exchange hidden behind the backward pass."""
     forward = 2 * setup.batch / setup.trainers * setup.tokens * setup.encoder.flops_a_token / setup.device.flops
@@ -192,7 +200,8 @@ def costs_of(setup: Setup) -> Costs:
     return Costs(
         step_s=step_s(setup),
         search_s=search_s(plan, setup.batch, setup.device),
-        overhead_s=setup.overhead_s + 3 * setup.shards * setup.call_s,  # vectors, search, vectors
+        # Two calls: search, with the vectors of the next batch's rows, and the vectors of what is selected.
+        overhead_s=setup.overhead_s + 2 * setup.shards * setup.call_s + merge_s(setup),
         shards=setup.shards,
         nodes=-(-setup.shards // setup.shards_per_node),
         nic=setup.nic,
@@ -200,7 +209,7 @@ def costs_of(setup: Setup) -> Costs:
         answer_bytes=setup.batch * (setup.candidates + 1) * 12,  # float32 score, int64 id
         gather_bytes=setup.batch * width,
         stored_bytes=setup.batch * setup.per_anchor * width,
-        weight_bytes=4 * setup.encoder.parameters,
+        weight_bytes=2 * setup.encoder.parameters,  # bf16
         build_s=encode_s(setup, plan.rows) + finish_s(plan, setup.device),
     )
 
