@@ -129,7 +129,7 @@ def work(rank: int, args: Any, folder: str) -> None:
             return known.take([number], state_of_run)[0]
         return known.take([number], state_of_run, lambda: SimpleNamespace(wait=dict))[0][0]
 
-    def settle() -> None:
+    def settle() -> None:  # as in a run, where a step is longer than a look-up
         if known._prefetch is not None:
             for future in list(known._prefetch._futures.values()):
                 future.exception(600)
@@ -143,7 +143,7 @@ def work(rank: int, args: Any, folder: str) -> None:
     started = time.process_time()
     for number in range(2, 2 + args.rounds):  # each has one more batch looked up, in a thread
         found = take(number)
-    settle()
+        settle()
     cpu_s = (time.process_time() - started) / args.rounds
     calls = sum(shard.vectors.calls + shard.search.calls for shard in shards) - calls
     mask = found.mask_Bm if is_old else found.mask_bm

@@ -88,7 +88,7 @@ class FileImage:
     def write(self, path: Path) -> list[Any]:
         """Write the file; return its size and digest, as :func:`hncse_ray.training.checkpoint.file_facts` does."""
         blocks = -(-self._size // BLOCK) * BLOCK
-        content = memoryview(self._kept[self._start : self._start + blocks].numpy())
+        content = self._kept[self._start : self._start + blocks].numpy().data
         write_past_cache(path, content, size=self._size)
         return [self._size, xxhash.xxh3_128_hexdigest(content[: self._size])]
 
