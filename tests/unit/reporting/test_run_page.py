@@ -299,6 +299,7 @@ class TestSamples:
 
     @pytest.mark.slow  # umap compiles itself for half a minute
     def test_a_map_by_umap_brings_the_nearest_together(self, tmp_path: Path) -> None:
+        pytest.importorskip("umap", reason="the extra umap is not installed")
         n, k = 40, 10
         rng = np.random.default_rng(0)
         near = [[[int(at), 0.9] for at in rng.permutation([j for j in range(n) if j % 2 == i % 2 and j != i])[:k]]
