@@ -31,7 +31,9 @@ from hncse_ray.reading import (
     text_lines,
 )
 
-DROP_REASONS = ("undecodable", "malformed", "too_long", "empty", "too_short", "no_token", "duplicate", "near_duplicate")
+DROP_REASONS = (
+    "undecodable", "malformed", "not_text", "too_long", "empty", "too_short", "no_token", "duplicate", "near_duplicate",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +312,7 @@ def _example(cells: Sequence[object], settings: CorpusSettings, filled: set[tupl
             try:
                 document = document_name(cell)
             except ValueError:
-                raise _Unusable("undecodable") from None
+                raise _Unusable("malformed") from None
             is_blank = document is None
         else:
             values = cell if isinstance(cell, list) and column[0] == "negative_columns" else [cell]
@@ -329,10 +331,12 @@ def _clean(value: object, settings: CorpusSettings) -> str:
     """Return a cell's text, normalised; empty if there is nothing to see in it."""
     if value is None:
         return ""
+    if not isinstance(value, str):
+        raise _Unusable("not_text")
     # Before normalisation, which would make a string of a gigabyte of spaces look short.
-    if isinstance(value, str) and len(value) > settings.max_chars:
+    if len(value) > settings.max_chars:
         raise _Unusable("too_long")
-    if not isinstance(value, str) or "\0" in value or not is_unicode(value):
+    if "\0" in value or not is_unicode(value):
         raise _Unusable("undecodable")
     text = normalise(value)
     return "" if is_blank(text) else text

@@ -72,7 +72,7 @@ class FileImage:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         head = len(text).to_bytes(8, "little") + text
-        self._make_room(len(head) + at, pinned=pinned)
+        self._reserve(len(head) + at, pinned=pinned)
         content = self._kept[self._start : self._start + self._size]
         content[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
         data = content[len(head) :]
@@ -92,9 +92,9 @@ class FileImage:
         write_past_cache(path, content, size=self._size)
         return [self._size, xxhash.xxh3_128_hexdigest(content[: self._size])]
 
-    def _make_room(self, size: int, *, pinned: bool) -> None:
-        room = size + 2 * BLOCK
-        if len(self._kept) < room or self._kept.is_pinned() < pinned:
+    def _reserve(self, size: int, *, pinned: bool) -> None:
+        needed = size + 2 * BLOCK
+        if len(self._kept) < needed or self._kept.is_pinned() < pinned:
             self._kept = torch.empty(0, dtype=torch.uint8)  # not both at a time
-            self._kept = torch.empty(room, dtype=torch.uint8, pin_memory=pinned)
+            self._kept = torch.empty(needed, dtype=torch.uint8, pin_memory=pinned)
         self._start, self._size = -self._kept.data_ptr() % BLOCK, size

@@ -93,7 +93,7 @@ def test_jsonl(tmp_path):
     rows += [json.dumps({"text": 3}), json.dumps({"text": B}), '{"text": "lone \\ud800 surrogate here"}']
     texts, counts = read(path=write(tmp_path / "a.jsonl", "\n".join(rows)))
     assert texts == [A, B]
-    assert counts == {"read": 8, "undecodable": 4, "empty": 2}
+    assert counts == {"read": 8, "undecodable": 3, "not_text": 1, "empty": 2}
 
 
 def test_csv(tmp_path):
@@ -367,7 +367,7 @@ def test_a_row_with_a_cell_that_cannot_be_used_is_dropped_and_counted(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"d": 1}, *rows])
     found, counts = read_pairs(path=path, negative_columns="n", document_column="d", max_chars=100)
     assert found == [Example("Who?", "The cat.", ("A dog.",), None)]
-    assert counts == {"read": 8, "empty": 1, "too_long": 1, "undecodable": 5}
+    assert counts == {"read": 8, "empty": 1, "too_long": 1, "undecodable": 1, "not_text": 3, "malformed": 1}
 
 
 def test_the_words_of_positives_and_negatives_are_not_counted(tmp_path):
