@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from hncse_ray.cli.app import (
     CorpusArgument,
@@ -38,12 +39,12 @@ from hncse_ray.errors import DataError, StorageError
 
 if TYPE_CHECKING:
     from hncse_ray.encoder import SentenceEncoder
-    from hncse_ray.evaluation.saved_index import SavedIndex
+    from hncse_ray.evaluation.saved_index import Hit, SavedIndex
     from hncse_ray.reporting import Reporter
 
 logger = logging.getLogger("hncse_ray.search")
 
-_LINES = 4  # of a text that the table shows
+_LINES, _CHARACTERS = 4, 300  # of a text that the table shows
 
 _OVERRIDE = re.compile(rf"(?:{'|'.join(Settings.model_fields)})\.[\w.]+=")
 
@@ -68,8 +69,9 @@ def search(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the texts of a corpus that are nearest to some queries, for one model or two side by side.
+    """Show the texts of a corpus that are nearest to some queries by cosine, for one model or two side by side.
 
+    Of a document the best passage is shown.
     Their vectors are kept in the cache folder: the second search of the same model and corpus begins at once.
     """
 
@@ -87,13 +89,14 @@ def search(
         with console_reporter(console) as reporter:
             texts = _Texts(settings, encoders[model], limit, reporter)
             searched = {name: _Searched(encoder, _index(encoder, options, texts)) for name, encoder in encoders.items()}
-        found: dict[str, dict[str, list[str]]] = {}
+        found: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for asked in [queries] if queries else _asked(console):
             new = {query: {name: its[i] for name, its in _nearest(searched, asked, top).items()}
                    for i, query in enumerate(asked)}  # fmt: skip
             for query, by_model in new.items():
                 console.print(_table(query, by_model))
-            found |= new
+            found |= {query: {name: list(map(_facts, hits)) for name, hits in by_model.items()}
+                      for query, by_model in new.items()}  # fmt: skip
         return found
 
     command(run, as_json)
@@ -130,23 +133,32 @@ class _Texts:
 
     def digests(self) -> dict[str, str]:
         """What they depend on that may change under the same settings."""
+        from hncse_ray.corpus.documents import document_files, reads_documents
         from hncse_ray.corpus.sources import source_identity
 
-        source = source_identity(self.settings.corpus)
+        corpus = self.settings.corpus
+        # The identity is of contents alone, and a hit names its file.
+        source = source_identity(corpus) + (json.dumps(document_files(corpus)) if reads_documents(corpus) else "")
         return {"corpus": hashlib.sha256(source.encode()).hexdigest(), "tokenizer": self._encoder.tokenizer_digest()}
 
     @cached_property
-    def all(self) -> list[str]:
-        """Each once."""
+    def all(self) -> tuple[list[str], list[str] | None]:
+        """Each once; and what the document of each is called, where they are passages."""
         import numpy as np
 
+        from hncse_ray.corpus.documents import document_labels
         from hncse_ray.training.checks import prepare as prepare_corpus
 
         prepared = prepare_corpus(self.settings, self._encoder, self.reporter)
         chosen = np.random.default_rng(self.settings.run.seed).permutation(len(prepared))[: self.limit]
         if len(chosen) < len(prepared):
             logger.warning(f"{self.limit:,} of {len(prepared):,} texts are searched; --limit sets how many")
-        return list(dict.fromkeys(prepared.target_texts(chosen)))  # of pairs what is looked for
+        texts = prepared.target_texts(chosen)  # of pairs what is looked for
+        if not prepared.has_passages or prepared.documents is None:
+            return list(dict.fromkeys(texts)), None
+        documents = prepared.documents[chosen].tolist()
+        labels = document_labels(self.settings.corpus, documents)
+        return texts, [labels[document] for document in documents]
 
 
 def _index(encoder: SentenceEncoder, options: dict[str, Any], texts: _Texts) -> SavedIndex:
@@ -168,8 +180,9 @@ def _index(encoder: SentenceEncoder, options: dict[str, Any], texts: _Texts) -> 
             return kept
     except Outdated as reason:
         logger.warning("the index of %s is made anew: %s", name, reason)
-    progress = counter(texts.reporter, f"encoding {len(texts.all):,} texts with {name}")
-    index = SavedIndex(texts.all, unit_rows(encoder.encode(texts.all, side="document", progress=progress)))
+    searched, documents = texts.all
+    progress = counter(texts.reporter, f"encoding {len(searched):,} texts with {name}")
+    index = SavedIndex(searched, unit_rows(encoder.encode(searched, side="document", progress=progress)), documents)
     try:
         index.write(folder, made_of)
     except StorageError as error:
@@ -177,7 +190,7 @@ def _index(encoder: SentenceEncoder, options: dict[str, Any], texts: _Texts) -> 
     return index
 
 
-def _nearest(searched: dict[str, _Searched], queries: Sequence[str], top: int) -> dict[str, list[list[str]]]:
+def _nearest(searched: dict[str, _Searched], queries: Sequence[str], top: int) -> dict[str, list[list[Hit]]]:
     from hncse_ray.evaluation import unit_rows
 
     return {name: its.index.nearest(unit_rows(its.encoder.encode(queries, side="query")), top)
@@ -203,18 +216,32 @@ def _asked(console: Console) -> Iterator[list[str]]:
         console.print()
 
 
-def _table(query: str, by_model: dict[str, list[str]]) -> Table:
+def _facts(hit: Hit) -> dict[str, Any]:
+    facts = {"text": hit.text, "cosine": round(hit.cosine, 4)}
+    return facts if hit.document is None else facts | {"document": hit.document, "more_passages": hit.more_passages}
+
+
+def _table(query: str, by_model: dict[str, list[Hit]]) -> Table:
     table = Table(title=escape(f"nearest to: {query}"), show_lines=True, expand=True)
     for name in by_model:
         table.add_column(escape(name), ratio=1)
     for row in zip(*by_model.values(), strict=True):
-        table.add_row(*(escape(_beginning(text)) for text in row))
+        table.add_row(*map(_shown, row))
     return table
 
 
+def _shown(hit: Hit) -> Text:
+    head = f"{hit.cosine:.3f}" if hit.document is None else f"{hit.cosine:.3f}  {hit.document}"
+    passages = "passage" if hit.more_passages == 1 else "passages"
+    more = f"  +{hit.more_passages} more {passages}" if hit.more_passages else ""
+    return Text.assemble((head, "bold"), (more, "dim"), "\n", _beginning(hit.text))
+
+
 def _beginning(text: str) -> str:
-    """The first lines of a text: a function may have hundreds."""
+    """The first lines of a text, cut at a word: a function may have hundreds, and a passage be one long line."""
     lines = text.splitlines()
-    if len(lines) <= _LINES:
-        return text
-    return "\n".join([*lines[:_LINES], f"... {len(lines) - _LINES} more lines"])
+    shown, more = "\n".join(lines[:_LINES]), len(lines) - _LINES
+    if len(shown) > _CHARACTERS:
+        words = re.sub(r"\s+\S{0,40}$", "", shown[: _CHARACTERS + 1])  # some scripts have no blanks between words
+        shown = f"{words[:_CHARACTERS]}..."
+    return f"{shown}\n... {more} more lines" if more > 0 else shown

@@ -6,8 +6,9 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import xxhash
 
 from hncse_ray.config import CorpusSettings
 from hncse_ray.corpus.sentences import count_words, pack_passages, split_sentences
-from hncse_ray.corpus.text import document_name, normalise
+from hncse_ray.corpus.text import document_name, name_hash, normalise
 from hncse_ray.errors import DataError
 from hncse_ray.reading import (
     Document,
@@ -123,6 +124,46 @@ def read_passages(settings: CorpusSettings, counts: Counter[str]) -> Iterator[Pa
             yield Passage(text, title, body, name)
 
 
+def document_files(settings: CorpusSettings) -> list[str]:
+    """Return what to call the files of documents, in their order: their paths from the folder that holds them all.
+
+    Raises:
+        DataError: a file or folder cannot be read.
+    """
+    paths = [os.path.abspath(path) for path, _ in _files(settings)]
+    folders = [os.path.abspath(path if path.is_dir() else path.parent) for path in _paths(settings)]
+    folder = os.path.commonpath(folders)
+    # A name need not be UTF-8, and is shown.
+    return [os.fsencode(os.path.relpath(path, folder)).decode(errors="replace") for path in paths]
+
+
+def document_labels(settings: CorpusSettings, known: Collection[int]) -> dict[int, str]:
+    """Return what to call documents, by what a corpus knows them by: a file's path, or the name of a table's row.
+
+    A row without a name is called by its file and number. With several files the file stands before a row's name.
+
+    Args:
+        settings: of the corpus.
+        known: of ``Corpus.documents``.
+
+    Raises:
+        DataError: a file or folder cannot be read, or is not what the corpus was made of.
+    """
+    wanted, labels = set(known), {}
+    files = document_files(settings)
+    for number, ((path, _), file) in enumerate(zip(_files(settings), files, strict=True)):
+        if not _is_table(path):
+            labels[name_hash(str(number))] = file
+            continue
+        for name, _ in _table(path, settings, Counter()):
+            if (document := name_hash(f"{number}\0{name}")) in wanted:
+                named = name if len(files) == 1 else f"{file} {name}"
+                labels[document] = f"{file}:{name[1:]}" if name.startswith("\0") else named
+    if not wanted <= labels.keys():
+        raise DataError("changed while it was read", settings.place, "Begin again")
+    return labels
+
+
 class NearDuplicates:
     """The documents seen so far, by MinHash over their words (Broder 1997)."""
 
@@ -163,27 +204,34 @@ def _shingles(text: str) -> Iterator[str]:
 
 def _files(settings: CorpusSettings) -> Iterator[tuple[Path, bool]]:
     """Yield the files of the paths, and whether each was named itself."""
+    for path in _paths(settings):
+        if path.is_dir():
+            yield from ((file, False) for file in documents_in(path))
+        else:
+            check_file(path)
+            yield path, True
+
+
+def _paths(settings: CorpusSettings) -> Iterator[Path]:
     for pattern in settings.path:
-        for path in expand_path(pattern, folders=True):
-            if path.is_dir():
-                yield from ((file, False) for file in documents_in(path))
-            else:
-                check_file(path)
-                yield path, True
+        yield from expand_path(pattern, folders=True)
+
+
+def _is_table(path: Path) -> bool:
+    return document_kind(path) is None and kind_of(path) != "text"
 
 
 def _documents(settings: CorpusSettings, counts: Counter[str]) -> Iterator[tuple[str, Document]]:
     """Yield what each document is known by, and it."""
     faults: Counter[str] = Counter()
     for number, (path, named) in enumerate(_files(settings)):
-        kind = document_kind(path)
-        if kind is None and kind_of(path) != "text":
+        if _is_table(path):
             for name, document in _table(path, settings, counts):
                 yield f"{number}\0{name}", document
             continue
         counts["read"] += 1
         try:
-            yield str(number), read_document(path, kind or "text")
+            yield str(number), read_document(path, document_kind(path) or "text")
         except DocumentError as error:
             if named:
                 raise

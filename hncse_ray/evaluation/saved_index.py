@@ -14,7 +14,7 @@ from hncse_ray.errors import StorageError
 from hncse_ray.evaluation.vectors import FloatArray
 from hncse_ray.storage import locked, write_folder
 
-_FORMAT = 1
+_FORMAT = 2  # 1: no documents
 _MANIFEST, _TEXTS, _VECTORS = "manifest.json", "texts.json", "vectors.npy"
 
 
@@ -23,16 +23,45 @@ class Outdated(Exception):
 
 
 @dataclass(frozen=True)
+class Hit:
+    """What was found.
+
+    Attributes:
+        text: all of it.
+        cosine: to the query.
+        document: which one the text is a passage of; None where texts are no passages.
+        more_passages: further passages of it that come before those of the first document that is not shown.
+    """
+
+    text: str
+    cosine: float
+    document: str | None
+    more_passages: int
+
+
+@dataclass(frozen=True)
 class SavedIndex:
-    """Texts and their vectors ``[N, D]`` of unit norm."""
+    """Texts and their vectors ``[N, D]`` of unit norm; of passages also what the document of each is called."""
 
     texts: Sequence[str]
     vectors_ND: FloatArray
+    documents: Sequence[str] | None = None
 
-    def nearest(self, queries_QD: FloatArray, top: int) -> list[list[str]]:
-        """Return the ``top`` texts of the largest cosine of each query, best first."""
-        scores_QN = queries_QD @ self.vectors_ND.T
-        return [[self.texts[i] for i in np.argsort(-scores_N, kind="stable")[:top]] for scores_N in scores_QN]
+    def nearest(self, queries_QD: FloatArray, top: int) -> list[list[Hit]]:
+        """Return the ``top`` texts of the largest cosine of each query, best first; of a document the best alone."""
+        return [self._best(scores_N, top) for scores_N in queries_QD @ self.vectors_ND.T]
+
+    def _best(self, scores_N: FloatArray, top: int) -> list[Hit]:
+        found: dict[str | int, list[int]] = {}
+        for i in np.argsort(-scores_N, kind="stable").tolist():
+            document = i if self.documents is None else self.documents[i]
+            if document not in found and len(found) == top:
+                break
+            found.setdefault(document, []).append(i)
+        return [
+            Hit(self.texts[i], float(scores_N[i]), None if self.documents is None else self.documents[i], len(further))
+            for i, *further in found.values()
+        ]
 
     def write(self, folder: Path, made_of: Mapping[str, str]) -> None:
         """Write a folder, whole or not at all, after whoever else writes it now.
@@ -47,7 +76,8 @@ class SavedIndex:
 
         def fill(partial: Path) -> None:
             np.save(partial / _VECTORS, self.vectors_ND)
-            (partial / _TEXTS).write_text(json.dumps(list(self.texts)), encoding="utf-8")
+            texts = {"texts": list(self.texts), "documents": self.documents}
+            (partial / _TEXTS).write_text(json.dumps(texts), encoding="utf-8")
             files = {name: _digest(partial / name) for name in (_VECTORS, _TEXTS)}
             facts = {"format": _FORMAT, "made_of": dict(made_of), "files": files}
             (partial / _MANIFEST).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -82,7 +112,7 @@ def read_index(folder: Path, made_of: Mapping[str, str]) -> SavedIndex | None:
             if facts["files"][name] != _digest(folder / name):
                 raise Outdated(f"it is damaged ({name} is not as it was written)")
         texts = json.loads((folder / _TEXTS).read_text(encoding="utf-8"))
-        return SavedIndex(texts, np.load(folder / _VECTORS, allow_pickle=False))
+        return SavedIndex(texts["texts"], np.load(folder / _VECTORS, allow_pickle=False), texts["documents"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Outdated(f"it is damaged ({error})") from None
 

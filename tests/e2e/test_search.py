@@ -29,9 +29,15 @@ def texts(tmp_path: Path) -> Path:
     return path
 
 
-def found(result: Any) -> dict[str, dict[str, list[str]]]:
+def hits(result: Any) -> dict[str, dict[str, list[dict[str, Any]]]]:
     assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def found(result: Any) -> dict[str, dict[str, list[str]]]:
+    """The texts alone."""
+    return {query: {model: [hit["text"] for hit in its] for model, its in by_model.items()}
+            for query, by_model in hits(result).items()}  # fmt: skip
 
 
 def _take_interrupts() -> None:
@@ -87,6 +93,26 @@ def test_an_index_that_cannot_be_kept_is_used_all_the_same(tiny_model: Path, tex
     (tmp_path / "cache" / "search").write_text("a file")
     result = hncse("search", tiny_model, texts, SENTENCES[0], "--json")
     assert "is not kept" in result.stderr and found(result)[SENTENCES[0]][str(tiny_model)][0] == SENTENCES[0]
+
+
+def test_a_hit_names_its_document_and_cosine_and_a_long_text_is_cut_in_the_table_alone(
+    tiny_model: Path, texts: Path, tmp_path: Path
+) -> None:
+    folder, long = tmp_path / "notes", " ".join(SENTENCES[:12])
+    (folder / "old").mkdir(parents=True)
+    (folder / "old" / "a.txt").write_text(long)
+    (folder / "b.txt").write_text(SENTENCES[20])
+    args = ("search", tiny_model, folder, long)
+    (of_model,) = hits(hncse(*args, "--json"))[long].values()
+    assert [hit["document"] for hit in of_model] == ["old/a.txt", "b.txt"]
+    assert of_model[0]["text"] == long and of_model[0]["cosine"] == pytest.approx(1, abs=1e-3)
+    shown = " ".join(hncse(*args).stdout.partition("┏")[2].replace("│", " ").split())
+    assert f"1.000 old/a.txt {SENTENCES[0]}" in shown and f"{of_model[1]['cosine']:.3f} b.txt {SENTENCES[20]}" in shown
+    assert "... " in shown and SENTENCES[11] not in shown
+    (folder / "b.txt").rename(folder / "c.txt")
+    assert [hit["document"] for hit in hits(hncse(*args, "--json"))[long][str(tiny_model)]] == ["old/a.txt", "c.txt"]
+    ((plain,),) = hits(hncse("search", tiny_model, texts, SENTENCES[0], "--top", 1, "--json"))[SENTENCES[0]].values()
+    assert plain == {"text": SENTENCES[0], "cosine": pytest.approx(1, abs=1e-3)}
 
 
 def test_settings_and_recipes_as_other_commands_take_them(

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from hncse_ray.config import CorpusSettings
-from hncse_ray.corpus.documents import count_words
+from hncse_ray.corpus.documents import count_words, document_labels
 from hncse_ray.corpus.sources import read_examples, source_identity
+from hncse_ray.corpus.text import name_hash
 from hncse_ray.errors import DataError, SettingsError
 
 WORDS = "wing flow shock layer heat drag lift plate cone wake".split()
@@ -183,6 +184,24 @@ def test_rows_of_a_document_that_stand_apart_are_refused(tmp_path):
     path.write_text("\n".join(json.dumps({"id": name, "text": text}) for name, text in rows))
     with pytest.raises(DataError, match="t.jsonl:4: a row of document 'a' stands apart"):
         read(path, source="documents")
+
+
+def test_documents_are_called_by_their_path_or_the_name_of_their_row(tmp_path):
+    def called(*paths):
+        known = CorpusSettings(path=tuple(map(str, paths)), source="documents", near_duplicates=None)
+        hashes = [name_hash(example.document) for example in read_examples(known, Counter())]
+        labels = document_labels(known, hashes)
+        return [labels[document] for document in hashes]
+
+    write(tmp_path / "notes", {"a.txt": "One.", "b/a.md": "Two.", os.fsdecode(b"c\xff.txt"): "Three."})
+    table = write(tmp_path, {"t.jsonl": '{"id": 7, "text": "Four."}\n{"title": "Five", "text": "Six."}\n'}) / "t.jsonl"
+    assert called(tmp_path / "notes") == ["a.txt", "b/a.md", "c\ufffd.txt"]
+    assert called(tmp_path / "notes" / "a.txt") == ["a.txt"]
+    assert called(table) == ["7", "t.jsonl:2"]
+    assert called(table, tmp_path / "notes" / "b") == ["t.jsonl 7", "t.jsonl:2", "notes/b/a.md"]
+    settings = CorpusSettings(path=(str(tmp_path / "notes"),))
+    with pytest.raises(DataError, match="changed while it was read"):
+        document_labels(settings, [name_hash("3")])
 
 
 BAD = {
