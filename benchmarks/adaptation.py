@@ -171,7 +171,7 @@ class Scored:
     def with_bm25(self) -> dict[str, list[float]]:
         """Rank by the last encoder's cosine and 0.3 of BM25, its best being 1, as the teacher of ``adapt`` does."""
         assert self.plain is not None
-        found = {}
+        found: dict[str, list[float]] = {}
         for name in ("dev", "test"):
             metric, data = self.sets[name]
             index = LexicalIndex(data.candidates, keys_nc=np.arange(len(data.candidates))[:, None])
@@ -218,22 +218,29 @@ def tsdae(settings: Settings, corpus: Corpus, seed: int) -> dict[str, torch.Tens
 def tabulate(folder: Path, out: Path | None) -> None:
     """Print the table and the label-free score beside the labelled one; write the result."""
     rows = [dict(zip(("collection", "method", "seed"), row["task"], strict=True)) | row for row in read_results(folder)]
-    base = {row["collection"]: row["exports"]["0, 0"] for row in rows if row["method"] == "base"}
+    untouched = {(r["collection"], r["seed"]): r["exports"]["0, 0"] for r in rows if r["method"] == "base"}
+    base = {collection: untouched[collection, "0"] for collection in COLLECTIONS if (collection, "0") in untouched}
     found: dict[str, Any] = {}
     points = []
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
-        for export in own[0]["exports"]:
+        for export in dict.fromkeys(name for row in own for name in row["exports"]):
             by: dict[str, dict[str, NDArray[Any]]] = {}
             for name in ("test", "dev", *SUITES, "recall@100"):
                 for collection in base:
-                    seeds = [row["exports"][export][name] for row in own
-                             if row["collection"] == collection and name in row["exports"].get(export, ())]  # fmt: skip
-                    if seeds:
-                        before = base[collection][name]
-                        if name in SUITES:  # asked by other sentences where seed or token limit are others
-                            before, seeds = [np.mean(before)], [[np.mean(scores)] for scores in seeds]
-                        by.setdefault(name, {})[collection] = np.mean(seeds, axis=0) - np.array(before)
+                    scores = {
+                        row["seed"]: row["exports"][export][name]
+                        for row in own
+                        if row["collection"] == collection and name in row["exports"].get(export, ())
+                    }
+                    before = {seed: untouched.get((collection, seed), base[collection])[name] for seed in scores}
+                    if name in SUITES:  # asked by other sentences with each seed, of which both have to be there
+                        before = {seed: [np.mean(before[seed])] for seed in scores if (collection, seed) in untouched}
+                        scores = {seed: [np.mean(scores[seed])] for seed in before}
+                    if scores:
+                        by.setdefault(name, {})[collection] = np.mean(
+                            [np.subtract(scores[seed], before[seed]) for seed in scores], axis=0
+                        )
             seeds_of = {row["seed"] for row in own if export in row["exports"]}
             found[f"{method} | {export}"] = summary(by, base, seeds=len(seeds_of))
             if sts := {row["collection"]: row["exports"][export]["sts"] for row in own
