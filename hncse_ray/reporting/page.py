@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ def line_figure(
             name=name,
             mode=mode,
             line={"width": 2 if len(points) <= 200 else 1.2},
-            marker={"size": 5},
+            marker={"size": 8 if len(points) <= 5 else 5},
         )
     figure.update_layout(xaxis_title=x_title, yaxis_title=y_title, showlegend=len(series) > 1, hovermode="x unified")
     return figure
@@ -74,11 +75,8 @@ def axis_label(name: str, width: int = 24) -> str:
 
 
 def breakable(text: str) -> Markup:
-    """Return text whose lines may be broken after its dots, slashes and underscores."""
-    shown = str(escape(text))
-    for mark in "._/":
-        shown = shown.replace(mark, f"{mark}<wbr>")
-    return Markup(shown)
+    """Return text whose lines may be broken after its dots, slashes and underscores, and not within a number."""
+    return Markup(re.sub(r"[_/]|\.(?!(?<=\d\.)\d)", r"\g<0><wbr>", str(escape(text))))
 
 
 def score_text(value: float | None) -> str:
@@ -111,7 +109,7 @@ def duration_text(seconds: float | None) -> str:
     if seconds is None or not math.isfinite(seconds):
         return "–"
     if seconds < 10:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.{2 if seconds < 1 else 1}f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,13 @@ from hncse_ray.reporting.events import RunFinished
 from hncse_ray.reporting.page import BLUE, draw, line_figure, write_page
 from hncse_ray.reporting.projection import Projection
 from hncse_ray.reporting.records import METRICS, SAMPLES
-from hncse_ray.reporting.samples import phases_figure, plane_figure, show_samples
+from hncse_ray.reporting.samples import Words, plane_figure, show_samples, words_of
 from hncse_ray.reporting.verdict import describe_verdict
 from hncse_ray.storage import is_locked
 
 Row = Mapping[str, Any]
 
 # Caption, axis, and the metrics to draw by the name that the reader sees. A figure without data is left out.
-_TRAINING = (
-    ("Loss", "loss", {"loss": "loss"}),
-    (
-        "Similarity of views",
-        "cosine",
-        {"positive_similarity": "positive", "hardest_negative_similarity": "hardest negative of the batch"},
-    ),
-    ("Uniformity", "lower is more spread out", {"uniformity": "uniformity"}),
-    ("Learning rate", "learning rate", {"learning_rate": "learning rate"}),
-    ("Speed", "sentences a second", {"sentences_per_s": "speed"}),
-)
 _NEGATIVES = (
     ("Age of the index", "optimiser steps", {"negatives/index_age_steps": "age"}),
     (
@@ -153,15 +143,24 @@ def write_run_page(run_folder: Path, *, projection: Projection = "pca") -> Path:
     run = read_run(run_folder)
     result, logged = run.result, run.logged
     uses_pool = any(name.startswith("negatives/") for row in logged for name in row)
-    samples = show_samples(read_rows(run_folder / SAMPLES), run_folder / SAMPLES, projection=projection)
-    scores = {}
+    objective = str(_setting(run.settings, "objective", "name"))
+    words = words_of(objective)
+    samples = show_samples(read_rows(run_folder / SAMPLES), run_folder / SAMPLES, words=words, projection=projection)
+    figures = {}
     if any(run.metric in row for row in run.dev):
-        scores["scores"] = _score_figure(run.dev, run.metric, run.best_step, "best" if result else "best so far")
+        figures["scores"] = _score_figure(run.dev, run.metric, run.best_step, "best" if result else "best so far")
+    figures |= _figures(logged, _training(words))
+    ranks_only = objective == "distillation" and _value(run.settings, "objective", "contrast_weight") in (0, "?")
+    if not ranks_only:  # else nothing draws views together, nor the rest apart
+        figures |= plane_figure(logged)
     return write_page(
         run_folder / "report.html",
         "run.html",
         title=f"Run {run.name}",
-        objective=_setting(run.settings, "objective", "name"),
+        objective=objective,
+        words=words,
+        ranks_only=ranks_only,
+        setting=partial(_value, run.settings),
         model=_setting(run.settings, "encoder", "model"),
         corpus=_corpus(run.settings),
         run=run,
@@ -173,8 +172,8 @@ def write_run_page(run_folder: Path, *, projection: Projection = "pca") -> Path:
         best_step=run.best_step,
         scores=run.scores,
         samples=samples,
-        figures=scores | _figures(logged, _TRAINING) | plane_figure(logged),
-        phases=phases_figure(result.seconds) if result else {},
+        figures=figures,
+        phases={name: seconds for name, seconds in result.seconds.items() if seconds > 0} if result else {},
         negatives=_figures(logged, (*_NEGATIVES, _rules(logged))) if uses_pool else {},
         pool=_last(logged, ("index_step", "shards_alive", "failed_builds", "build_seconds", "build_rows_per_s")),
         changed=changed_settings(run.settings),
@@ -248,6 +247,15 @@ def _setting(settings: Mapping[str, Any], section: str, name: str) -> object:
     return values.get(name, "?") if isinstance(values, Mapping) else "?"
 
 
+def _value(settings: Mapping[str, Any], section: str, name: str) -> object:
+    """Return a setting as a run reads it; as it stands there if that is not of this version."""
+    found = _setting(settings, section, name)
+    try:
+        return read_setting(f"{section}.{name}", found)
+    except SettingsError:
+        return found
+
+
 def _corpus(settings: Mapping[str, Any]) -> object:
     """What the run trained on: the names of files and folders, else the source."""
     paths = _setting(settings, "corpus", "path")
@@ -287,6 +295,19 @@ def series(rows: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
     """Return the steps and values at which a metric was logged."""
     points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
     return [step for step, _ in points], [value for _, value in points]
+
+
+def _training(words: Words) -> tuple[tuple[str, str, dict[str, str]], ...]:
+    """Return the specifications of how training went, in the words of its objective."""
+    cosines = {"positive_similarity": words.positive, "hardest_negative_similarity": words.nearest}
+    return (
+        ("Loss", "loss", {"loss": "loss"}),
+        ("Agreement with the teacher", "share of lists with its first", {"teacher_agreement": "agreement"}),
+        ("Similarity of views", "cosine", cosines),
+        ("Uniformity", "lower is more spread out", {"uniformity": "uniformity"}),
+        ("Learning rate", "learning rate", {"learning_rate": "learning rate"}),
+        ("Speed", "sentences a second", {"sentences_per_s": "speed"}),
+    )
 
 
 def _figures(

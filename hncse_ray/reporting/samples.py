@@ -18,17 +18,44 @@ Row = Mapping[str, Any]
 Figure = dict[str, Any]
 
 _MOVED, _SHOWN = 8, 3  # sentences that moved most; neighbours of each
-_PAIRS = {"positive": "positives", "in batch": "in the batch", "global": "global negatives"}
 _FATES = {
-    "taken": "taken as a negative",
     "left": "left over",
     "same_content": "dropped: the same text",
     "same_document": "dropped: the same document",
-    "in_batch": "dropped: in the batch",
     "max_score": "dropped: max_score",
     "relative_margin": "dropped: relative_margin",
     "skip_hardest": "dropped: skip_hardest",
 }
+
+
+@dataclass(frozen=True)
+class Words:
+    """How to call what an objective compares an anchor with, and what it does with a hit of the index."""
+
+    positive: str = "positive"
+    nearest: str = "hardest negative of the batch"
+    found: str = "global negatives"
+    taken: str = "taken as a negative"
+    in_batch: str = "dropped: in the batch"
+    own: str = "its own"
+
+
+_WORDS = {
+    "distillation": Words(
+        positive="own document",
+        nearest="nearest other of the batch",
+        found="neighbours",
+        taken="on the list",
+        in_batch="on the list: in the batch",
+        own="its own: not on the list",
+    ),
+    "instance_smoothing": Words(found="neighbours", taken="in the group"),
+}
+
+
+def words_of(objective: str) -> Words:
+    """Return the words for an objective; those for a user's own say nothing of what it does."""
+    return _WORDS.get(objective, Words(found="neighbours", taken="taken") if ":" in objective else Words())
 
 
 @dataclass(frozen=True)
@@ -51,7 +78,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Anchor:
-    """A row of the last batch, what belongs to it, and what the index found for it: texts, cosines, fates."""
+    """A row of the last batch, what belongs to it, and what the index found: text, cosine, fate, is it taken."""
 
     text: str
     target: str | None
@@ -77,12 +104,13 @@ class Samples:
         return self.kept is not None
 
 
-def show_samples(rows: Sequence[Row], path: Path, *, projection: Projection = "pca") -> Samples:
+def show_samples(rows: Sequence[Row], path: Path, *, words: Words, projection: Projection = "pca") -> Samples:
     """Return what the page shows of the rows of ``samples.jsonl``.
 
     Args:
         rows: of the file.
         path: its name.
+        words: for the objective.
         projection: of the map.
 
     Raises:
@@ -91,7 +119,10 @@ def show_samples(rows: Sequence[Row], path: Path, *, projection: Projection = "p
     """
     latest = {kind: row[kind] for row in rows for kind in ("sentences", "negatives") if kind in row}
     try:
-        histograms = _histograms([(row["step"], row["similarities"]) for row in rows if "similarities" in row])
+        looks = [(row["step"], row["similarities"]) for row in rows if "similarities" in row]
+        pairs = {"positive": f"{words.positive}s", "in batch": "in the batch", "global": words.found}
+        histograms = _histograms(looks, pairs)
+        fates = _FATES | {"taken": words.taken, "in_batch": words.in_batch}
         sentences, negatives = latest.get("sentences"), latest.get("negatives")
         found = Samples(histograms=histograms)
         if sentences is not None:
@@ -100,7 +131,8 @@ def show_samples(rows: Sequence[Row], path: Path, *, projection: Projection = "p
             return found
         anchors = [
             Anchor(each["anchor"], each["target"],
-                   [(hit["text"], hit["cosine"], _FATES[hit["fate"]], hit["is_target"]) for hit in each["hits"]])
+                   [(hit["text"], hit["cosine"], words.own if hit["is_target"] else fates[hit["fate"]],
+                     hit["fate"] == "taken" and not hit["is_target"]) for hit in each["hits"]])
             for each in negatives["anchors"]
         ]  # fmt: skip
         return Samples(**{**vars(found), "anchors": anchors, "index_step": int(negatives["index_step"])})
@@ -144,13 +176,13 @@ def _both(text: str, both: tuple[Any, Any], texts: Sequence[str], right: Sequenc
     return Compared(text, shown(old, new, ""), shown(new, old, "new"))
 
 
-def _histograms(looks: Sequence[tuple[int, Row]]) -> list[Figure]:
-    """Draw the cosines of pairs at the first look, the middle one and the last, on one scale."""
+def _histograms(looks: Sequence[tuple[int, Row]], pairs: Mapping[str, str]) -> list[Figure]:
+    """Draw the cosines of kinds of pairs, called so, at the first look, the middle one and the last, on one scale."""
     chosen = [looks[i] for i in sorted({0, len(looks) // 2, len(looks) - 1})] if looks else []
     used = [
         i
         for _, found in chosen
-        for counts in (found[name] for name in _PAIRS if name in found)
+        for counts in (found[name] for name in pairs if name in found)
         for i, count in enumerate(counts)
         if count
     ]
@@ -161,7 +193,7 @@ def _histograms(looks: Sequence[tuple[int, Row]]) -> list[Figure]:
         centres = np.round((edges[:-1] + edges[1:]) / 2, 3).tolist()[low:high]
         series = {
             label: (centres, [round(count / max(sum(found[name]), 1), 4) for count in found[name]][low:high])
-            for name, label in _PAIRS.items()
+            for name, label in pairs.items()
             if name in found
         }
         figure = line_figure(series, x_title="cosine", y_title="share of the pairs")
@@ -180,13 +212,19 @@ def _maps(before: Row, after: Row, projection: Projection) -> list[Figure]:
         start_n2 = np.round(turned(new_n2, old_n2), 3)  # as the other: what has not changed gets the same map
         old_n2, new_n2 = by_umap(before["neighbours"], old_n2), by_umap(after["neighbours"], start_n2)
     shades = np.round(old_n2[:, 0], 3).tolist()
+    new_n2 = turned(new_n2, old_n2)
+    both = np.concatenate([old_n2, new_n2])  # one scale, so that what spreads or collapses is seen
+    margins = 0.05 * np.ptp(both, axis=0) + 1e-3
+    x_range, y_range = np.round([both.min(axis=0) - margins, both.max(axis=0) + margins], 3).T.tolist()
     figures = []
-    for caption, facts, positions_n2 in (("Before", before, old_n2), ("After", after, turned(new_n2, old_n2))):
+    for caption, facts, positions_n2 in (("Before", before, old_n2), ("After", after, new_n2)):
         marker = {"size": 7, "color": shades, "colorscale": SCALE}
         x, y = np.round(positions_n2, 3).T.tolist()
         name = "UMAP" if is_umap else "component"
         figure = go.Figure(go.Scatter(x=x, y=y, mode="markers", marker=marker, name=f"second {name}"))
-        figure.update_layout(xaxis_title=f"first {name}", yaxis_title=f"second {name}", showlegend=False)
+        figure.update_xaxes(title=f"first {name}", range=x_range)
+        figure.update_yaxes(title=f"second {name}", range=y_range)
+        figure.update_layout(showlegend=False)
         note = "" if is_umap else f"{facts['explained']:.0%} of the variance"
         figures.append({"caption": caption, "note": note, "figure": draw(figure, f"map-{caption.lower()}", height=320)})
     return figures
@@ -214,14 +252,3 @@ def plane_figure(rows: Sequence[Row]) -> dict[str, Figure]:
     figure.update_layout(xaxis_title="uniformity (lower is more spread out)", yaxis_title="alignment", showlegend=False)
     caption = "Alignment against uniformity"
     return {"plane": {"caption": caption, "figure": draw(figure, "plane", height=280)}}
-
-
-def phases_figure(seconds: Mapping[str, float]) -> dict[str, Figure]:
-    """Draw where the time went; nothing of a run that has not told."""
-    told = {name: value for name, value in seconds.items() if value > 0}
-    if not told:
-        return {}
-    names, values = list(reversed(told)), [round(value, 1) for value in reversed(told.values())]
-    figure = go.Figure(go.Bar(x=values, y=names, orientation="h", name="seconds"))
-    figure.update_layout(xaxis_title="seconds", showlegend=False)
-    return {"phases": {"caption": "Seconds by phase", "figure": draw(figure, "phases", height=40 + 34 * len(names))}}

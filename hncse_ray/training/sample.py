@@ -224,9 +224,12 @@ def mined(looked_up: LookedUp, corpus: Corpus, views: BatchViews | None = None) 
 
 
 def shortened(text: str) -> str:
-    """Return a text in one line, cut where it is long."""
+    """Return a text in one line, cut after a word where it is long; within one that fills half of it."""
     text = " ".join(text.split())
-    return text if len(text) <= _TEXT else text[: _TEXT - 1] + "…"
+    if len(text) <= _TEXT:
+        return text
+    end = text.rfind(" ", _TEXT // 2, _TEXT)
+    return text[: _TEXT - 1 if end < 0 else end] + "…"
 
 
 def _nearest(scores: NDArray[np.floating[Any]]) -> list[list[tuple[int, float]]]:

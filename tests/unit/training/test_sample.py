@@ -21,7 +21,7 @@ from hncse_ray.reporting.reporters import SamplesFile
 from hncse_ray.training import EvaluationSets, load_evaluation_sets
 from hncse_ray.training.evaluator import Measured
 from hncse_ray.training.objective import Neighbours
-from hncse_ray.training.sample import Sample, similarities
+from hncse_ray.training.sample import Sample, shortened, similarities
 from hncse_ray.training.step import Seen
 
 Tree = dict[str, Any]
@@ -42,6 +42,14 @@ class Rising(EvaluationSets):
     def measure(self, encode: object, split: str, metric: str = "") -> Measured:
         object.__setattr__(self, "asked", getattr(self, "asked", 0) + 1)
         return Measured({METRIC: self.asked / 100}, {})
+
+
+def test_a_long_text_is_cut_after_a_word() -> None:
+    assert shortened("two  lines\nhere") == "two lines here"
+    words = "magnetohydrodynamics " * 30
+    cut = shortened(words)
+    assert len(cut) <= 300 and cut.endswith(" magnetohydrodynamics…")
+    assert shortened("字" * 400) == "字" * 299 + "…"  # a script without spaces
 
 
 def test_neighbours_are_those_of_the_base_and_of_what_is_exported(tree: Tree, tmp_path: Path) -> None:
