@@ -1,4 +1,4 @@
-# make demo        install, train the recipe code, search with the old and the new model (about 2 1/2 minutes after installing)
+# make demo        install, train the recipe code, search with the old and the new model
 # make test        install, run the test suite
 # make test-slow   the tests that take minutes: lost nodes and trainers, runs compared
 # make check       formatting, lint, types, import layers, documents

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from hncse_ray import __version__
 from hncse_ray.cli.app import JsonOption, app, command
@@ -57,13 +56,13 @@ def doctor(as_json: JsonOption = False) -> None:
     def run(console: Console) -> dict[str, Any]:
         found = list(examine())
         lacking.extend(check for check in found if check.essential and check.status == "missing")
-        table = Table(title=f"hncse_ray {__version__}")
-        for heading in ("", "", "found", "what mends it"):
-            table.add_column(heading, overflow="fold")
-        for check in found:
-            status = f"[{_STYLES[check.status]}]{check.status}[/]"
-            table.add_row(check.name, status, escape(check.found), escape(check.mend))
-        console.print(table)
+        width = max(len(check.name) for check in found)
+        # Lines, no table: paths and commands stay whole, to be copied.
+        for check in (Check("hncse_ray", "ok", __version__), *found):
+            status = f"[{_STYLES[check.status]}]{check.status:7}[/]"
+            console.print(f"{check.name:{width}}  {status}  {escape(check.found)}", soft_wrap=True, highlight=False)
+            if check.mend:
+                console.print(f"{'':{width + 9}}  mend: {escape(check.mend)}", soft_wrap=True, highlight=False)
         return {"ok": not lacking, "version": __version__, "checks": [asdict(check) for check in found]}
 
     command(run, as_json)
@@ -129,7 +128,7 @@ def _ray() -> Iterator[Check]:
     yield Check("Ray", "ok", ray.__version__)
     address, mode = os.environ.get("RAY_ADDRESS"), os.environ.get("RAY_AUTH_MODE", "")
     if not address or address == "local":
-        yield Check("Ray cluster", "ok", "none named: a command starts one of its own, with a token, and ends it")
+        yield Check("Ray cluster", "ok", "none (one is started when needed, with a token, and ended)")
         return
     try:
         named_cluster()

@@ -58,15 +58,16 @@ def train_on_ray(
     Raises:
         HncseError: the run is refused, or fails for a known cause.
     """
-    encoder, sets, corpus = check_run(settings, reporter, sentences=sentences)
-    reporter.on(StageProgress("starting Ray and the workers", 0, None))
-    join_ray()
-    plan, pool = place(settings, survey(), rows=len(corpus), dimension=encoder.dimension)
-    if pool is not None:
-        reporter.on(StageProgress(pool.describe(), 0, None))
-    if settings.negatives.source == "pool" and pool is not None and (advice := pool_advice(plan, pool)):
-        reporter.on(Notice(advice))
-    with run_log(folder.path):
+    with run_log(folder.path) as begin_log:
+        encoder, sets, corpus = check_run(settings, reporter, sentences=sentences)
+        reporter.on(StageProgress("starting Ray and the workers", 0, None))
+        join_ray()
+        plan, pool = place(settings, survey(), rows=len(corpus), dimension=encoder.dimension)
+        if pool is not None:
+            reporter.on(StageProgress(pool.describe(), 0, None))
+        if settings.negatives.source == "pool" and pool is not None and (advice := pool_advice(plan, pool)):
+            reporter.on(Notice(advice))
+        begin_log()
         finished = _run(settings, plan, pool, corpus, sets, folder, reporter)
         reporter.on(finished)
         return finished

@@ -48,13 +48,14 @@ def train_here(
     machine = _machine()
     plan = plan_workers(settings.cluster, machine)
     device = torch.device("cuda", torch.cuda.current_device()) if plan.gpus else torch.device("cpu")
-    encoder, sets, corpus = check_run(settings, reporter, device=device, sentences=sentences)
     told = Unfailing(reporter)
 
     def notify(text: str) -> None:
         told.on(Notice(text))
 
-    with run_log(folder.path), ExitStack() as stack:
+    with run_log(folder.path) as begin_log, ExitStack() as stack:
+        encoder, sets, corpus = check_run(settings, reporter, device=device, sentences=sentences)
+        begin_log()
         fetch_run(folder, notify)
         source: NegativeSource | None = None
         if settings.negatives.source == "pool" and join_ray is not None:
@@ -90,7 +91,7 @@ def _pool(
     if advice := pool_advice(plan, pool):
         reporter.on(Notice(advice))
     with negative_pool(settings, pool, corpus, folder.path.absolute() / "index") as handles:
-        handles.wait_until_ready(lambda text: reporter.on(Notice(text)))
+        handles.wait_until_ready(lambda text: reporter.on(StageProgress(text, 0, None)))
         client = PoolClient(handles, timeout_s=settings.negatives.timeout_s)
         yield plan, client
 

@@ -98,7 +98,7 @@ def mine(settings: Settings, out: Path, *, reporter: Reporter | None = None) -> 
             handles.wait_until_ready()
             client = PoolClient(handles, timeout_s=max(_ANSWER_S, settings.negatives.timeout_s))
             try:
-                reporter.on(StageProgress(f"encoding {len(corpus):,} sentences", 0, None))
+                reporter.on(StageProgress(f"encoding {len(corpus):,} {corpus.rows_are}", 0, None))
                 _build(client, encoder, settings)
                 _mine_blocks(client, parts, settings, reporter)
             finally:

@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 _START_TIMEOUT_S = 300.0  # to load an encoder, once the corpus is there
 POLL_S, LONGEST_POLL_S = 0.25, 2.0  # of the rank that decides, and the longest of any other
 _ROOM_NEWS_S = 10.0
+_LONG_START_S = 30.0
 _CONTROL_TIMEOUT_S = 10.0
 _PUBLISH_TIMEOUT_S = 120.0
 _GROUPS = {"search": 2, "build": 1, "control": 1}  # threads of a shard
@@ -61,7 +62,7 @@ class PoolHandles:
         """Wait until all shards have the corpus, which may have to be prepared, and then until they can be asked.
 
         Args:
-            notify: told now and then what is waited for.
+            notify: told what is waited for, if it takes long.
 
         Raises:
             ClusterError: the actors do not come up.
@@ -70,9 +71,8 @@ class PoolHandles:
         shards = self.shards
         try:
             calls = [s.corpus_failure.options(concurrency_group="control").remote() for s in shards]
-            while left := ray.wait(calls, num_returns=len(calls), timeout=_ROOM_NEWS_S)[1]:
-                notify(f"waiting for {len(left)} of {len(calls)} shards of the negative pool, which start, or prepare"
-                       " the corpus where their node does not have it")  # fmt: skip
+            if ray.wait(calls, num_returns=len(calls), timeout=_LONG_START_S)[1]:
+                notify("waiting for the index's shards: they start, and prepare the corpus where their node lacks it")
             failures = ray.get(calls)
             if not any(failures):
                 calls = [s.ready.options(concurrency_group="control").remote() for s in shards]

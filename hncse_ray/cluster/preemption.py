@@ -9,6 +9,7 @@ import ray.train
 from ray.util.placement_group import PlacementGroup
 
 from hncse_ray.cluster.elastic import Bundles, placed
+from hncse_ray.reporting import counted
 from hncse_ray.training.checkpoint import Request
 from hncse_ray.training.distributed import from_first, rank, world_size
 
@@ -46,14 +47,12 @@ class NodeWatch:
         news = set(info.preempted_node_ids) - self._leaving if info is not None else set()
         self._leaving |= news
         if news:
-            self.notify(f"{len(news)} node(s) of the workers will be taken away: a checkpoint is written now")
+            self.notify(f"{counted(len(news), 'node')} of the workers will be taken away: a checkpoint is written now")
             if self._least is not None and world_size() - len(info.preempted_ranks) >= self._least:
                 return Request.PAUSE  # Ray places nothing more there
         before, self._more = self._more, self._count()
         if self._more and self._more == before:  # not while further ones are still coming
-            self.notify(
-                f"{self._more} more worker(s) fit on the cluster now: they take part from the checkpoint of now"
-            )
+            self.notify(f"the cluster has room for {counted(self._more, 'more worker')} now, from this checkpoint on")
             return Request.PAUSE
         return Request.CHECKPOINT if news else Request.NOTHING
 

@@ -11,6 +11,7 @@ from typing import Literal
 from hncse_ray.config import ClusterSettings, NegativesSettings, Settings
 from hncse_ray.errors import ClusterError
 from hncse_ray.negatives import IndexPlan, plan_index
+from hncse_ray.reporting import counted
 
 Resources = Mapping[str, float]
 
@@ -63,7 +64,7 @@ class PoolPlan:
 
     def describe(self) -> str:
         """Return the pool in one line: shards, and the memory of each."""
-        return f"index of {self.num_shards} shard(s), each {self.index.describe()}"
+        return f"index of {counted(self.num_shards, 'shard')}, each {self.index.describe()}"
 
     def each(self) -> dict[str, float]:
         """Return what one shard reserves, by Ray's names."""
@@ -99,7 +100,7 @@ def plan_pool(
     """
     n, cpus, gpus = settings.num_shards, settings.cpus_per_shard, settings.gpus_per_shard
     if n > rows:
-        raise ClusterError(f"{n} shards for a corpus of {rows} sentences", "negatives.num_shards", "Ask for fewer")
+        raise ClusterError(f"{n} shards for a corpus of {rows} rows", "negatives.num_shards", "Ask for fewer")
     for name, asked in (("CPU", cpus), ("GPU", gpus)):
         there, setting = sum(node.get(name, 0.0) for node in nodes), f"negatives.{name.lower()}s_per_shard"
         if _counted(asked * n) > there and not growing:

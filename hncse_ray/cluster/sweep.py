@@ -34,7 +34,7 @@ from hncse_ray.cluster.trial import run_trial
 from hncse_ray.config import LOCAL_IS_ONE, Settings
 from hncse_ray.encoder import load_encoder
 from hncse_ray.errors import ClusterError, HncseError, SettingsError, TrainingError
-from hncse_ray.reporting import LineReporter, Reporter
+from hncse_ray.reporting import LineReporter, Reporter, counted
 from hncse_ray.reporting.sweep import SweepLines, SweepReporter, TrialUpdate
 from hncse_ray.storage import check_outlasts_job, write_folder
 from hncse_ray.training import load_evaluation_sets
@@ -142,7 +142,9 @@ def tune(
             with ray_session():
                 there = [node.resources for node in survey().alive]
                 plan = plan_sweep(extremes, there, max_concurrent=options.max_concurrent)
-                reporter.tell(f"{plan.concurrent} trial(s) side by side, {plan.cpus_per_worker:g} CPU(s) a worker")
+                reporter.tell(
+                    f"{counted(plan.concurrent, 'trial')} side by side, {counted(plan.cpus_per_worker, 'CPU')} a worker"
+                )
                 if left:
                     _run_trials(sweep, folder, study, plan, left, reporter)
                 if options.seeds:

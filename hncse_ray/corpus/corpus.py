@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +82,11 @@ class Corpus:
         self.has_negatives = "negative_ids" in columns
         self.documents: Int64 | None = manifest.map_numbers("document") if "document" in columns else None
         self.has_passages = "body" in columns
+
+    @property
+    def rows_are(self) -> Literal["pairs", "passages", "sentences"]:
+        """What people call the rows."""
+        return "pairs" if self.has_pairs else "passages" if self.has_passages else "sentences"
 
     @classmethod
     def open(cls, path: str | Path) -> Corpus:

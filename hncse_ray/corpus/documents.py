@@ -38,6 +38,7 @@ from hncse_ray.reading import (
 log = logging.getLogger(__name__)
 
 TITLE_COLUMN, ID_COLUMNS = "title", ("_id", "id")
+_RULES = 2  # raise it when what is read of a file changes: kept corpora are then made again
 _NAMED_FAULTS = 3  # files that cannot be read are named so often, and all are counted
 _SHINGLE, _PERMUTATIONS = 5, 128  # words of a shingle; numbers of a signature
 _BATCH = 4096  # shingles hashed at a time, each of which takes a KiB
@@ -94,7 +95,7 @@ def documents_identity(settings: CorpusSettings) -> str:
         digest.update(f"{document_kind(path) or kind_of(path)} {path.suffix.lower() == '.gz'}".encode())
     how: list[object] = [settings.column, settings.title_column, settings.document_column]
     how += [settings.unit, settings.passage_words, settings.near_duplicates]
-    return f"documents {json.dumps(how)} {digest.hexdigest()}"
+    return f"documents {_RULES} {json.dumps(how)} {digest.hexdigest()}"
 
 
 def read_passages(settings: CorpusSettings, counts: Counter[str]) -> Iterator[Passage]:

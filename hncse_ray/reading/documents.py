@@ -34,7 +34,8 @@ _CONVERT = "Convert it, for example with iconv"
 _PARAGRAPH_END = re.compile(r"\n\s*\n")
 _FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?\n)?(?:---|\.\.\.)[ \t]*(?:\n|$)", re.DOTALL)
 _ENDED = (".", "!", "?")
-_MAX_TITLE_WORDS = 12  # of a plain text's first line that is taken for its title
+_MAX_TITLE_WORDS = 25  # of a plain text's first line that is taken for its title
+_SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)")
 
 # What is no running text, or is on every page of a site.
 _DROPPED = (
@@ -118,8 +119,8 @@ def read_document(path: Path, kind: DocumentKind) -> Document:
 
     HTML: the title is ``<title>``, else the first ``<h1>``; scripts, styles, navigation, forms and ``<pre>`` are left
     out. Markdown: the title is that of the front matter, else the first ``#`` heading; code blocks are left out.
-    Plain text: paragraphs are parted by empty lines, and a first paragraph of one short line that does not end like a
-    sentence is the title.
+    Plain text: paragraphs are parted by empty lines, and a first paragraph of one short line and one sentence at most
+    is the title.
 
     Raises:
         DocumentError: the file is empty, too large, in another encoding, or not what its name says.
@@ -193,9 +194,10 @@ def _read_text(text: str) -> Document:
     paragraphs = paragraphs_of(text)
     first, _, rest = text.lstrip().partition("\n")
     first = " ".join(unicodedata.normalize("NFC", first).split())
-    short = len(first.split()) <= _MAX_TITLE_WORDS and len(first) <= 15 * _MAX_TITLE_WORDS
-    obvious = short and not rest.partition("\n")[0].strip() and first[-1:].isalnum() and not first[:1].islower()
-    if obvious and len(paragraphs) > 1 and paragraphs[0] == first:
+    short = len(first.split()) <= _MAX_TITLE_WORDS and len(first) <= 10 * _MAX_TITLE_WORDS
+    alone = not rest.partition("\n")[0].strip() and len(_SENTENCE_END.findall(first)) <= 1
+    ended = first.endswith(_ENDED) or first[-1:].isalnum()  # a comma or a colon says that it goes on
+    if short and alone and ended and len(paragraphs) > 1 and paragraphs[0] == first:
         return Document(first, paragraphs[1:])
     return Document(None, paragraphs)
 

@@ -18,7 +18,12 @@ class StageProgress:
 
 @dataclass(frozen=True)
 class RunStarted:
-    """Training begins, or goes on, at ``step`` of ``total_steps``."""
+    """Training begins, or goes on, at ``step`` of ``total_steps``.
+
+    Attributes:
+        sentences: rows of the corpus; ``rows_are`` says what people call them.
+        renews_index: whether global negatives come from an index that follows the model.
+    """
 
     run: str
     step: int
@@ -29,6 +34,8 @@ class RunStarted:
     device: str
     precision: str
     resumed: bool
+    rows_are: str = "sentences"
+    renews_index: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from hncse_ray.reporting.events import Event
@@ -38,17 +40,30 @@ def run_records(folder: Path, *others: Reporter) -> Iterator[Reporter]:
 
 
 @contextmanager
-def run_log(folder: Path) -> Iterator[None]:
-    """Write what the package logs to ``log.txt`` in a run's folder too."""
-    log = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+def run_log(folder: Path) -> Iterator[Callable[[], None]]:
+    """Write what the package logs to ``log.txt`` in a run's folder too.
+
+    Yields:
+        Begins the file, with what has been logged until then: a run that is refused before leaves no folder.
+    """
+    log = logging.FileHandler(folder / "log.txt", encoding="utf-8", delay=True)
     log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    kept = MemoryHandler(sys.maxsize, flushLevel=sys.maxsize, flushOnClose=False)
     package = logging.getLogger("hncse_ray")
-    package.addHandler(log)
+    package.addHandler(kept)
     if package.level == logging.NOTSET:  # the command sets it; a program that uses the package may not
         package.setLevel(logging.INFO)
+
+    def begin() -> None:
+        package.addHandler(log)
+        package.removeHandler(kept)
+        kept.setTarget(log)
+        kept.flush()
+
     try:
-        yield
+        yield begin
     finally:
+        package.removeHandler(kept)
         package.removeHandler(log)
         log.close()
 

@@ -66,12 +66,12 @@ class LineReporter:
     """One line an event, through the logger: for log files and for terminals that are not interactive."""
 
     def __init__(self) -> None:
-        self._total = 0
+        self._run: RunStarted | None = None
         self._pace = Pace()
         self._stage = ""
 
     def on(self, event: Event) -> None:
-        """Log the event; of a stage only that it begins."""
+        """Log the event; of a stage only that it begins, or begins again after some steps."""
         if isinstance(event, Sampled):
             return
         if isinstance(event, StageProgress):
@@ -80,11 +80,13 @@ class LineReporter:
             self._stage = event.stage
             return
         if isinstance(event, RunStarted):
-            self._total = event.total_steps
+            self._run = event
             self._pace.begin(event)
-        left = self._pace.left(event.step) if isinstance(event, StepsLogged) else ""
+        left = ""
+        if isinstance(event, StepsLogged):
+            left, self._stage = self._pace.left(event.step), ""
         level = logging.WARNING if isinstance(event, Notice) else logging.INFO
-        logger.log(level, "%s%s", describe(event, self._total), f"  {left} left" if left else "")
+        logger.log(level, "%s%s", describe(event, self._run), f"  {left} left" if left else "")
 
     def close(self) -> None:
         """Nothing to close."""
@@ -195,8 +197,18 @@ class TensorBoard:
         self._writer = None
 
 
-def describe(event: Event, total_steps: int = 0) -> str:
-    """Return an event as one line of text."""
+def counted(count: float, noun: str) -> str:
+    """Return how many of something there are: "1 shard", "2 shards"."""
+    return f"{count:,g} {noun}{'' if count == 1 else 's'}"
+
+
+def describe(event: Event, run: RunStarted | None = None) -> str:
+    """Return an event as one line of text.
+
+    Args:
+        event: what happened.
+        run: what it happened in; training steps are of one.
+    """
     match event:
         case StageProgress():
             return f"{event.stage} {event.done:,}" + (f" of {event.total:,}" if event.total else "")
@@ -204,12 +216,14 @@ def describe(event: Event, total_steps: int = 0) -> str:
             verb = f"resumes at step {event.step}" if event.resumed else "starts"
             return (
                 f"run {event.run} {verb}: {event.total_steps} steps of {event.batch_size} from {event.sentences:,}"
-                f" sentences, {event.num_workers} worker(s) on {event.device}, {event.precision}"
+                f" {event.rows_are}, {counted(event.num_workers, 'worker')} on {event.device}, {event.precision}"
             )
         case StepsLogged():
+            assert run is not None
+            index = _describe_index(event.metrics, renewed=run.renews_index)
             return (
-                f"step {event.step}/{total_steps}  loss {event.metrics['loss']:.4f}"
-                f"  {event.sentences_per_s:,.1f} sentences/s{_describe_index(event.metrics)}"
+                f"step {event.step}/{run.total_steps}  loss {event.metrics['loss']:.4f}"
+                f"  {event.sentences_per_s:,.1f} {run.rows_are}/s{index}"
             )
         case Evaluated():
             scores = "  ".join(f"{name} {value:.4f}" for name, value in event.scores.items())
@@ -227,13 +241,13 @@ def describe(event: Event, total_steps: int = 0) -> str:
             return f"finished after {event.step} steps{early}; best on dev at step {event.best_step}"
 
 
-def _describe_index(metrics: dict[str, float]) -> str:
-    """Say which index served global negatives, if the run uses any, and how often it did not."""
+def _describe_index(metrics: dict[str, float], *, renewed: bool) -> str:
+    """Say which index served global negatives, if there are several, and how often it did not."""
     if "negatives/missing" not in metrics:
         return ""
     step, missing = metrics.get("negatives/index_step"), metrics["negatives/missing"]
-    text = "  no index yet" if step is None else f"  index of step {step:.0f}"
-    return text + (f" ({missing:.0%} of batches without neighbours)" if missing else "")
+    text = "  no index yet" if step is None else f"  index of step {step:.0f}" if renewed else ""
+    return text + (f"  ({missing:.0%} of batches without neighbours)" if missing else "")
 
 
 class Pace:

@@ -53,30 +53,37 @@ class TerminalReporter:
         )
         self._tasks: dict[str, TaskID] = {}
         self._facts: dict[str, str] = {}
-        self._pace = Pace()
+        self._pace, self._renews_index = Pace(), False
 
     def on(self, event: Event) -> None:
         """Move a bar, or print the event above the bars."""
         console = self._progress.console
         if isinstance(event, StageProgress):
+            if event.stage not in self._tasks:
+                self._end_stages()
             self._bar(event.stage, event.done, event.total)
         elif isinstance(event, RunStarted):
             self._end_stages()
             self._pace.begin(event)
             console.print(describe(event), highlight=False, markup=False)
+            self._renews_index = event.renews_index
             self._bar("training", event.step, event.total_steps)
         elif isinstance(event, StepsLogged):
+            self._end_stages()
             self._facts |= {"loss": f"{event.metrics['loss']:.4f}", "speed": f"{event.sentences_per_s:,.0f}/s"}
-            if (index_step := event.metrics.get("negatives/index_step")) is not None:
+            index_step = event.metrics.get("negatives/index_step")
+            if self._renews_index and index_step is not None:
                 self._facts["index"] = f"{index_step:.0f}"
             self._bar("training", event.step, left=self._pace.left(event.step))
         elif isinstance(event, Evaluated):
+            self._end_stages()
             if event.split == "dev" and event.metric in event.scores:
                 self._facts["dev"] = f"{event.scores[event.metric]:.4f}"
             console.print(describe(event), highlight=False, markup=False)
         elif isinstance(event, Notice):
             console.print(event.text, style="yellow", markup=False)
         elif isinstance(event, RunFinished):
+            self._end_stages()
             self._bar("training", event.step)
 
     def close(self) -> None:

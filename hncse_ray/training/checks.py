@@ -100,7 +100,7 @@ def check_run(
     if (rows := len(corpus) - (0 if left_out is None else len(left_out))) < batch_size:
         held = "" if left_out is None else f" beside the {len(left_out)} that are held out"
         raise DataError(
-            f"has {rows} sentences{held}, fewer than train.batch_size = {batch_size}",
+            f"has {rows} {corpus.rows_are}{held}, fewer than train.batch_size = {batch_size}",
             f"corpus {settings.corpus.place}",
             "Lower train.batch_size or give a larger corpus",
         )
@@ -124,7 +124,7 @@ def _too_late(settings: Settings, steps: int) -> Iterator[str]:
         and settings.negatives.source == "none"
         and objective.buffer_size > rows
     ):
-        yield (f"objective.buffer_size = {objective.buffer_size} is more than the {rows} sentences of this run:"
+        yield (f"objective.buffer_size = {objective.buffer_size} is more than the {rows} anchors of this run:"
                " nothing is smoothed")  # fmt: skip
     if views.active and views.agreement is not None and views.agreement_after_steps >= steps:
         yield (f"views.agreement_after_steps = {views.agreement_after_steps} is not less than the {steps} steps of"

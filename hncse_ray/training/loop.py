@@ -107,6 +107,7 @@ class _Trainer:
         self.untouched = KnownEncode(self.encode)  # these weights, until the first step or a checkpoint's
         gaps = hold_out(self.settings, self.corpus)
         if gaps is not None:
+            from_first(lambda: emit(StageProgress("finding what the held-out sentences should find", 0, None)))
             found = label_free_sets(self.settings, self.corpus, gaps, self.untouched)
             self.sets = EvaluationSets({**self.sets.sets, **{(suite, "dev"): data for suite, data in found.items()}})
         self.store, self.emit, self.saving = store, emit, Saving()
@@ -168,10 +169,12 @@ class _Trainer:
         state, train = self.state, self.settings.train
         saved_step, request = state.step, Request.NOTHING
         if not state.before:
-            dev, test = (self._measure(self.untouched, split) for split in _SPLITS)
+            dev, test = (self._score(self.untouched, split) for split in _SPLITS)
             state.before, state.before_earned = {"dev": dev.scores, "test": test.scores}, dev.earned
             self._consider_best(dev)
         del self.untouched
+        if self.negatives is not None and state.step == 0:
+            self._begins("making the first index")
         while True:
             # Rare events first: what is due now, before the next step is taken.
             patience = train.early_stopping_evaluations
@@ -186,7 +189,7 @@ class _Trainer:
                 self.log = _Log()
                 request = max(request, self.store.requested())
             if state.evaluated_step != state.step and (last or self._due(train.evaluate_every_steps)):
-                self._consider_best(self._measure(self.encode, "dev"))
+                self._consider_best(self._score(self.encode, "dev"))
                 continue  # the score may end the run here
             if saved_step != state.step and (last or request or self._due(train.checkpoint_every_steps)):
                 self._checkpoint()
@@ -279,6 +282,12 @@ class _Trainer:
         self.emit(StepsLogged(self.state.step, means, self.log.learning_rate, speed))
         self.guards.check(self.state.step, means)
 
+    def _score(self, encode: Encode, split: Split) -> Measured:
+        """Say that it is done, and score."""
+        if any(of == split for _, of in self.sets.sets):
+            self._begins(f"scoring {split}")
+        return self._measure(encode, split)
+
     def _measure(self, encode: Encode, split: Split) -> Measured:
         """Score on all ranks; what the first has found counts, as the last bits differ from processor to processor."""
         error: HncseError | None = None
@@ -293,6 +302,9 @@ class _Trainer:
 
     def _add_seconds(self, phase: str, seconds: float) -> None:
         self.state.seconds[phase] = self.state.seconds.get(phase, 0.0) + seconds
+
+    def _begins(self, stage: str) -> None:
+        self._tell(StageProgress(stage, 0, None))
 
     def _tell(self, event: Event) -> None:
         from_first(lambda: self.emit(event))
@@ -359,6 +371,8 @@ class _Trainer:
                 device=str(self.encoder.device),
                 precision=f"{self.encoder.precision}, rows {'packed' if self.encoder.packs else 'padded'}",
                 resumed=self.state.step > 0,
+                rows_are=self.corpus.rows_are,
+                renews_index=self.settings.negatives.refresh_every_steps is not None,
             )
         )
         check_candidates(self.settings, self.corpus)
@@ -395,10 +409,11 @@ class _Trainer:
         chosen = choice.make()
         verdict = from_first(lambda: self._verdict(chosen, tried=choice.to_score))
         self._tell(verdict)
-        after = {"dev": chosen.measured.scores, "test": self._measure(self.encode, "test").scores}
+        after = {"dev": chosen.measured.scores, "test": self._score(self.encode, "test").scores}
         if after["test"]:
             metric = self.settings.evaluation.metric
             self._tell(Evaluated(state.best_step, "test", after["test"], metric, is_best=True))
+        self._begins("writing the model")
         if self.looks is not None:
             self.looks.last(state.step, self.negatives, self.views)
         started = time.perf_counter()

@@ -47,7 +47,7 @@ def check_candidates(settings: Settings, corpus: Corpus) -> None:
     """
     if settings.negatives.source != "none" and settings.negatives.candidates >= len(corpus):
         raise DataError(
-            f"has {len(corpus)} sentences, so an anchor has {len(corpus) - 1} neighbours, fewer than"
+            f"has {len(corpus)} {corpus.rows_are}, so an anchor has {len(corpus) - 1} neighbours, fewer than"
             f" negatives.candidates = {settings.negatives.candidates}",
             f"corpus {settings.corpus.place}",
             "Lower negatives.candidates or give a larger corpus",

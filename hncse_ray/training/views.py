@@ -366,9 +366,9 @@ def check_views(settings: Settings, corpus: Corpus, notify: Callable[[str], None
             )
     if len(missing) == len(asked_for):
         kind, what = next(iter(missing.items()))
-        raise DataError(what, place, f"Leave {kind} out of views.mix")
-    for what in missing.values():
-        notify(f"{what}; the other kinds stand in for it")
+        raise DataError(what, place, f"{_MENDED[kind]}, or leave {kind} out of views.mix")
+    for kind, what in missing.items():
+        notify(f"{what}; the other kinds stand in for it. {_MENDED[kind]}, or leave {kind} out")
 
 
 _NEEDED: dict[ViewKind, str] = {
@@ -377,4 +377,12 @@ _NEEDED: dict[ViewKind, str] = {
     "cloze": "two sentences",
     "neighbour": "another passage of their document beside them",
     "keywords": "enough words",
+}
+_MENDED: dict[ViewKind, str] = {
+    "title": "A title is a text file's first line with an empty line below, a Markdown file's first heading, an HTML"
+    " file's <title>, a table's column corpus.title_column",
+    "crop": "Give longer texts",
+    "cloze": "Give texts of several sentences, with marks at their ends",
+    "neighbour": "Give longer documents, or lower corpus.passage_words",
+    "keywords": "Give longer texts",
 }

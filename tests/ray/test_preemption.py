@@ -45,6 +45,6 @@ def test_a_node_that_is_announced_to_go_costs_next_to_nothing(cluster: Cluster, 
     assert training.finish(within_s=150).steps == STEPS
     log = training.log()
     assert log.count(f"resumes at step {saved}") == 1 and log.count("resumes at step") == 1
-    assert log.count("1 node(s) of the workers will be taken away: a checkpoint is written now") == 1
+    assert log.count("1 node of the workers will be taken away: a checkpoint is written now") == 1
     assert [line["step"] for line in training.lines()] == list(range(5, STEPS + 1, 5))
     assert nothing_is_left()

@@ -76,7 +76,7 @@ def test_documents_are_judged_by_themselves_and_sentences_cannot_be(small_run: T
     small_run["corpus"]["path"] = str(make_topics(tmp_path / "texts", 60))
     del small_run["evaluation"]
     assert len(checked(load_settings(small_run))) == 60
-    with pytest.raises(DataError, match=r"has 48 sentences beside the 12 that are held out, fewer than"):
+    with pytest.raises(DataError, match=r"has 48 passages beside the 12 that are held out, fewer than"):
         checked(load_settings(small_run, ["train.batch_size=50"]))
     with pytest.raises(DataError, match=r"only 3 sentences can ask.*evaluation\.suites"):
         checked(load_settings(small_run, ["corpus.max_sentences=18"]))
@@ -122,12 +122,14 @@ def test_positives_of_passages_are_asked_for_where_there_are_some(small_run: Tre
         checked(load_settings(small_run, [every]))
     assert len(checked(load_settings(of_documents(small_run, tmp_path), [every]))) > 40
     tree = of_documents(small_run, tmp_path, title="")
-    with pytest.raises(DataError, match=r"0 of \d+ passages looked at have a title and a text.*Leave title out"):
+    with pytest.raises(
+        DataError, match=r"0 of \d+ passages looked at have a title and a text.*first line.*leave title out"
+    ):
         checked(load_settings(tree, ["views.mix={title: 1}"]))
     told: list[str] = []
     corpus = checked(settings := load_settings(tree, ["views.mix={title: 1, cloze: 1}"]))
     check_views(settings, corpus, told.append)
-    assert len(told) == 1 and told[0].endswith("views.mix.title needs; the other kinds stand in for it")
+    assert len(told) == 1 and told[0].endswith("or leave title out") and "first line" in told[0]
     tree = of_documents(small_run, tmp_path, text="one river")
     for kind, needed in {"cloze": "two sentences", "crop": "6 words", "neighbour": "another passage"}.items():
         with pytest.raises(DataError, match=f"0 of .* looked at have {needed}.*views.mix.{kind}"):
@@ -157,7 +159,7 @@ def test_what_takes_effect_only_after_the_end_is_said(small_run: Tree, tmp_path:
     for size, late in ((193, True), (192, False)):  # 12 steps of 16
         small_run["objective"] = {"name": "instance_smoothing", "buffer_size": size, "group_size": 4}
         check_run(load_settings(small_run), Said())  # type: ignore[arg-type]
-        text = f"objective.buffer_size = {size} is more than the 192 sentences of this run: nothing is smoothed"
+        text = f"objective.buffer_size = {size} is more than the 192 anchors of this run: nothing is smoothed"
         assert said == [text] * late
         said.clear()
     small_run["objective"] = {"name": "info_nce"}

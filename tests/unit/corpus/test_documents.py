@@ -85,6 +85,25 @@ def test_a_folder_is_its_text_markdown_and_html_in_the_order_of_their_paths(tmp_
     assert read(tmp_path, unit="passage")[0][0].text == rows[0].body
 
 
+@pytest.mark.parametrize(
+    ("text", "title"),
+    [
+        ("a wing in a slipstream .\n\nAn experiment.", "a wing in a slipstream ."),
+        ("What is a wing?\n\nAn answer.", "What is a wing?"),
+        ("Dr. Smith on wings\n\nA talk.", "Dr. Smith on wings"),
+        (f"{'word ' * 24}word.\n\nText.", f"{'word ' * 24}word."),
+        (f"{'word ' * 25}word.\n\nText.", None),
+        ("A wing. It lifts.\n\nText.", None),
+        ("A wing in flow .\nIt lifts.\n\nText.", None),
+        ("There are these:\n\nWings.", None),
+        ("A wing alone .\n\n", None),
+    ],
+)
+def test_the_title_of_a_text_is_a_short_line_of_one_sentence_with_an_empty_line_below(tmp_path, text, title):
+    rows, _ = read(write(tmp_path, {"a.txt": text}))
+    assert rows[0].title == title
+
+
 def test_html_is_decoded_as_it_says_and_any_depth_is_read(tmp_path):
     latin = '<meta charset="iso-8859-1"><p>Ein schöner Satz.'.encode("latin-1")
     deep = "<div>" * 5000 + "<p>At the bottom.</p>"

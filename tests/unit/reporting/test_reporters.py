@@ -7,6 +7,7 @@ import json
 import logging
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from hncse_ray.reporting import (
     score_table,
 )
 from hncse_ray.reporting.events import CheckpointSaved, Evaluated, StepsLogged, Verdict
-from hncse_ray.reporting.reporters import Pace, describe
+from hncse_ray.reporting.records import run_log
+from hncse_ray.reporting.reporters import Pace, counted, describe
 
 METRIC = "pairs/recall@1"
 
@@ -88,11 +90,11 @@ def test_several_reporters_hear_the_same_and_are_all_closed() -> None:
         (StageProgress("encoding", 1000, None), "encoding 1,000"),
         (
             started(),
-            "run small starts: 12 steps of 16 from 1,300 sentences, 2 worker(s) on cpu, fp32 (as set)",
+            "run small starts: 12 steps of 16 from 1,300 sentences, 2 workers on cpu, fp32 (as set)",
         ),
         (
             started(8),
-            "run small resumes at step 8: 12 steps of 16 from 1,300 sentences, 2 worker(s) on cpu, fp32 (as set)",
+            "run small resumes at step 8: 12 steps of 16 from 1,300 sentences, 2 workers on cpu, fp32 (as set)",
         ),
         (logged(4), "step 4/12  loss 0.5000  1,234.6 sentences/s"),
         (scored(4), "step 4  dev  pairs/recall@1 0.2500  pairs/mrr 0.5000"),
@@ -127,7 +129,33 @@ def test_several_reporters_hear_the_same_and_are_all_closed() -> None:
     ],
 )
 def test_every_event_is_one_line(event: Event, text: str) -> None:
-    assert describe(event, 12) == text
+    assert describe(event, started()) == text
+
+
+def test_rows_are_called_what_they_are_and_an_index_is_named_where_there_are_several() -> None:
+    alone = replace(started(), num_workers=1, rows_are="passages")
+    assert "1,300 passages, 1 worker on cpu" in describe(alone)
+    metrics = {"loss": 0.5, "negatives/index_step": 0.0, "negatives/missing": 0.25}
+    event = StepsLogged(4, metrics, 1e-3, 99.0)
+    missing = "  (25% of batches without neighbours)"
+    assert describe(event, alone) == f"step 4/12  loss 0.5000  99.0 passages/s{missing}"
+    assert describe(event, replace(alone, renews_index=True)).endswith(f"  index of step 0{missing}")
+    assert [counted(n, "CPU") for n in (0.5, 1, 2.0)] == ["0.5 CPUs", "1 CPU", "2 CPUs"]
+
+
+def test_the_log_begins_with_what_was_said_before_it_had_a_file(tmp_path: Path) -> None:
+    news = logging.getLogger("hncse_ray.test")
+    with run_log(tmp_path) as begin:
+        news.warning("early")
+        assert not list(tmp_path.iterdir())
+        begin()
+        news.warning("late")
+    news.warning("over")
+    assert [line.split()[-1] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["early", "late"]
+    with pytest.raises(OSError), run_log(tmp_path / "refused"):
+        news.warning("never")
+        raise OSError
+    assert not (tmp_path / "refused").exists()
 
 
 class TestTimeLeft:
@@ -188,6 +216,12 @@ class TestLineReporter:
             "passed over: a checkpoint",
             "finished after 12 steps; best on dev at step 4",
         ]
+
+    def test_a_stage_is_told_again_after_steps(self, caplog: pytest.LogCaptureFixture) -> None:
+        stage = StageProgress("scoring dev", 0, None)
+        with caplog.at_level(logging.INFO, logger="hncse_ray"):
+            feed(LineReporter(), [started(), stage, scored(0), logged(4), stage, stage, scored(4)])
+        assert [r.getMessage() for r in caplog.records].count("scoring dev") == 2
 
     def test_only_a_notice_is_a_warning(self, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level(logging.INFO, logger="hncse_ray"):
@@ -315,6 +349,10 @@ class TestTerminalReporter:
         assert "step 4  dev  pairs/recall@1 0.8750" in text and "(best)" in text
         assert "passed over: a checkpoint" in text
         assert "tokenise" in text
+
+    def test_a_stage_of_unknown_length_goes_when_it_is_over(self) -> None:
+        text = self.shown([started(), StageProgress("scoring dev", 0, None), scored(4), logged(5)])
+        assert 0 < text.rindex("scoring dev") < text.rindex("training")  # it was drawn below
 
     def test_the_bar_ends_where_the_run_ended(self) -> None:
         assert "9/12" in self.shown([started(), logged(4), RunFinished(9, 4, 1.0, True)])
