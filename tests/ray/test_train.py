@@ -138,7 +138,10 @@ def test_one_of_two_workers_killed_is_replaced(recipe: Path, reference: tuple[Pa
     workers[1].kill()
     assert command.finish()["steps"] == STEPS
     assert (run / "log.txt").read_text().count("resumes at step") == 1
-    rows, alone = ([r for r in lines_of(of) if r.get("split") != "test"] for of in (run, reference[0]))
+    # Which step is best, and so the last lines, may differ.
+    rows, alone = (
+        [r for r in lines_of(of) if r.get("split") != "test" and "verdict" not in r] for of in (run, reference[0])
+    )
     # Before training both encoders are the same; afterwards dropout differs, so only the course is alike.
     assert rows[0] == alone[0]
     assert [r["step"] for r in rows] == [r["step"] for r in alone]
