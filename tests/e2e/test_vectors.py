@@ -109,7 +109,8 @@ def test_search_goes_by_cosine_with_the_prompts_of_both_sides(
         library = SentenceTransformer(str(folder), device="cpu")
         query_QD, sentence_ND = library.encode_query(queries), library.encode_document(sentences)
         nearest = [np.argsort(-scores)[:3] for scores in unit(query_QD) @ unit(sentence_ND).T]
-        assert [of[str(folder)] for of in found.values()] == [[sentences[i] for i in top] for top in nearest]
+        texts = [[hit["text"] for hit in of[str(folder)]] for of in found.values()]
+        assert texts == [[sentences[i] for i in top] for top in nearest]
         by_product = [np.argsort(-scores)[:3] for scores in query_QD @ sentence_ND.T]
         alike = unit(library.encode(queries)) @ unit(library.encode(sentences)).T
         without_prompts = [np.argsort(-scores)[:3] for scores in alike]

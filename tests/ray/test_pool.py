@@ -500,7 +500,7 @@ def test_a_corpus_that_must_be_prepared_first_takes_as_long_as_it_does(
     preparing, over = cache / "corpora" / f".{world.corpus.digest}.lock", threading.Event()
 
     def hold() -> None:
-        with locked(preparing, wait=True):
+        with locked(preparing, hint="", wait=True):
             over.wait(clock_s + 10)
 
     holder = threading.Thread(target=hold)

@@ -102,7 +102,7 @@ def test_a_shard_on_a_gpu_sees_for_itself_what_that_has_room_for() -> None:
 def test_as_many_shards_as_rows_and_no_more() -> None:
     assert plan({"CPU": 8}, rows=4, num_shards=4).index.rows == 1
     message = refusal({"CPU": 8}, rows=4, num_shards=5)
-    assert "negatives.num_shards" in message and "5 shards for a corpus of 4 sentences" in message
+    assert "negatives.num_shards" in message and "5 shards for a corpus of 4 rows" in message
 
 
 def test_too_few_cpus_are_counted() -> None:

@@ -21,7 +21,7 @@ from hncse_ray.encoder import load_encoder
 from hncse_ray.errors import StorageError, TrainingError
 from hncse_ray.evaluation import evaluate_retrieval, read_collection, uniformity
 from hncse_ray.reporting import Event, MetricsFile, Notice, RunFinished, RunStarted
-from hncse_ray.reporting.events import CheckpointSaved, Evaluated, Sampled, StepsLogged
+from hncse_ray.reporting.events import CheckpointSaved, Evaluated, Sampled, StageProgress, StepsLogged
 from hncse_ray.storage import write_folder
 from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets, loop
 from hncse_ray.training.checkpoint import Request
@@ -226,7 +226,7 @@ def test_two_runs_of_the_same_settings_are_the_same_and_another_seed_is_not(tree
 def test_events_come_in_order(tree: Tree, tmp_path: Path) -> None:
     settings = load_settings(tree, ["train.log_every_steps=3", "train.max_steps=9"])
     events, finished = run(settings, FolderStore(tmp_path))
-    events = [event for event in events if not isinstance(event, Sampled)]
+    events = [event for event in events if not isinstance(event, Sampled | StageProgress)]
     order = [(type(event).__name__, getattr(event, "split", ""), event.step) for event in events]
     # A checkpoint is told of when it is whole: at a line of the log, at the latest before the next, or the end.
     told = [i for i, event in enumerate(events) if isinstance(event, CheckpointSaved)]

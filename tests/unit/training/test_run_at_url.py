@@ -25,6 +25,7 @@ from hncse_ray.storage import Lease, LeaseLost, Remote, write_folder
 from hncse_ray.training import run_folder
 from hncse_ray.training import store as store_module
 from hncse_ray.training.checkpoint import Snapshot, TrainState
+from hncse_ray.training.host_copy import HostCopier
 from hncse_ray.training.run_folder import RunFolder, claim_run, working_folder
 from hncse_ray.training.store import FolderStore, fetch_run, folder_store, stored_checkpoints
 
@@ -53,8 +54,10 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 def checkpoint(step: int, text: str = "seed: 1") -> Callable[[Path], None]:
     """Write a whole checkpoint."""
-    part = {"encoder": lambda: {"w": torch.full((9,), float(step))}, "training": lambda: {"m": torch.zeros(3)}}
-    return Snapshot(part, {"state": asdict(TrainState(step=step)), "progress": {}}, text).write
+    weights, moments = torch.full((9,), float(step)), torch.zeros(3)
+    copier = HostCopier(torch.optim.SGD([weights]))
+    copies = {"encoder": copier.copy({"w": weights}), "training": copier.copy({"m": moments})}
+    return Snapshot(copies, {}, {"state": asdict(TrainState(step=step)), "progress": {}}, text).write
 
 
 def save(store: FolderStore, work: Path, step: int, text: str = "seed: 1") -> Path:
