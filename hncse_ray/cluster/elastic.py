@@ -55,7 +55,7 @@ class Bundles:
                     remove_placement_group(group)
 
 
-class NoRoom(ClusterError):
+class WorkersUnavailable(ClusterError):
     """The workers could not be placed and started in time."""
 
 
@@ -97,9 +97,9 @@ def fit_elastic(
 
     Args:
         attempt: trains with so many workers until they have finished, or, which returns None, have paused because
-            there is one of the missing bundles, or one of theirs will be taken away. Raises NoRoom when workers cannot
-            be started, as a lost one whose bundle is gone. It asks for the missing ones when its own workers have
-            their bundles, which Ray would else give away.
+            there is one of the missing bundles, or one of theirs will be taken away. Raises WorkersUnavailable when
+            workers cannot be started, as a lost one whose bundle is gone. It asks for the missing ones when its own
+            workers have their bundles, which Ray would else give away.
         plan: the most workers, and what each gets.
         cluster: the least, the labels of their nodes, and how long to wait for these.
         starts: where the workers note that they have begun.
@@ -116,7 +116,7 @@ def fit_elastic(
         before = starts.last()
         try:
             finished = attempt(n, Bundles(plan.num_workers - n, plan.each(), cluster.worker_labels))
-        except NoRoom:
+        except WorkersUnavailable:
             in_vain = 0 if starts.last() != before else in_vain + 1
             if cluster.min_workers is None or in_vain == _MOST_IN_VAIN:
                 raise

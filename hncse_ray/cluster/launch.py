@@ -20,7 +20,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
 from hncse_ray.cluster.channel import event_channel
-from hncse_ray.cluster.elastic import START_TIMEOUT_S, NoRoom, Starts, fit_elastic
+from hncse_ray.cluster.elastic import START_TIMEOUT_S, Starts, WorkersUnavailable, fit_elastic
 from hncse_ray.cluster.network import NodeTorchConfig
 from hncse_ray.cluster.node_corpus import NodeCorpus
 from hncse_ray.cluster.placement import place, survey, without_orphaned_groups
@@ -152,7 +152,7 @@ def _fit(trainer: TorchTrainer) -> RunFinished | None:
                             hint="log.txt in the run's folder has the details; start the same command again to go on",
                             ) from error  # fmt: skip
     except ray.train.ControllerError as error:
-        raise NoRoom(f"Ray Train could not run the workers ({error.controller_failure})") from error
+        raise WorkersUnavailable(f"Ray Train could not run the workers ({error.controller_failure})") from error
     except RayActorError as error:
         advice = "Start the same command again: it goes on from the last checkpoint"
         raise ClusterError("the process that looks after the workers was lost", hint=advice) from error

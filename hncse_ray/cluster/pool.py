@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 300.0  # to load an encoder, once the corpus is there
 POLL_S, LONGEST_POLL_S = 0.25, 2.0  # of the rank that decides, and the longest of any other
-_ROOM_NEWS_S = 10.0
+_PLACEMENT_NEWS_S = 10.0
 _LONG_START_S = 30.0
 _CONTROL_TIMEOUT_S = 10.0
 _PUBLISH_TIMEOUT_S = 120.0
@@ -108,7 +108,7 @@ def negative_pool(settings: Settings, plan: PoolPlan, corpus: Corpus, folder: Pa
             strategy=plan.strategy,
             bundle_label_selector=[plan.labels] * plan.num_shards,
         )
-        _wait_for_room(group, _request(plan), settings.cluster.start_timeout_s)
+        _wait_until_placed(group, _request(plan), settings.cluster.start_timeout_s)
         for number in range(plan.num_shards):
             spec = ShardSpec(
                 negatives=settings.negatives,
@@ -148,10 +148,10 @@ def negative_pool(settings: Settings, plan: PoolPlan, corpus: Corpus, folder: Pa
             remove_placement_group(group)
 
 
-def _wait_for_room(group: Any, what: str, timeout_s: float) -> None:
+def _wait_until_placed(group: Any, what: str, timeout_s: float) -> None:
     """Wait until a placement group is placed, saying so now and then: an autoscaler takes minutes to start nodes."""
     end = time.monotonic() + timeout_s
-    while not group.wait(min(_ROOM_NEWS_S, max(0.1, end - time.monotonic()))):
+    while not group.wait(min(_PLACEMENT_NEWS_S, max(0.1, end - time.monotonic()))):
         left = end - time.monotonic()
         if left <= 0:
             raise ClusterError(f"{what} are not free on the cluster, after {timeout_s:g} s",

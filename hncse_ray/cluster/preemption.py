@@ -52,7 +52,7 @@ class NodeWatch:
                 return Request.PAUSE  # Ray places nothing more there
         before, self._more = self._more, self._count()
         if self._more and self._more == before:  # not while further ones are still coming
-            self.notify(f"the cluster has room for {counted(self._more, 'more worker')} now, from this checkpoint on")
+            self.notify(f"{counted(self._more, 'more worker')} can be had now, from this checkpoint on")
             return Request.PAUSE
         return Request.CHECKPOINT if news else Request.NOTHING
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hncse_ray.config import Settings
@@ -37,7 +36,6 @@ from hncse_ray.training.distributed import (
     ShardedEncode,
     agree_on_precision,
     from_first,
-    gather_rows,
     gather_values,
     raise_together,
     rank,
@@ -45,17 +43,18 @@ from hncse_ray.training.distributed import (
 )
 from hncse_ray.training.evaluator import EvaluationSets, Measured, Split
 from hncse_ray.training.export import write_model
-from hncse_ray.training.guards import Guards, batch_uniformity
+from hncse_ray.training.guards import Guards
 from hncse_ray.training.host_copy import HostCopier, HostCopy
 from hncse_ray.training.input import Input, InputWindow
 from hncse_ray.training.label_free import hold_out, label_free_sets
 from hncse_ray.training.lookup import BatchNegatives
 from hncse_ray.training.negatives import GlobalNegatives, check_candidates
-from hncse_ray.training.objective import Metrics, Objective
+from hncse_ray.training.objective import Objective
 from hncse_ray.training.sample import Looks
 from hncse_ray.training.saving import Saving
 from hncse_ray.training.schedule import build_optimizer, build_schedule, count_steps, plan_batches
 from hncse_ray.training.step import LocalBatch, StepContext, lay_out, train_step
+from hncse_ray.training.step_log import StepLog
 from hncse_ray.training.views import BatchViews, batch_views
 from hncse_ray.training.window import Window
 
@@ -126,7 +125,7 @@ class _Trainer:
             columns=self.settings.negatives.columns,
         )
         self.guards = Guards(train)
-        self.log = _Log()
+        self.log = StepLog()
         looked_at = self.settings.evaluation.test  # the trials of a sweep are not, one by one
         needed = looked_at or ExportChoice.needs_base(self.settings)
         self.base = self.encoder.weights() if needed else None
@@ -186,7 +185,7 @@ class _Trainer:
                 self.log.gather()
                 windows = gather_values(self._windows())
                 from_first(lambda: self._write_log(windows))  # noqa: B023  # called at once
-                self.log = _Log()
+                self.log = StepLog()
                 request = max(request, self.store.requested())
             if state.evaluated_step != state.step and (last or self._due(train.evaluate_every_steps)):
                 self._consider_best(self._score(self.encode, "dev"))
@@ -456,37 +455,3 @@ class _Trainer:
             found = self.sets.judge(state.before_earned, chosen.measured.earned, metric)
         low, high = (None, None) if found is None else (found.low, found.high)
         return replace(verdict, metric=metric, base=base, chosen=score, low=low, high=high)
-
-
-class _Log:
-    """Metrics of the steps since the last log; they stay on the device until their mean is asked for."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.sentences = 0
-        self.seconds = 0.0
-        self.learning_rate = 0.0
-        self._metrics: list[Metrics] = []
-        self._z1_bD: Tensor | None = None
-        self._sizes: tuple[int, ...] = ()
-        self._z1_BD: Tensor | None = None
-
-    def add(self, metrics: Metrics, z1_bD: Tensor, sizes: Sequence[tuple[int, ...]], learning_rate: float) -> None:
-        self.steps += 1
-        self.sentences += sum(map(sum, sizes))
-        self.learning_rate = learning_rate
-        self._metrics.append(metrics)
-        self._z1_bD, self._sizes = z1_bD, sizes[-1]
-
-    def gather(self) -> None:
-        """Get the last batch of all ranks; on all of them, before its means are asked for."""
-        assert self._z1_bD is not None
-        self._z1_BD = gather_rows(self._z1_bD, self._sizes)
-
-    def means(self) -> dict[str, float]:
-        """Return the means, and the uniformity of the last batch."""
-        assert self._z1_BD is not None
-        uniformity = batch_uniformity(self._z1_BD)
-        names = list(self._metrics[0])
-        values = torch.stack([torch.stack([m[name].float() for name in names]) for m in self._metrics]).mean(dim=0)
-        return dict(zip(names, values.tolist(), strict=True)) | {"uniformity": float(uniformity)}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from hncse_ray.cluster.elastic import Bundles, NoRoom, Starts, fit_elastic
+from hncse_ray.cluster.elastic import Bundles, Starts, WorkersUnavailable, fit_elastic
 from hncse_ray.cluster.resources import WorkerPlan
 from hncse_ray.config import ClusterSettings
 from hncse_ray.reporting import RunFinished
@@ -41,7 +41,7 @@ def fit(starts: Starts, *, losses: int, begins: bool) -> tuple[RunFinished, list
         if begins:
             ray.get(begin.remote(starts))
         if next(left, None) is not None:
-            raise NoRoom("no node")
+            raise WorkersUnavailable("no node")
         return FINISHED
 
     return fit_elastic(attempt, plan, cluster, starts=starts, notify=said.append), said
@@ -53,6 +53,6 @@ def test_workers_that_begin_may_lose_their_place_any_number_of_times(starts: Sta
 
 
 def test_workers_that_never_begin_are_given_up(starts: Starts) -> None:
-    with pytest.raises(NoRoom):
+    with pytest.raises(WorkersUnavailable):
         fit(starts, losses=4, begins=False)
     assert fit(starts, losses=2, begins=False)[0] == FINISHED

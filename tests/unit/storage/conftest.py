@@ -1,4 +1,4 @@
-"""Each test of this room runs on a folder by its URL and, where a server can be had, on S3 and Google's storage."""
+"""Each test here runs on a folder by its URL and, where a server can be had, on S3 and Google's storage."""
 
 from __future__ import annotations
 

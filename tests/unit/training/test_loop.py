@@ -23,7 +23,7 @@ from hncse_ray.evaluation import evaluate_retrieval, read_collection, uniformity
 from hncse_ray.reporting import Event, MetricsFile, Notice, RunFinished, RunStarted
 from hncse_ray.reporting.events import CheckpointSaved, Evaluated, Sampled, StageProgress, StepsLogged
 from hncse_ray.storage import write_folder
-from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets, loop
+from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets, step_log
 from hncse_ray.training.checkpoint import Request
 from hncse_ray.training.evaluator import Measured
 from hncse_ray.training.guards import Guards, batch_uniformity
@@ -696,7 +696,7 @@ def test_the_uniformity_of_a_log_counts_as_training(
         return batch_uniformity(z_BD)
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + late[0])
-    monkeypatch.setattr(loop, "batch_uniformity", slowly)
+    monkeypatch.setattr(step_log, "batch_uniformity", slowly)
     events, finished = run(load_settings(tree, ["train.max_steps=3"]), FolderStore(tmp_path))
     speeds = [event.sentences_per_s for event in events if isinstance(event, StepsLogged)]
     assert late[0] == 3e6 and finished is not None
