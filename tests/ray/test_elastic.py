@@ -40,7 +40,7 @@ def settings(small_run: dict[str, Any], **asked: Any) -> Settings:
 
 def starts(training: Training) -> list[tuple[int, int]]:
     """The step and the number of workers of each start so far."""
-    found = re.findall(r"(?:starts|resumes at step (\d+)).*?(\d+) worker\(s\)", training.log())
+    found = re.findall(r"(?:starts|resumes at step (\d+)).*?(\d+) workers?\b", training.log())
     return [(int(step or 0), int(workers)) for step, workers in found]
 
 
