@@ -70,7 +70,7 @@ def run_training(settings: Settings, console: Console) -> dict[str, Any]:
             result = run_train(settings, reporter=reporter)
     else:  # the run's own lines go where the log goes
         result = run_train(settings)
-    console.print(score_table(result.before, result.after))
+    console.print(score_table(result.before, result.after, result.whitened_base))
     console.print(f"model: {result.model}  (best on dev at step {result.best_step} of {result.steps})", markup=False)
     if result.verdict is not None:
         style = "yellow" if result.verdict.is_base else None

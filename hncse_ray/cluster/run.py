@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from hncse_ray.config import LOCAL_IS_ONE, Settings, load_settings
@@ -33,6 +33,7 @@ class RunResult:
         sentences_per_s: sentences trained on a second, evaluation and checkpoints left out.
         before: scores by split and ``suite/metric`` before training.
         after: the same of ``model``.
+        whitened_base: the same of the base whitened on the corpus without training; empty where it was not scored.
         verdict: what ``model`` is made of, and what dev says of it; None of runs of earlier versions.
     """
 
@@ -42,6 +43,7 @@ class RunResult:
     sentences_per_s: float
     before: dict[str, dict[str, float]]
     after: dict[str, dict[str, float]]
+    whitened_base: dict[str, dict[str, float]] = field(default_factory=dict)
     verdict: Verdict | None = None
 
 
@@ -90,6 +92,7 @@ def train_by(
         sentences_per_s=result.sentences_per_s,
         before=result.before,
         after=result.after,
+        whitened_base=result.whitened_base,
         verdict=result.verdict,
     )
 

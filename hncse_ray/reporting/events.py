@@ -137,7 +137,17 @@ class Verdict:
 class RunFinished:
     """The run is over and its model exported.
 
-    ``seconds`` are those that its phases took, by name; of runs of earlier versions they are not known.
+    Attributes:
+        step: optimiser steps taken.
+        best_step: whose weights scored best on dev.
+        sentences_per_s: anchors trained on a second, over all workers.
+        stopped_early: whether dev ended it.
+        before: scores by split and ``suite/metric`` of the base.
+        after: the same of the exported model.
+        verdict: what is exported, and what dev says of it.
+        seconds: that its phases took, by name.
+        whitened_base: scores of the base whitened on the corpus without training, the control of the gain.
+        whitened_base_power: of that whitening; 0 where it was not scored.
     """
 
     step: int
@@ -148,6 +158,8 @@ class RunFinished:
     after: dict[str, dict[str, float]] = field(default_factory=dict)
     verdict: Verdict | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    whitened_base: dict[str, dict[str, float]] = field(default_factory=dict)
+    whitened_base_power: float = 0.0
 
     @classmethod
     def read(cls, tree: Mapping[str, Any]) -> RunFinished:

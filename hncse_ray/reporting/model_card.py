@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,8 @@ class CardFacts:
         after: the same of this model.
         index_step: the step whose weights the last index of global negatives was made from; None without one.
         verdict: what is made of the weights of that step, and what dev says of it; None where it is not known.
+        whitened_base: scores of the base whitened on the corpus, the control; empty where it was not scored.
+        whitened_base_power: of that whitening; 0 where it was not scored.
         corpus_without_positive: sentences among the pairs that had no positive; None where there are no pairs.
         corpus_documents: documents that the rows are passages of; None where they are none.
     """
@@ -90,6 +92,8 @@ class CardFacts:
     before: Scores
     after: Scores
     index_step: int | None
+    whitened_base: Scores = field(default_factory=dict)
+    whitened_base_power: float = 0.0
     corpus_without_positive: int | None = None
     corpus_documents: int | None = None
     verdict: Verdict | None = None

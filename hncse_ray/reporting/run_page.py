@@ -275,13 +275,20 @@ def _read_result(path: Path) -> RunFinished | None:
 
 def _scores(rows: Sequence[Row], result: RunFinished | None, best_step: int | None) -> list[dict[str, Any]]:
     """Return a row for each score and split, before and after; of an unfinished run the first and the best so far."""
+    whitened: Mapping[str, Mapping[str, float]] = {}
     if result is not None:
-        before, after = result.before, result.after
+        before, after, whitened = result.before, result.after, result.whitened_base
     else:
         found = {row["step"]: _numbers(row) for row in rows if row.get("split") == "dev"}
         before, after = {"dev": found.get(0, {})}, {"dev": {} if best_step is None else found[best_step]}
     return [
-        {"metric": name, "split": split, "before": before.get(split, {}).get(name), "after": value}
+        {
+            "metric": name,
+            "split": split,
+            "before": before.get(split, {}).get(name),
+            "whitened": whitened.get(split, {}).get(name),
+            "after": value,
+        }
         for split, values in after.items()
         for name, value in values.items()
     ]

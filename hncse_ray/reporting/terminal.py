@@ -131,26 +131,27 @@ def scoreboard_table(
     return table
 
 
-def score_table(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]) -> Table:
-    """Return scores before and after training, a row for each metric and split."""
+def score_table(
+    before: Mapping[str, Mapping[str, float]],
+    after: Mapping[str, Mapping[str, float]],
+    whitened_base: Mapping[str, Mapping[str, float]] | None = None,
+) -> Table:
+    """Return scores before and after training, a row for each metric and split; beside them the control's, if known."""
     table = Table(title="Scores before and after training")
-    for name, justify in (
-        ("metric", "left"),
-        ("split", "left"),
-        ("before", "right"),
-        ("after", "right"),
-        ("gain", "right"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("metric")
+    table.add_column("split")
+    for name in ("before", *(["whitened base"] if whitened_base else []), "after", "gain"):
+        table.add_column(name, justify="right")
     for split, scores in after.items():
         for metric, value in scores.items():
-            old = before.get(split, {}).get(metric)
+            olds = [of.get(split, {}).get(metric) for of in (before, *([whitened_base] if whitened_base else []))]
+            old = olds[0]
             gain = f"{value - old:+.4f}" if old is not None else ""
             style = "" if old is None else "green" if value > old else "red" if value < old else ""
             table.add_row(
                 metric,
                 split,
-                "" if old is None else f"{old:.4f}",
+                *("" if each is None else f"{each:.4f}" for each in olds),
                 f"{value:.4f}",
                 f"[{style}]{gain}[/]" if style else gain,
             )

@@ -48,6 +48,8 @@ class TrainState:
         best_score: their score, None before the first evaluation.
         evaluations_without_gain: dev evaluations since then.
         before: scores by split at step 0.
+        whitened_base: the same of the base whitened on the corpus; empty where it was not scored.
+        whitened_base_power: of that whitening; 0 where it was not scored.
         best_scores: dev scores of the best weights.
         before_earned: what each dev query earned at step 0 by the metric that chooses, by set.
         best_earned: the same with the best weights.
@@ -66,6 +68,8 @@ class TrainState:
     best_score: float | None = None
     evaluations_without_gain: int = 0
     before: dict[str, dict[str, float]] = field(default_factory=dict)
+    whitened_base: dict[str, dict[str, float]] = field(default_factory=dict)
+    whitened_base_power: float = 0.0
     best_scores: dict[str, float] = field(default_factory=dict)
     before_earned: dict[str, list[float]] = field(default_factory=dict)
     best_earned: dict[str, list[float]] = field(default_factory=dict)

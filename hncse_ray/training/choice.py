@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from hncse_ray.config import Settings, Side
+from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import SentenceEncoder
 from hncse_ray.evaluation import Encode
 from hncse_ray.training.checkpoint import TrainState, Weights
-from hncse_ray.training.distributed import KnownEncode, ShardedEncode, from_first
+from hncse_ray.training.distributed import KnownEncode, ShardedEncode
 from hncse_ray.training.evaluator import Measured
 from hncse_ray.training.merging import merged
-from hncse_ray.training.whitening import Spread, add_whitening, whitening_stage
+from hncse_ray.training.whitening import Spread, Whitened, add_whitening, corpus_spread
 
 _ROWS_PER_DIMENSION, _MOST_ROWS = 10, 20_000  # of the corpus, that its spread is measured on
-_DRAW = (0, 3)  # a stream of random numbers beside those of the run
 _NOTHING = Measured({}, {})
 
 
@@ -88,7 +83,8 @@ class ExportChoice:
         spread = None
         if any(self._settings.export.whitenings):
             self._take(chosen.merge)
-            spread = self._spread()
+            rows = min(_ROWS_PER_DIMENSION * self._encoder.dimension, _MOST_ROWS)
+            spread = corpus_spread(self._encode, self._corpus, rows=rows, seed=self._settings.run.seed)
             chosen = self._best_of(self._whiten(chosen, spread))
         if self._settings.export.chooses and not self._score(chosen) > self._score(self._untouched):
             chosen = self._untouched
@@ -114,7 +110,7 @@ class ExportChoice:
         """What whitening makes of the present weights, which the encoder has."""
         known, found = KnownEncode(self._encode), []
         for power in self._settings.export.whitenings:
-            encode = _Whitened(known, spread, power)
+            encode = Whitened(known, spread, power)
             found.append(Candidate(chosen.merge, power, self._scored_on_dev(encode)) if power else chosen)
         return found
 
@@ -130,29 +126,3 @@ class ExportChoice:
 
     def _take(self, share: float) -> None:
         self._encoder.load_weights(self._trained if self._base is None else merged(self._base, self._trained, share))
-
-    def _spread(self) -> Spread:
-        """Measure what the corpus's rows are searched by, a sample of a large one."""
-        count = min(len(self._corpus), _ROWS_PER_DIMENSION * self._encoder.dimension, _MOST_ROWS)
-        rng = np.random.default_rng([self._settings.run.seed, *_DRAW])
-        rows = np.sort(rng.choice(len(self._corpus), count, replace=False))
-        side: Side | None = "document" if self._corpus.has_pairs or self._corpus.has_passages else None
-        encode = self._encode if side is None else self._encode.on_side(side)
-        vectors_ND = encode(self._corpus.target_texts(rows))
-        return from_first(lambda: Spread.of(vectors_ND))  # the last bits differ from processor to processor
-
-
-class _Whitened:
-    """The same behind the stage that whitens them."""
-
-    def __init__(self, known: KnownEncode, spread: Spread, power: float) -> None:
-        self._known, self._spread, self._power = known, spread, power
-
-    def __call__(self, texts: list[str]) -> NDArray[np.float32]:
-        vectors_ND = torch.from_numpy(self._known(texts))
-        stage = whitening_stage(self._spread, self._power, width=vectors_ND.shape[1])
-        whitened_ND: NDArray[np.float32] = stage({"sentence_embedding": vectors_ND})["sentence_embedding"].numpy()
-        return whitened_ND
-
-    def on_side(self, side: Side) -> _Whitened:
-        return _Whitened(self._known.on_side(side), self._spread, self._power)

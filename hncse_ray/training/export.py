@@ -60,6 +60,8 @@ def write_model(
             best_step=state.best_step,
             verdict=verdict,
             before=state.before,
+            whitened_base=state.whitened_base,
+            whitened_base_power=state.whitened_base_power,
             after=after,
             index_step=None if state.index_version is None else int(state.index_version["step"]),
         )

@@ -31,6 +31,7 @@ from hncse_ray.reporting.events import (
 from hncse_ray.training.batch import local_batch
 from hncse_ray.training.checkpoint import Request, Resumed, RunStore, Snapshot, read_newest
 from hncse_ray.training.choice import Candidate, ExportChoice
+from hncse_ray.training.control import whitened_base
 from hncse_ray.training.distributed import (
     KnownEncode,
     ShardedEncode,
@@ -171,6 +172,8 @@ class _Trainer:
             dev, test = (self._score(self.untouched, split) for split in _SPLITS)
             state.before, state.before_earned = {"dev": dev.scores, "test": test.scores}, dev.earned
             self._consider_best(dev)
+            if self.settings.evaluation.test and self.sets.sets:
+                self._score_control()
         del self.untouched
         if self.negatives is not None and state.step == 0:
             self._begins("making the first index")
@@ -298,6 +301,13 @@ class _Trainer:
         raise_together(error)
         self._add_seconds("scoring", time.perf_counter() - started)
         return from_first(lambda: measured)
+
+    def _score_control(self) -> None:
+        """Score what the corpus gives without training."""
+        self._begins("whitening the base, which the gain is told beside")
+        self.state.whitened_base_power, self.state.whitened_base = whitened_base(
+            self.untouched, self.corpus, self.settings, dimension=self.encoder.dimension, measure=self._measure
+        )
 
     def _add_seconds(self, phase: str, seconds: float) -> None:
         self.state.seconds[phase] = self.state.seconds.get(phase, 0.0) + seconds
@@ -438,6 +448,8 @@ class _Trainer:
                 stopped_early=stopped_early,
                 before=state.before,
                 after=after,
+                whitened_base=state.whitened_base,
+                whitened_base_power=state.whitened_base_power,
                 verdict=verdict,
                 seconds={"training": state.train_seconds} | state.seconds,
             )

@@ -17,8 +17,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
 from torch import nn
 
+from hncse_ray.config import Side
+from hncse_ray.corpus import Corpus
 from hncse_ray.errors import DataError
+from hncse_ray.training.distributed import KnownEncode, ShardedEncode, from_first
 
+_DRAW = (0, 3)  # a stream of random numbers beside those of the run
 _LEAST_VARIANCE = 1e-6  # of the largest: smaller ones are noise of the precision, and no more is made of them
 
 
@@ -32,11 +36,13 @@ class Spread:
 
     @classmethod
     def of(cls, vectors_ND: NDArray[np.floating]) -> Spread:
-        """Measure vectors, two at least.
+        """Measure vectors.
 
         Raises:
-            DataError: they are all the same.
+            DataError: they are all the same, or there is only one.
         """
+        if len(vectors_ND) < 2:
+            raise DataError("one row alone has no spread to be whitened by", hint="Set export.whiten=none")
         mean_D = vectors_ND.mean(axis=0, dtype=np.float64)
         covariance_DD = np.cov((vectors_ND - mean_D).T)
         variances_D, directions_DD = np.linalg.eigh(np.atleast_2d(covariance_DD))
@@ -54,6 +60,43 @@ class Spread:
     def whitened(self, vectors_ND: NDArray[np.floating], power: float) -> NDArray[np.float64]:
         """Return vectors whitened; their norms are not made one."""
         return np.asarray((vectors_ND - self.mean_D) @ self.matrix(power))
+
+
+def corpus_spread(encode: ShardedEncode | KnownEncode, corpus: Corpus, *, rows: int, seed: int) -> Spread:
+    """Measure what the corpus's rows are searched by; the same on all ranks.
+
+    Args:
+        encode: the encoder.
+        corpus: of the run.
+        rows: of a larger corpus, so many are drawn.
+        seed: of the draw.
+
+    Raises:
+        DataError: all vectors are the same.
+    """
+    count = min(len(corpus), rows)
+    drawn = np.sort(np.random.default_rng([seed, *_DRAW]).choice(len(corpus), count, replace=False))
+    side: Side | None = "document" if corpus.has_pairs or corpus.has_passages else None
+    vectors_ND = (encode if side is None else encode.on_side(side))(corpus.target_texts(drawn))
+    return from_first(lambda: Spread.of(vectors_ND))  # the last bits differ from processor to processor
+
+
+class Whitened:
+    """An encoder behind the stage that whitens its vectors."""
+
+    def __init__(self, known: KnownEncode, spread: Spread, power: float) -> None:
+        self._known, self._spread, self._power = known, spread, power
+
+    def __call__(self, texts: list[str]) -> NDArray[np.float32]:
+        """Embed N texts; ``[N, D]``."""
+        vectors_ND = torch.from_numpy(self._known(texts))
+        stage = whitening_stage(self._spread, self._power, width=vectors_ND.shape[1])
+        whitened_ND: NDArray[np.float32] = stage({"sentence_embedding": vectors_ND})["sentence_embedding"].numpy()
+        return whitened_ND
+
+    def on_side(self, side: Side) -> Whitened:
+        """Return the same with the prompt of queries, or of documents."""
+        return Whitened(self._known.on_side(side), self._spread, self._power)
 
 
 def whitening_stage(spread: Spread, power: float, *, width: int) -> Dense:

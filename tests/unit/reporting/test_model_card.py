@@ -87,6 +87,16 @@ def test_scores_are_told_in_their_units_and_beside_what_they_are_not_compared_wi
     assert "stsb" not in text.split("## Scores")[1].split("## Training")[0] and "All are from 0 to 1" in text
 
 
+def test_the_whitened_base_stands_beside_the_gain() -> None:
+    before, after = {"dev": {"stsb/spearman": 78.0}}, {"dev": {"stsb/spearman": 82.0, "pairs/mrr": 0.4}}
+    whitened = {"dev": {"stsb/spearman": 80.5}}
+    text = model_card(facts(before=before, after=after, whitened_base=whitened, whitened_base_power=0.25))
+    assert "| score | split | before | whitened base | after |" in text
+    assert "| stsb/spearman | dev | 78.0000 | 80.5000 | 82.0000 |" in text
+    assert "| pairs/mrr | dev |  | | 0.4000 |" in text
+    assert "to a power of -0.25, which takes no training" in text and "is not among them" not in text
+
+
 def test_without_scores_or_a_known_licence_it_says_so() -> None:
     text = model_card(facts(before={}, after={"dev": {}}))
     data = ModelCard(text).data

@@ -369,9 +369,9 @@ class TestTerminalReporter:
         assert self.shown([]) == ""
 
 
-def table_text(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> list[list[str]]:
+def table_text(*scores: dict[str, dict[str, float]]) -> list[list[str]]:
     console = Console(file=io.StringIO(), record=True, width=120)
-    console.print(score_table(before, after))
+    console.print(score_table(*scores))
     lines = console.export_text().splitlines()
     return [[cell.strip() for cell in line.strip("│┃ ").split("│")] for line in lines if "│" in line]
 
@@ -385,6 +385,16 @@ def test_the_table_shows_gains_and_losses() -> None:
         [METRIC, "dev", "0.5000", "0.6250", "+0.1250"],
         ["pairs/mrr", "dev", "0.5000", "0.2500", "-0.2500"],
         [METRIC, "test", "0.5000", "0.5000", "+0.0000"],
+    ]
+
+
+def test_the_table_has_the_control_between_before_and_after() -> None:
+    rows = table_text(
+        {"dev": {METRIC: 0.5}}, {"dev": {METRIC: 0.625}, "test": {METRIC: 0.75}}, {"dev": {METRIC: 0.5625}}
+    )
+    assert rows == [
+        [METRIC, "dev", "0.5000", "0.5625", "0.6250", "+0.1250"],
+        [METRIC, "test", "", "", "0.7500"],
     ]
 
 

@@ -90,6 +90,21 @@ class TestAnswer:
         assert f"{METRIC} on test: 0.6250 → 0.5000" in re.sub("<wbr>", "", page)
         assert page.index('id="answer"') < page.index('id="scores"') < page.index('id="figure-loss"')
 
+    def test_the_whitened_base_is_told_beside_it(self, tmp_path: Path) -> None:
+        leave_run(tmp_path)
+        assert 'id="control"' not in written(tmp_path)
+        result = json.loads((tmp_path / "result.json").read_text())
+        result |= {"whitened_base": {"dev": {METRIC: 0.5625}, "test": {METRIC: 0.6875}}, "whitened_base_power": 0.125}
+        (tmp_path / "result.json").write_text(json.dumps(result))
+        page = written(tmp_path)
+        assert text_of(page, "control").endswith("without training: 0.6875")
+        assert table(page, 'id="scores"') == [
+            ["score", "split", "before", "whitened base", "after", "gain"],
+            [METRIC, "dev", "0.5000", "0.5625", "0.7500", "+0.2500"],
+            [METRIC, "test", "0.6250", "0.6875", "0.5000", "-0.1250"],
+            ["python-docs/mrr", "test", "–", "–", "76.50", ""],
+        ]
+
     def test_without_a_test_set_it_says_that_dev_flatters(self, tmp_path: Path) -> None:
         leave_run(tmp_path, finished=False)
         page = written(tmp_path)

@@ -24,6 +24,8 @@ from hncse_ray.reporting import Event, MetricsFile, RunFinished, StageProgress, 
 from hncse_ray.reporting.events import StepsLogged
 from hncse_ray.reporting.run_page import write_run_page
 from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets, loop
+from hncse_ray.training.control import whitened_base
+from hncse_ray.training.distributed import KnownEncode
 from hncse_ray.training.evaluator import Measured
 from hncse_ray.training.label_free import hold_out, label_free_sets
 from hncse_ray.training.merging import merged
@@ -260,3 +262,35 @@ def test_without_a_dev_set_nothing_is_judged_and_the_settings_hold(tree: Tree, t
     last = load_file(tmp_path / "checkpoints/step_000000012/encoder.safetensors")
     for name, value in load_encoder(tmp_path / "model").backbone.state_dict().items():
         torch.testing.assert_close(value, base[name].lerp(last[f"model.0.model.{name}"], 0.5), atol=1e-7, rtol=0)
+
+
+def test_the_base_whitened_on_the_corpus_is_the_control_of_every_run_that_is_tested(
+    documents: Tree, tmp_path: Path
+) -> None:
+    settings = load_settings(documents, [])
+    found, _ = finished(settings, tmp_path / "one")
+    assert found.whitened_base_power in (0.125, 0.25) and found.whitened_base.keys() == {"dev", "test"}
+    # The same as the choice finds for an untrained model: its whitening is scored on dev too.
+    still = load_settings(documents, ["train.learning_rate=1e-12", f"export.whiten={found.whitened_base_power}"])
+    untrained, verdict = finished(still, tmp_path / "two")
+    assert verdict.whiten == found.whitened_base_power and untrained.whitened_base == found.whitened_base
+    assert untrained.after["dev"] == pytest.approx(found.whitened_base["dev"], abs=1e-6)
+    assert found.whitened_base["dev"] != found.before["dev"]
+    trial, _ = finished(load_settings(documents, ["evaluation.test=false"]), tmp_path / "three")
+    assert trial.whitened_base == {} and trial.whitened_base_power == 0
+
+
+def test_a_corpus_without_a_spread_has_no_control(documents: Tree) -> None:
+    class Alike:
+        """An encoder to which all texts are one."""
+
+        def __call__(self, texts: list[str]) -> np.ndarray[Any, Any]:
+            return np.ones((len(texts), 4), np.float32)
+
+        def on_side(self, side: str) -> Alike:
+            return self
+
+    settings = load_settings(documents, [])
+    untouched = KnownEncode(Alike())  # type: ignore[arg-type]
+    found = whitened_base(untouched, corpus_of(settings), settings, dimension=4, measure=lambda encode, split: 1 / 0)
+    assert found == (0.0, {})
