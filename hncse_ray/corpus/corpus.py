@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -102,6 +102,14 @@ class Corpus:
             return cls(manifest)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"is a damaged corpus ({error})", str(path), DAMAGED) from None
+
+    def scattered(self) -> Corpus:
+        """Return the same corpus, mapped for those who ask for rows from all over it, as a trainer does.
+
+        Of files that are not in the system's cache, what a row is on is read then, and no more. Else the system reads
+        ahead, up to megabytes around each row: right for those who go through all of them, such as the pool's shards.
+        """
+        return Corpus(replace(self._manifest, scattered=True))
 
     def check(self, *, digests: bool = False) -> None:
         """Open every shard, and see that its rows are those that the files of numbers are of.

@@ -7,8 +7,10 @@ mapped a file of numbers reads any row's number without looking for its shard.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
+import mmap
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -179,6 +181,7 @@ class Manifest:
         batch_rows: of every record batch but a shard's last.
         shards: theirs.
         facts: all of it.
+        scattered: whether rows are asked for here and there, so that nothing is to be read around them.
     """
 
     folder: Path
@@ -187,6 +190,7 @@ class Manifest:
     batch_rows: int
     shards: tuple[ShardFacts, ...]
     facts: dict[str, Any]
+    scattered: bool = False
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -224,7 +228,16 @@ class Manifest:
 
     def map_numbers(self, name: str) -> npt.NDArray[Any]:
         """Map a file of numbers, `[N]`."""
-        return np.asarray(np.memmap(self.folder / numbers_name(name), NUMBERS[name], "r", shape=(self.rows,)))
+        return np.frombuffer(self.map_file(numbers_name(name)), NUMBERS[name], self.rows)
+
+    def map_file(self, name: str) -> pa.Buffer:
+        """Map a file of the folder. It takes no descriptor: a large corpus has thousands of shards."""
+        with pa.memory_map(str(self.folder / name)) as file:
+            start = file.read_buffer(1)  # keeps it mapped; of what is read so, Arrow has megabytes read ahead
+            content = pa.foreign_buffer(start.address, file.size(), base=start)
+        if self.scattered:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start.address), ctypes.c_size_t(content.size), mmap.MADV_RANDOM)
+        return content
 
     def check_digest(self, number: int) -> None:
         """Read a shard, and its part of the files of numbers, and see that they are what was written.
@@ -308,8 +321,7 @@ class Shard:
         self.name = shard_name(number)
         self._chunks: dict[int, Chunk] = {}
         with self._explained():
-            with pa.memory_map(str(manifest.folder / self.name)) as file:
-                self._bytes = file.read_buffer()  # keeps the file mapped
+            self._bytes = manifest.map_file(self.name)
             self._schema = pa.ipc.read_schema(self._bytes)
             if self._schema.names != [name for name in manifest.columns if name not in NUMBERS]:
                 raise ValueError(f"its columns are {', '.join(self._schema.names)}")

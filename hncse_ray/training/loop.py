@@ -101,7 +101,8 @@ class _Trainer:
     """
 
     def __init__(self, job: TrainJob, store: RunStore, emit: Emit, stack: ExitStack) -> None:
-        self.settings, self.encoder, self.sets, self.corpus = job.settings, job.encoder, job.sets, job.corpus
+        self.settings, self.encoder, self.sets = job.settings, job.encoder, job.sets
+        self.corpus = job.corpus.scattered()
         agree_on_precision(self.encoder)
         self.encode = ShardedEncode(self.encoder, self.settings.evaluation.batch_size)
         self.untouched = KnownEncode(self.encode)  # these weights, until the first step or a checkpoint's

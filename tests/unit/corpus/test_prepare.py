@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mapped import mapped
 from waits import seconds, soon
 
 from hncse_ray.config import CorpusSettings
@@ -216,6 +217,16 @@ def test_a_corpus_pickles_as_its_path(prepare, text_file):
     data = pickle.dumps(corpus)
     assert len(data) < 1000
     assert pickle.loads(data).texts([3]) == [LINES[3]]
+
+
+def test_around_scattered_rows_nothing_is_read(prepare, text_file):
+    corpus = prepare(path=text_file)
+    assert corpus.texts([3]) == [LINES[3]]
+    names = {"rows-00000.arrow", "hash.i8", "length.i4"}
+    assert mapped(corpus.path) == {(name, False) for name in names}
+    scattered = corpus.scattered()
+    assert scattered.texts([3]) == [LINES[3]]
+    assert mapped(corpus.path) == {(name, how) for name in names for how in (False, True)}
 
 
 def damage_json(path):

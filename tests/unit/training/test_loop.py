@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mapped import mapped
 from safetensors.torch import load_file
 from tiny import make_collection
 
 from hncse_ray.config import OBJECTIVES, Settings, load_settings
-from hncse_ray.corpus import prepare_corpus
+from hncse_ray.corpus import Corpus, prepare_corpus
 from hncse_ray.encoder import load_encoder
 from hncse_ray.errors import StorageError, TrainingError
 from hncse_ray.evaluation import evaluate_retrieval, read_collection, uniformity
@@ -179,6 +180,13 @@ def test_a_run_takes_the_steps_it_was_asked_for(
     assert [event.step for event in of(events, StepsLogged)] == list(range(1, steps + 1))
 
 
+def test_a_trainer_has_nothing_read_around_its_rows(tree: Tree, tmp_path: Path) -> None:
+    settings = load_settings(tree, [*BASE, "train.max_steps=1", "train.log_every_steps=1"])
+    folder, seen = build_job(settings).corpus.path, set[tuple[str, bool]]()
+    run(settings, FolderStore(tmp_path), also=lambda event: seen.update(mapped(folder)))
+    assert {(name, True) for name in ("rows-00000.arrow", "hash.i8", "length.i4")} <= seen
+
+
 def test_every_sentence_of_an_accumulated_step_is_counted(tree: Tree, tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     run(load_settings(tree, ["train.accumulation_steps=3", "train.max_steps=4"]), store)
@@ -194,9 +202,12 @@ def test_a_short_last_batch_is_trained_on(tree: Tree, tmp_path: Path, objective:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_rows_of_equal_tokens_are_no_negatives_of_each_other(tree: Tree, tmp_path: Path, objective: str) -> None:
+def test_rows_of_equal_tokens_are_no_negatives_of_each_other(
+    tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str
+) -> None:
     job = build_job(load_settings(tree, [f"objective.name={objective}", "train.max_steps=2", "train.batch_size=16"]))
-    job.corpus.hashes = np.zeros_like(job.corpus.hashes)
+    contents = Corpus.contents
+    monkeypatch.setattr(Corpus, "contents", lambda corpus, ids: np.zeros_like(contents(corpus, ids)))
     events: list[Event] = []
     fit(job, FolderStore(tmp_path), events.append)
     assert [event.metrics["loss"] for event in of(events, StepsLogged)] == [0, 0]  # an anchor has no other column
