@@ -80,6 +80,10 @@ class TrainState:
     positive_similarity: float = 1.0
     index_version: dict[str, Any] | None = None
 
+    def add_seconds(self, phase: str, seconds: float) -> None:
+        """Count time that was not spent on training."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
 
 @dataclass(frozen=True)
 class Resumed:

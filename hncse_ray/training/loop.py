@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,40 +15,20 @@ from torch.nn.parallel import DistributedDataParallel
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import SentenceEncoder, freeze_unused
-from hncse_ray.errors import HncseError, StorageError
-from hncse_ray.evaluation import Encode
+from hncse_ray.errors import StorageError
 from hncse_ray.negatives import NegativeSource
-from hncse_ray.reporting.events import (
-    Evaluated,
-    Event,
-    Notice,
-    RunFinished,
-    RunStarted,
-    StageProgress,
-    StepsLogged,
-    Verdict,
-)
+from hncse_ray.reporting.events import Event, Notice, RunFinished, RunStarted, StageProgress, StepsLogged
 from hncse_ray.training.batch import local_batch
 from hncse_ray.training.checkpoint import Request, Resumed, RunStore, Snapshot, read_newest
-from hncse_ray.training.choice import Candidate, ExportChoice
-from hncse_ray.training.control import whitened_base
-from hncse_ray.training.distributed import (
-    KnownEncode,
-    ShardedEncode,
-    agree_on_precision,
-    from_first,
-    gather_values,
-    raise_together,
-    rank,
-    world_size,
-)
-from hncse_ray.training.evaluator import EvaluationSets, Measured, Split
+from hncse_ray.training.choice import ExportChoice
+from hncse_ray.training.distributed import agree_on_precision, from_first, gather_values, rank, world_size
+from hncse_ray.training.evaluator import EvaluationSets
 from hncse_ray.training.export import write_model
 from hncse_ray.training.guards import Guards
 from hncse_ray.training.host_copy import HostCopier, HostCopy
 from hncse_ray.training.input import Input, InputWindow
-from hncse_ray.training.label_free import hold_out, label_free_sets
 from hncse_ray.training.lookup import BatchNegatives
+from hncse_ray.training.model_selection import ModelSelection
 from hncse_ray.training.negatives import GlobalNegatives, check_candidates
 from hncse_ray.training.objective import Objective
 from hncse_ray.training.sample import Looks
@@ -60,7 +40,6 @@ from hncse_ray.training.views import BatchViews, batch_views
 from hncse_ray.training.window import Window
 
 Emit = Callable[[Event], None]
-_SPLITS: tuple[Split, ...] = ("dev", "test")
 
 
 @dataclass(frozen=True)
@@ -101,20 +80,13 @@ class _Trainer:
     """
 
     def __init__(self, job: TrainJob, store: RunStore, emit: Emit, stack: ExitStack) -> None:
-        self.settings, self.encoder, self.sets = job.settings, job.encoder, job.sets
-        self.corpus = job.corpus.scattered()
+        self.settings, self.encoder, self.corpus = job.settings, job.encoder, job.corpus.scattered()
         agree_on_precision(self.encoder)
-        self.encode = ShardedEncode(self.encoder, self.settings.evaluation.batch_size)
-        self.untouched = KnownEncode(self.encode)  # these weights, until the first step or a checkpoint's
-        gaps = hold_out(self.settings, self.corpus)
-        if gaps is not None:
-            from_first(lambda: emit(StageProgress("finding what the held-out sentences should find", 0, None)))
-            found = label_free_sets(self.settings, self.corpus, gaps, self.untouched)
-            self.sets = EvaluationSets({**self.sets.sets, **{(suite, "dev"): data for suite, data in found.items()}})
         self.store, self.emit, self.saving = store, emit, Saving()
         stack.callback(self.saving.close)
+        self.selection = ModelSelection(self.settings, self.encoder, self.corpus, job.sets, self._tell)
         train = self.settings.train
-        self.plan = plan_batches(self.settings, self.corpus.view_lengths, left_out=None if gaps is None else gaps.rows)
+        self.plan = plan_batches(self.settings, self.corpus.view_lengths, left_out=self.selection.left_out)
         self.total_steps = count_steps(train, self.plan)
         freeze_unused(self.encoder)
         self.optimizer = build_optimizer(self.encoder, train)
@@ -136,7 +108,7 @@ class _Trainer:
             self.looks = Looks(
                 self.settings,
                 self.corpus,
-                self.sets,
+                self.selection.sets,
                 self.encoder,
                 self.base,
                 total_steps=self.total_steps,
@@ -149,7 +121,8 @@ class _Trainer:
             schedule=self.schedule,
             objective=self.objective,
         )
-        self.state, self.best = resumed.state, resumed.best
+        self.state = resumed.state
+        self.selection.resume(resumed.state, resumed.best)
         self.views: BatchViews | None = None
         if self.settings.views.active:
             self.views = stack.enter_context(batch_views(self.settings, self.corpus, self.plan, self.encoder))
@@ -169,19 +142,12 @@ class _Trainer:
     def run(self) -> RunFinished | None:
         state, train = self.state, self.settings.train
         saved_step, request = state.step, Request.NOTHING
-        if not state.before:
-            dev, test = (self._score(self.untouched, split) for split in _SPLITS)
-            state.before, state.before_earned = {"dev": dev.scores, "test": test.scores}, dev.earned
-            self._consider_best(dev)
-            if self.settings.evaluation.test and self.sets.sets:
-                self._score_control()
-        del self.untouched
+        self.selection.begin()
         if self.negatives is not None and state.step == 0:
             self._begins("making the first index")
         while True:
             # Rare events first: what is due now, before the next step is taken.
-            patience = train.early_stopping_evaluations
-            stopped_early = patience is not None and state.evaluations_without_gain >= patience
+            stopped_early = self.selection.patience_is_over
             last = stopped_early or state.step >= self.total_steps
             # Logged before every evaluation and checkpoint too: then a resumed run writes the same lines.
             due = map(self._due, (train.log_every_steps, train.evaluate_every_steps, train.checkpoint_every_steps))
@@ -192,7 +158,7 @@ class _Trainer:
                 self.log = StepLog()
                 request = max(request, self.store.requested())
             if state.evaluated_step != state.step and (last or self._due(train.evaluate_every_steps)):
-                self._consider_best(self._score(self.encode, "dev"))
+                self.selection.evaluate()
                 continue  # the score may end the run here
             if saved_step != state.step and (last or request or self._due(train.checkpoint_every_steps)):
                 self._checkpoint()
@@ -234,7 +200,7 @@ class _Trainer:
         if self.negatives is not None:
             found, waited_s = self.negatives.take(numbers, self.state, self._copy_weights)
             self.log.seconds -= waited_s  # it is no training
-            self._add_seconds("waiting for the index", waited_s)
+            self.state.add_seconds("waiting for the index", waited_s)
         batches = [self.input.take(number, own) for number, own in zip(numbers, found, strict=True)]
         if self.views is not None:
             self.views.take(numbers, [None if own is None else own.dropped_b for own in found])
@@ -285,53 +251,11 @@ class _Trainer:
         self.emit(StepsLogged(self.state.step, means, self.log.learning_rate, speed))
         self.guards.check(self.state.step, means)
 
-    def _score(self, encode: Encode, split: Split) -> Measured:
-        """Say that it is done, and score."""
-        if any(of == split for _, of in self.sets.sets):
-            self._begins(f"scoring {split}")
-        return self._measure(encode, split)
-
-    def _measure(self, encode: Encode, split: Split) -> Measured:
-        """Score on all ranks; what the first has found counts, as the last bits differ from processor to processor."""
-        error: HncseError | None = None
-        measured, started = Measured({}, {}), time.perf_counter()
-        try:
-            measured = self.sets.measure(encode, split, self.settings.evaluation.metric if split == "dev" else "")
-        except HncseError as caught:
-            error = caught
-        raise_together(error)
-        self._add_seconds("scoring", time.perf_counter() - started)
-        return from_first(lambda: measured)
-
-    def _score_control(self) -> None:
-        """Score what the corpus gives without training."""
-        self._begins("whitening the base, which the gain is told beside")
-        self.state.whitened_base_power, self.state.whitened_base = whitened_base(
-            self.untouched, self.corpus, self.settings, dimension=self.encoder.dimension, measure=self._measure
-        )
-
-    def _add_seconds(self, phase: str, seconds: float) -> None:
-        self.state.seconds[phase] = self.state.seconds.get(phase, 0.0) + seconds
-
     def _begins(self, stage: str) -> None:
         self._tell(StageProgress(stage, 0, None))
 
     def _tell(self, event: Event) -> None:
         from_first(lambda: self.emit(event))
-
-    def _consider_best(self, measured: Measured) -> None:
-        state, metric, scores = self.state, self.settings.evaluation.metric, measured.scores
-        state.evaluated_step = state.step
-        score = scores.get(metric)
-        is_best = score is None or state.best_score is None or score > state.best_score
-        if is_best:
-            state.best_score, state.best_step = score, state.step
-            state.best_scores, state.best_earned = scores, measured.earned
-            state.evaluations_without_gain = 0
-            self.best = self.encoder.weights()
-        else:
-            state.evaluations_without_gain += 1
-        self._tell(Evaluated(state.step, "dev", scores, metric, is_best))
 
     def _checkpoint(self) -> None:
         """Begin to write a checkpoint, once the one before is whole."""
@@ -348,11 +272,11 @@ class _Trainer:
             schedule=self.schedule,
             objective=self.objective,
             copier=self.copier,
-            best=None if self.state.best_step == step else self.best,
+            best=None if self.state.best_step == step else self.selection.best,
             index=None if self.negatives is None else self.negatives.index_weights,
         )
         self.saving.begin(step, lambda: self.store.save(step, snapshot.write))
-        self._add_seconds("checkpoints", time.perf_counter() - started)
+        self.state.add_seconds("checkpoints", time.perf_counter() - started)
 
     def _settle(self, *, block: bool) -> None:
         """Tell of the checkpoint that has been written meanwhile, or raise why it was not; on the first rank."""
@@ -403,26 +327,9 @@ class _Trainer:
 
     def _finish(self, stopped_early: bool) -> RunFinished:
         state = self.state
-        assert self.best is not None  # the weights of step 0 were the first
         if self.looks is not None:
             self.looks.at_base()  # the choice brings weights of its own
-        choice = ExportChoice(
-            self.settings,
-            self.encoder,
-            self.corpus,
-            state=state,
-            base=self.base,
-            trained=self.best,
-            measure=lambda encode: self._measure(encode, "dev"),
-            progress=lambda stage, done, total: self._tell(StageProgress(stage, done, total)),
-        )
-        chosen = choice.make()
-        verdict = from_first(lambda: self._verdict(chosen, tried=choice.to_score))
-        self._tell(verdict)
-        after = {"dev": chosen.measured.scores, "test": self._score(self.encode, "test").scores}
-        if after["test"]:
-            metric = self.settings.evaluation.metric
-            self._tell(Evaluated(state.best_step, "test", after["test"], metric, is_best=True))
+        verdict, after = self.selection.choose(self.base)
         self._begins("writing the model")
         if self.looks is not None:
             self.looks.last(state.step, self.negatives, self.views)
@@ -440,7 +347,7 @@ class _Trainer:
                 )
             )
         )
-        self._add_seconds("export", time.perf_counter() - started)
+        self.state.add_seconds("export", time.perf_counter() - started)
         return from_first(
             lambda: RunFinished(
                 step=state.step,
@@ -455,16 +362,3 @@ class _Trainer:
                 seconds={"training": state.train_seconds} | state.seconds,
             )
         )
-
-    def _verdict(self, chosen: Candidate, *, tried: int) -> Verdict:
-        """Say what is exported, and how sure its gain on dev is."""
-        state, metric = self.state, self.settings.evaluation.metric
-        verdict = Verdict(state.best_step, chosen.merge, chosen.whiten, tried=tried)
-        if metric not in chosen.measured.scores:
-            return verdict
-        base, score = state.before["dev"][metric], chosen.measured.scores[metric]
-        found = None
-        if not verdict.is_base:
-            found = self.sets.judge(state.before_earned, chosen.measured.earned, metric)
-        low, high = (None, None) if found is None else (found.low, found.high)
-        return replace(verdict, metric=metric, base=base, chosen=score, low=low, high=high)
