@@ -14,6 +14,19 @@ import psutil
 from waits import seconds, soon
 
 
+def marked(mark: str, titled: str = "") -> list[psutil.Process]:
+    """Return the processes with a mark in their environment; those that end meanwhile are left out."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            is_one = process.environ().get("HNCSE_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE
+            if is_one and titled in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
 class Command:
     """``hncse ...`` in a process of its own, started in a folder."""
 
@@ -42,16 +55,9 @@ class Command:
         """Wait until the command has ended, and return what it wrote to standard output and error."""
         return self.process.communicate(timeout=seconds(within_s))
 
-    def processes(self) -> list[psutil.Process]:
-        """Everything that the command started and that is still there."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("HNCSE_TEST_MARK") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+    def processes(self, titled: str = "") -> list[psutil.Process]:
+        """Everything that the command started and that is still there, or what of it has this in its command line."""
+        return marked(self.mark, titled)
 
     def is_gone(self) -> bool:
         """Wait until no process of this command is left; Ray's agents take some seconds to notice a kill."""

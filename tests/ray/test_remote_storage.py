@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ import psutil
 import pytest
 import ray
 import yaml
+from commands import marked
 from object_stores import BUCKET, Gate, gcs_server, s3_server
+from pool_faults import actors
 from ray.cluster_utils import Cluster
 from waits import seconds, soon
 
@@ -58,12 +60,9 @@ class Machine:
 
     def kill(self) -> None:
         """Kill all processes of the machine at once, as when its power goes."""
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("HNCSE_TEST_MARK") == self.mark:
-                    process.send_signal(signal.SIGKILL)
-            except psutil.Error:
-                continue
+        for process in marked(self.mark):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.communicate(timeout=seconds(60))
 
 
@@ -231,5 +230,4 @@ class Seen:
 def kill_a_worker(settings: Settings) -> None:
     store = Remote(settings.run_dir)
     soon(lambda: stored_checkpoints(store), within_s=120, what="a checkpoint at the URL")
-    workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
-    workers[-1].kill()
+    actors("RayTrainWorker")[-1].kill()

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import requests
 import yaml
+from commands import marked
 from waits import seconds, soon, within
 
 import hncse_ray
@@ -36,17 +36,6 @@ def free_ports(count: int) -> list[int]:
     finally:
         for s in sockets:
             s.close()
-
-
-def processes_with(mark: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("HNCSE_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 @dataclass(frozen=True)
@@ -108,11 +97,11 @@ def head() -> Iterator[Head]:
         soon(is_up, within_s=120, what=(folder / "head.log").read_text)
         yield head
     finally:
-        for left in processes_with(mark):  # at once: an orderly end takes Ray half a minute
+        for left in marked(mark):  # at once: an orderly end takes Ray half a minute
             left.kill()
         process.wait(seconds(20))
         log.close()
-        soon(lambda: not processes_with(mark), within_s=20, what="the end of the head")
+        soon(lambda: not marked(mark), within_s=20, what="the end of the head")
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -7,7 +7,6 @@ import signal
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 from commands import Command
@@ -66,10 +65,6 @@ def trials_of(folder: Path) -> list[FrozenTrial]:
     return open_study(folder).get_trials() if (folder / "study.db").exists() else []
 
 
-def trials_at_work(command: Command) -> list[psutil.Process]:
-    return [p for p in command.processes() if "ray::ImplicitFunc" in " ".join(p.cmdline())]
-
-
 def ended(folder: Path) -> dict[int, tuple[TrialState, float | None]]:
     return {t.number: (t.state, t.value) for t in trials_of(folder) if t.state.is_finished()}
 
@@ -87,7 +82,7 @@ def test_a_sweep_leaves_the_best_and_says_why_a_trial_failed(recipe: Path, sourc
     )  # fmt: skip
     trainers = set[int]()
     while command.process.poll() is None:
-        trainers |= {process.pid for process in trials_at_work(command)}
+        trainers |= {process.pid for process in command.processes("ray::ImplicitFunc")}
         time.sleep(0.2)
     result = command.finish()
     assert command.is_gone(), command.processes()
@@ -124,7 +119,7 @@ def test_a_trial_whose_process_is_killed_goes_on_in_another(recipe: Path) -> Non
         "--space", str(recipe.parent / "one.yaml"),
     )  # fmt: skip
     soon((out / "trials/trial-0000/checkpoints/step_000000020").exists, within_s=240, what="a checkpoint")
-    (trainer,) = trials_at_work(command)
+    (trainer,) = command.processes("ray::ImplicitFunc")
     trainer.kill()
     assert command.finish(within_s=600)["trials"] == {"finished": 2}
     assert command.is_gone(), command.processes()
