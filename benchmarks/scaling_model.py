@@ -31,6 +31,7 @@ from scaling_costs import (
     costs_of,
     host_bytes,
     index_of,
+    input_s,
     look_up_s,
     measured_cpu,
     period_s,
@@ -101,7 +102,8 @@ def needed(setup: Setup, every: int, *, most_period: float = 1.1) -> Answer | No
     Returns:
         None if no number of shards holds it.
     """
-    step, rules, memory = step_s(setup), Rules(refresh_every=every), least_memory(setup)
+    step = max(step_s(setup), input_s(setup))  # without a pool
+    rules, memory = Rules(refresh_every=every), least_memory(setup)
     if memory is None:
         return None
     # Not monotone: more shards build and search faster until the network is full. So tried, 1 % apart.
@@ -205,6 +207,7 @@ def main() -> None:
     add("--rows", type=float, nargs="+", default=[1e6, 1e8, 1e10])
     add("--refresh", type=int, nargs="+", default=[100, 1000, 10_000, 100_000], help="steps between two versions")
     add("--tokens", type=float, default=25, help="of a row, padding included")
+    add("--views", action="store_true", help="are made of passages, as in the recipe adapt")
     add("--trainers", type=int, default=8, help="GPUs that train, in one node unless --trainer-gbs says otherwise")
     add("--batch", type=int, default=None, help="over all trainers; default: 64 for each L4, 512 for each H100")
     add("--nic-gbit", type=float, default=None, help="of a node; default: 10 for the L4, 100 for the H100")
@@ -229,6 +232,7 @@ def main() -> None:
             encoder=BERT_BASE,
             device=assumed_gpu(args, tflops, gigabytes, gigabytes_s),
             tokens=args.tokens,
+            views=args.views,
             trainers=args.trainers,
             batch=args.batch or each * args.trainers,
             shards_per_node=args.shards_per_node or per_node,
@@ -236,9 +240,8 @@ def main() -> None:
             trainer_link=(args.trainer_gbs or link) * 1e9,
         )
         tables[name] = table(setup, [int(n) for n in args.rows], args.refresh)
-        show(
-            f"BERT-base, {args.trainers} trainers, {name}: ASSUMED throughput, step {step_s(setup):.3f} s", tables[name]
-        )
+        times = f"step {step_s(setup):.3f} s, input {input_s(setup):.4f} s"
+        show(f"BERT-base, {args.trainers} trainers, {name}: ASSUMED throughput, {times}", tables[name])
     results = Path(__file__).parent / "results"
     cpu, facts = measured_cpu(results)
     checks = scaling_simulation.against_formulas()

@@ -118,11 +118,15 @@ class _Run:
         self.seen_building, self.seen_served = False, None  # type: ignore[var-annotated]
         self.on_version: list[Callable[[], None]] = []
         self.answers: dict[int, float | None] = {}  # None: still being looked up
+        self.input = _Line(self.clock)  # one thread, a step ahead
+        self.to_make: set[int] = set()  # batches whose look-up has not ended
+        self.made_batches: set[int] = set()
         self.versions: dict[int, int] = {}
         self.waiting_for: tuple[int, Callable[[], None]] | None = None
         self.queue: deque[int] = deque()
         self.looking = 0
         self.step = 0
+        self.begun = -1  # the last batch that the input thread was told to make
         self.started: list[float] = []
         self.ages: list[int | None] = []
         self.waited: list[bool] = []
@@ -154,8 +158,9 @@ class _Run:
             self.take()
 
     def after_wait(self) -> None:
-        self.answers.clear()
-        self.queue.clear()
+        for begun in (self.answers, self.queue, self.to_make, self.made_batches):
+            begun.clear()
+        self.begun = -1
         self.take()
 
     def take(self) -> None:
@@ -168,14 +173,34 @@ class _Run:
                 self.answers[batch] = None
                 self.queue.append(batch)
         self.look()
-        self.waited.append(self.answers[number] is None)
-        if self.answers[number] is None:
-            self.waiting_for = (number, self.compute)
-        else:
+        if self.begun < number:
+            self.begin_input(number)
+        self.waited.append(number not in self.made_batches)
+        if number in self.made_batches:
             self.compute()
+        else:
+            self.waiting_for = (number, self.compute)
+
+    def begin_input(self, number: int) -> None:
+        self.begun = number
+        if self.answers.get(number) is None:
+            self.to_make.add(number)
+        else:
+            self.make(number)
+
+    def make(self, number: int) -> None:
+        def made() -> None:
+            self.made_batches.add(number)
+            if self.waiting_for is not None and self.waiting_for[0] == number:
+                (_, go_on), self.waiting_for = self.waiting_for, None
+                go_on()
+
+        self.input.use(self.vary(self.costs.input_s, 0.5), made)
 
     def compute(self) -> None:
         del self.answers[self.step]
+        self.made_batches.discard(self.step)
+        self.begin_input(self.step + 1)
         self.ages.append(self.step - self.versions.pop(self.step))
         self.trainers.begin("step", self.vary(self.costs.step_s, 0.5), self.after_step)
 
@@ -215,9 +240,9 @@ class _Run:
             self.looking -= 1
             if batch in self.answers:
                 self.answers[batch], self.versions[batch] = self.clock.now, version
-            if self.waiting_for is not None and self.waiting_for[0] == batch and batch in self.answers:
-                (_, go_on), self.waiting_for = self.waiting_for, None
-                go_on()
+                if batch in self.to_make:
+                    self.to_make.discard(batch)
+                    self.make(batch)
             self.look()
 
         overhead = self.vary(c.overhead_s)
@@ -301,7 +326,7 @@ def simulate(costs: Costs, rules: Rules, *, steps: int, seed: int = 0, jitter: f
 def cases() -> dict[str, tuple[Costs, Rules]]:
     """One for each thing that can be the narrowest."""
     base = Costs(
-        step_s=0.1, search_s=0.02, overhead_s=0.02, shards=4, nodes=4, nic=1.25e9, query_bytes=1.6e6,
+        step_s=0.1, input_s=0.0003, search_s=0.02, overhead_s=0.02, shards=4, nodes=4, nic=1.25e9, query_bytes=1.6e6,
         answer_bytes=2e5, gather_bytes=1.6e6, stored_bytes=1.6e6, weight_bytes=4.4e8, build_s=6.0,
     )  # fmt: skip
     return {
@@ -312,6 +337,7 @@ def cases() -> dict[str, tuple[Costs, Rules]]:
         "search too slow": (replace(base, search_s=0.12), Rules(refresh_every=100)),
         "search near the limit": (replace(base, search_s=0.085, overhead_s=0.06), Rules(refresh_every=100)),
         "look-up long, one batch ahead": (replace(base, overhead_s=0.16), Rules(refresh_every=100, prefetch=1)),
+        "input thread too slow": (replace(base, input_s=0.13), Rules(refresh_every=100)),
         "network full of queries": (replace(base, shards=32, nodes=32, nic=3e8), Rules(refresh_every=150)),
     }
 

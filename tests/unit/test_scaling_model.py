@@ -22,6 +22,7 @@ from scaling_costs import (
     encode_s,
     finish_s,
     index_of,
+    input_s,
     look_up_s,
     measured_cpu,
     period_s,
@@ -40,6 +41,7 @@ GPU = Device(2e13, 2e13, 1.5e11, 1.9e10, 5e11, 3.0, on_gpu=True)
 SETUP = Setup(rows=10**6, encoder=BERT_BASE, device=GPU)
 EVEN = Costs(
     step_s=0.1,
+    input_s=0.004,
     search_s=0.02,
     overhead_s=0.02,
     shards=2,
@@ -110,14 +112,31 @@ def test_a_look_up_grows_with_everything_that_is_sent() -> None:
     assert look_up_s(replace(EVEN, nic=math.inf)) == pytest.approx(0.04)
 
 
-def test_the_period_is_the_step_until_one_of_four_things_is_slower() -> None:
+def test_the_input_of_a_batch_is_its_rows_of_all_trainers_and_a_trainers_own() -> None:
+    alone, of_eight = (input_s(replace(SETUP, batch=4096, trainers=n)) for n in (1, 8))
+    assert of_eight < alone < 8 * of_eight  # which rows meet is drawn by each for all
+    of_texts = replace(SETUP, views=True)
+    assert input_s(of_texts) == pytest.approx(input_s(replace(of_texts, tokens=50)) / 2)  # the tokenizer's time
+    assert input_s(of_texts) > 5 * input_s(SETUP)
+
+
+def test_where_the_input_is_slower_than_a_step_more_gpus_are_no_help() -> None:
+    device = replace(GPU, flops=1e18, search_flops=1e18, bandwidth=math.inf)
+    quick = replace(SETUP, device=device, batch=8192, candidates=1, overhead_s=0, nic=math.inf, trainer_link=math.inf)
+    assert step_s(quick) < input_s(quick)
+    answer = needed(quick, 10**6)
+    assert answer is not None and answer.period_over_step == pytest.approx(1)  # the pool is not what slows it
+
+
+def test_the_period_is_the_step_until_one_of_five_things_is_slower() -> None:
     rules = Rules()
     assert period_s(EVEN, rules) == EVEN.step_s
     assert period_s(replace(EVEN, search_s=0.3), rules) == pytest.approx(0.3)  # one shard, one batch after another
+    assert period_s(replace(EVEN, input_s=0.3), rules) == pytest.approx(0.3)  # one thread
     slow = replace(EVEN, overhead_s=1.0, search_s=0.0, nic=math.inf)
     assert period_s(slow, rules) == pytest.approx(0.5)  # two threads
     assert period_s(slow, replace(rules, prefetch=64)) == pytest.approx(0.5)  # which more look-ahead does not help
-    assert period_s(replace(slow, overhead_s=0.16), Rules(prefetch=1)) == pytest.approx((0.16 + 0.1) / 2)
+    assert period_s(replace(slow, overhead_s=0.16), Rules(prefetch=1)) == pytest.approx((0.16 + 0.004 + 0.1) / 2)
     thin = replace(EVEN, nic=1e6)
     assert period_s(thin, rules) >= busiest_s(thin) >= 2 * EVEN.query_bytes / 1e6
 
