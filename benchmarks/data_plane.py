@@ -299,7 +299,7 @@ def held(args: argparse.Namespace) -> dict[str, Any]:
     # A step beside a checkpoint takes longer, too: of all threads.
     more_s = medians["beside_process_cpu_s"] - medians["others_process_cpu_s"]
     shares["process_cpu_s"] = max(0.0, more_s) / (steps * medians["others_process_cpu_s"])
-    found = {"model": args.model, "rows": args.step_rows, "checkpoints": len(of_run["held_wall_s"]), "medians": medians}
+    found = {"model": args.model, "rows": args.step_rows, "medians": medians}
     return found | {"held": [of_run["held_cpu_s"], of_run["held_wall_s"]], "interval": steps, "shares": shares}
 
 
@@ -318,8 +318,8 @@ def steps_of_a_run(part: str, args: argparse.Namespace) -> dict[str, list[float]
         settings = load_settings(
             "quickstart",
             [
-                f"run.storage_path={folder}", f"encoder.model={args.model}", "evaluation.suites=[]",
-                # steps of equal tokens
+                f"run.storage_path={folder}", f"encoder.model={args.model}",
+                "evaluation.suites=[]", "export.whiten=none",  # below: steps of equal tokens
                 "corpus.min_words=24", f"corpus.max_sentences={8 * args.step_rows}", "encoder.max_length=24",
                 f"train.batch_size={args.step_rows}", f"train.max_steps={args.steps}", "train.log_every_steps=1",
                 f"train.checkpoint_every_steps={EVERY if part == 'checkpoint' else 10**6}", "objective.name=info_nce",

@@ -137,6 +137,7 @@ def run_settings(args: argparse.Namespace, seed: int, objective: str, overrides:
         f"corpus.max_sentences={args.sentences}",
         "train.log_every_steps=10",
         "evaluation.suites=[]",
+        "export.whiten=none",
         f"objective.name={objective}",
     ]
     return load_settings("quickstart", [*common, *overrides])
