@@ -28,7 +28,7 @@ PREPARE_S_A_ROW = 222 / 1e6  # README: one million sentences in 222 s, one proce
 MERGE_S = 0.034 / (64 * 512 * 33)
 # Of a batch's rows of all trainers, of a trainer's own, and of the tokens of views that are made of texts:
 # results/data_plane_cpu.json, the part input.
-GLOBAL_ROW_S, OWN_ROW_S, VIEW_TOKEN_S = 0.24e-6, 2.0e-6, 3.0e-6
+GLOBAL_ROW_S, OWN_ROW_S, VIEW_TOKEN_S = 0.23e-6, 1.7e-6, 3.0e-6
 SHARD_BYTES = 16  # of main memory a row, whatever the index: a shard orders its own rows; the corpus itself is mapped
 _KMEANS_ROUNDS, _PQ_ROUNDS, _PQ_ROWS = 10, 25, 65_536  # faiss 1.15's defaults
 
