@@ -119,9 +119,9 @@ def show_samples(rows: Sequence[Row], path: Path, *, words: Words, projection: P
     """
     latest = {kind: row[kind] for row in rows for kind in ("sentences", "negatives") if kind in row}
     try:
-        looks = [(row["step"], row["similarities"]) for row in rows if "similarities" in row]
+        recorded = [(row["step"], row["similarities"]) for row in rows if "similarities" in row]
         pairs = {"positive": f"{words.positive}s", "in batch": "in the batch", "global": words.found}
-        histograms = _histograms(looks, pairs)
+        histograms = _histograms(recorded, pairs)
         fates = _FATES | {"taken": words.taken, "in_batch": words.in_batch}
         sentences, negatives = latest.get("sentences"), latest.get("negatives")
         found = Samples(histograms=histograms)
@@ -176,9 +176,9 @@ def _both(text: str, both: tuple[Any, Any], texts: Sequence[str], right: Sequenc
     return Compared(text, shown(old, new, ""), shown(new, old, "new"))
 
 
-def _histograms(looks: Sequence[tuple[int, Row]], pairs: Mapping[str, str]) -> list[Figure]:
-    """Draw the cosines of kinds of pairs, called so, at the first look, the middle one and the last, on one scale."""
-    chosen = [looks[i] for i in sorted({0, len(looks) // 2, len(looks) - 1})] if looks else []
+def _histograms(recorded: Sequence[tuple[int, Row]], pairs: Mapping[str, str]) -> list[Figure]:
+    """Draw the cosines of kinds of pairs, called so, the first recorded, the middle ones and the last, on one scale."""
+    chosen = [recorded[i] for i in sorted({0, len(recorded) // 2, len(recorded) - 1})] if recorded else []
     used = [
         i
         for _, found in chosen

@@ -31,7 +31,7 @@ from hncse_ray.training.lookup import BatchNegatives
 from hncse_ray.training.model_selection import ModelSelection
 from hncse_ray.training.negatives import GlobalNegatives, check_candidates
 from hncse_ray.training.objective import Objective
-from hncse_ray.training.sample import Looks
+from hncse_ray.training.sample import SampleRecorder
 from hncse_ray.training.saving import Saving
 from hncse_ray.training.schedule import build_optimizer, build_schedule, count_steps, plan_batches
 from hncse_ray.training.step import LocalBatch, StepContext, lay_out, train_step
@@ -100,12 +100,12 @@ class _Trainer:
         )
         self.guards = Guards(train)
         self.log = StepLog()
-        looked_at = self.settings.evaluation.test  # the trials of a sweep are not, one by one
-        needed = looked_at or ExportChoice.needs_base(self.settings)
+        recorded = self.settings.evaluation.test  # the trials of a sweep are not
+        needed = recorded or ExportChoice.needs_base(self.settings)
         self.base = self.encoder.weights() if needed else None
-        self.looks: Looks | None = None
-        if looked_at and self.base is not None:
-            self.looks = Looks(
+        self.samples: SampleRecorder | None = None
+        if recorded and self.base is not None:
+            self.samples = SampleRecorder(
                 self.settings,
                 self.corpus,
                 self.selection.sets,
@@ -186,8 +186,8 @@ class _Trainer:
             self.schedule.step()
             state.step += 1
             self.log.seconds += time.perf_counter() - started
-            if self.looks is not None:
-                self.looks.step(state.step, seen)
+            if self.samples is not None:
+                self.samples.step(state.step, seen)
             # ----------------------------------------------------------------
 
     def _due(self, every: int) -> bool:
@@ -327,12 +327,12 @@ class _Trainer:
 
     def _finish(self, stopped_early: bool) -> RunFinished:
         state = self.state
-        if self.looks is not None:
-            self.looks.at_base()  # the choice brings weights of its own
+        if self.samples is not None:
+            self.samples.at_base()  # the choice brings weights of its own
         verdict, after = self.selection.choose(self.base)
         self._begins("writing the model")
-        if self.looks is not None:
-            self.looks.last(state.step, self.negatives, self.views)
+        if self.samples is not None:
+            self.samples.last(state.step, self.negatives, self.views)
         started = time.perf_counter()
         from_first(
             lambda: self.store.export(

@@ -38,7 +38,7 @@ _ANCHORS, _HITS = 10, 8
 _TEXT = 300  # characters kept
 _DRAW = (0, 4)  # a stream of random numbers beside those of the run
 _BINS = 40
-_LOOKS = 8  # at the cosines of a batch, behind that of the first step
+_HISTOGRAMS = 8  # of the cosines of a batch, beside that of the first step
 
 Counts = list[int]
 
@@ -102,8 +102,8 @@ class Sample:
                 "right": [list(positions) for positions in self.right]}  # fmt: skip
 
 
-class Looks:
-    """Tells, at a few moments of a run, what there is to look at. All ranks call it alike; the first one does it.
+class SampleRecorder:
+    """Records, at a few moments of a run, what its page shows. All ranks call it alike; the first one does it.
 
     Args:
         settings: of the run.
@@ -135,7 +135,7 @@ class Looks:
 
     def step(self, step: int, seen: Seen) -> None:
         """After a step: at the start, a few times on the way, and at the end."""
-        if step == 1 or step * _LOOKS // self._total > (step - 1) * _LOOKS // self._total:
+        if step == 1 or step * _HISTOGRAMS // self._total > (step - 1) * _HISTOGRAMS // self._total:
             from_first(lambda: self._emit(Sampled(step, "similarities", similarities(seen))))
 
     def at_base(self) -> None:
