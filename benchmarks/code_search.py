@@ -9,6 +9,7 @@ search among. All methods take as many steps of as many pairs; the checkpoint is
   the positive;
 - pool: neighbours of the query among all codes, under present weights (renewed every 10 steps) or the base's (once);
 - hncse: the mixings of HNCSE, in the batch and with the pool;
+- walked: InfoNCE, each batch a walk on a graph of near codes;
 - taught: InfoNCE, and the other codes ranked as the base's cosine and BM25 together do.
 
     python benchmarks/code_search.py tables FOLDER
@@ -21,9 +22,12 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,10 +37,13 @@ from sentence_transformers.util import mine_hard_negatives
 
 from hncse_ray import load_encoder, load_settings, train
 from hncse_ray.config import Settings
+from hncse_ray.corpus import BatchPlan
 from hncse_ray.corpus.python_code import code_pairs, scored_code_pairs
 from hncse_ray.encoder import resolve_model
 from hncse_ray.evaluation import paired_set
 from hncse_ray.evaluation.retrieval import query_scores
+from hncse_ray.reporting import LineReporter
+from hncse_ray.training.checks import prepare
 
 METRICS = ("recall@1", "recall@10", "mrr")
 POOL = "source: in_process, refresh: sync, candidates: 50, max_score: null, relative_margin: 0.05, columns: all"
@@ -54,6 +61,7 @@ METHODS: dict[str, list[str]] = {
     "pool, stored, renewed, 4": [f"negatives={{{POOL}, use: stored, refresh_every_steps: 10, per_anchor: 4}}"],
     "hncse, in-batch": ["objective={name: hybrid}"],
     "hncse, pool": ["objective={name: hybrid}", f"negatives={{{POOL}, use: stored, refresh_every_steps: 10}}"],
+    "walked": [],
     "taught": [f"objective={{name: distillation, {OWN}}}", f"negatives={{{LIST}, score: hybrid}}"],
 }
 
@@ -98,9 +106,10 @@ def measure(tables: Path, overrides: list[str], method: str, seed: str) -> dict[
             mine(settings, tables / "train.jsonl", Path(scratch) / "mined.jsonl", int(seed))
             settings = of_run(Path(scratch), overrides, method, seed, scratch, train_file="mined.jsonl")
         if method in METHODS:
-            started = time.perf_counter()
-            result = train(settings)
-            model, found["train_seconds"] = result.model, round(time.perf_counter() - started, 1)
+            with walking(settings) if method == "walked" else nullcontext():
+                started = time.perf_counter()
+                result = train(settings)
+                model, found["train_seconds"] = result.model, round(time.perf_counter() - started, 1)
             found["sentences_per_s"] = result.sentences_per_s
         encode: Any = Encoded(load_encoder(model, device=device()))
         powers = (0.0,) if method != "whitened" else (0.125, 0.25)
@@ -133,6 +142,38 @@ def of_run(
             *METHODS.get(method, []),
         ],
     )
+
+
+@contextmanager
+def walking(settings: Settings, among: int = 1000, degree: int = 10, restart: float = 0.1) -> Iterator[None]:
+    """Have batches be random walks with restart on a graph: each code's nearest of a random thousand, by the base.
+
+    After BatchSampler (Yang et al., KDD 2023). A batch hangs on seed and number alone; rows may come again in others.
+    """
+    encoder, seed = load_encoder(settings.encoder.model, settings.encoder, device=device()), settings.run.seed
+    corpus = prepare(settings, encoder, LineReporter())
+    codes_ND = encoder.encode(corpus.target_texts(range(len(corpus))))
+    rng = np.random.default_rng([seed, 7])
+    near_NK = np.empty((len(corpus), degree), dtype=np.int64)
+    for row, code_D in enumerate(codes_ND):
+        others = rng.choice(np.delete(np.arange(len(corpus)), row), min(among, len(corpus) - 1), replace=False)
+        near_NK[row] = others[np.argsort(codes_ND[others] @ code_D)[-degree:]]
+
+    def walk(plan: BatchPlan, number: int) -> NDArray[np.int64]:
+        rng = np.random.default_rng([seed, number, 11])
+        start = here = int(rng.integers(len(near_NK)))
+        found, steps = {here: None}, 0
+        while len(found) < plan.batch_size:
+            steps += 1
+            if steps % (20 * plan.batch_size) == 0:  # nothing new is near
+                start = here = int(rng.integers(len(near_NK)))
+            else:
+                here = start if rng.random() < restart else int(rng.choice(near_NK[here]))
+            found.setdefault(here)
+        return rng.permutation(list(found))
+
+    with patch.object(BatchPlan, "batch", walk):
+        yield
 
 
 def mine(settings: Settings, source: Path, target: Path, seed: int) -> None:
