@@ -46,7 +46,7 @@ def _find(name: str | Path, kind: str, noun: str) -> Path:
     names = sorted(p.stem for p in shipped_folder(kind).glob("*.yaml"))
     if path.name in names and len(path.parts) == 1:
         return shipped_folder(kind) / f"{path.name}.yaml"
-    near = difflib.get_close_matches(path.stem, names, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(path.stem, names, n=1, cutoff=0.6)
     hint = f"Did you mean {near[0]!r}? " if near else ""
     raise SettingsError(f"no such {noun}", str(name), f"{hint}Known by name: {', '.join(names)}")
 

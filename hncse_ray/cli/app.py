@@ -19,7 +19,7 @@ from rich.logging import RichHandler
 
 from hncse_ray import __version__
 from hncse_ray.config import load_settings
-from hncse_ray.errors import HncseError
+from hncse_ray.errors import HncseError, SettingsError
 from hncse_ray.recipe import shipped_folder
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ RecipeArgument = Annotated[
 CorpusArgument = Annotated[
     str,
     typer.Argument(
-        help="A text, JSONL, CSV, TSV or Parquet file, or a recipe for its corpus.", autocompletion=complete_recipe
+        help="A text, JSONL, CSV, TSV or Parquet file, a folder of documents, or a recipe for its corpus.",
+        autocompletion=complete_recipe,
     ),
 ]
 OverridesArgument = Annotated[
@@ -207,13 +208,16 @@ def counter(reporter: Reporter, stage: str) -> Callable[[int, int], None]:
 
 
 def corpus_tree(corpus: str, model: str) -> dict[str, Any]:
-    """Return settings of a model and a corpus: files, which are read as their names say, or that of a recipe.
+    """Return settings of a model and a corpus: files or a folder, read as their names say, or that of a recipe.
 
     A name without an ending, where nothing is called so, is that of a recipe.
     """
     path, max_length = Path(corpus), 128
     tree: dict[str, Any] = {"corpus": {"path": corpus}}
     if path.suffix in ("", ".yaml", ".yml") and not (path.suffix == "" and path.exists()):
+        if len(corpus.split()) > 1 and not path.exists():  # words to look for, where the corpus was forgotten
+            raise SettingsError("is no file, no folder and no recipe", repr(corpus),
+                                "The corpus comes before what is looked for: a file, a folder or a recipe")  # fmt: skip
         recipe = load_settings(corpus)
         tree = {"corpus": recipe.corpus.model_dump(), "run": {"seed": recipe.run.seed}}  # the seed chooses the sample
         max_length = recipe.encoder.max_length

@@ -168,11 +168,11 @@ def _print_scoreboard(console: Console, board: Scoreboard) -> None:
             console.print(scoreboard_table(f"{suite}, {split}", rows, columns))
     if board.differences:
         table = Table(title="second model - first model, paired bootstrap")
-        for column in ("score", "difference", "95 % interval", "p"):
+        for column in ("score", "of", "difference", "95 % interval", "p"):
             table.add_column(column, justify="left" if column == "score" else "right")
         for d in board.differences:
             digits = 2 if abs(d.first) >= 2 else 4
             interval = f"{d.low:+.{digits}f} to {d.high:+.{digits}f}"
             p_value = f"< {d.resolution:.3f}" if d.p_value <= d.resolution else f"{d.p_value:.3f}"
-            table.add_row(d.name, f"{d.second - d.first:+.{digits}f}", interval, p_value)
+            table.add_row(d.name, f"{d.items:,}", f"{d.second - d.first:+.{digits}f}", interval, p_value)
         console.print(table)

@@ -72,6 +72,8 @@ def run_training(settings: Settings, console: Console) -> dict[str, Any]:
         result = run_train(settings)
     console.print(score_table(result.before, result.after, result.whitened_base))
     console.print(f"model: {result.model}  (best on dev at step {result.best_step} of {result.steps})", markup=False)
+    if result.report is not None:
+        console.print(f"report: {result.report}", markup=False, highlight=False)
     if result.verdict is not None:
         style = "yellow" if result.verdict.is_base else None
         console.print(describe_verdict(result.verdict), style=style, markup=False, highlight=False)

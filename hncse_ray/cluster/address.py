@@ -7,6 +7,7 @@ http://HOST:8265, which takes jobs.
 from __future__ import annotations
 
 import socket
+from http.client import BadStatusLine, RemoteDisconnected
 from urllib.parse import urlsplit
 
 import grpc
@@ -144,4 +145,6 @@ def _root(error: BaseException) -> str:
         return "what answers is no JSON of Ray's"
     while inner := error.__cause__ or error.__context__:
         error = inner
+    if isinstance(error, BadStatusLine) and not isinstance(error, RemoteDisconnected):
+        return "what answers does not speak HTTP"
     return str(getattr(error, "strerror", None) or error or type(error).__name__)

@@ -35,6 +35,7 @@ class RunResult:
         after: the same of ``model``.
         whitened_base: the same of the base whitened on the corpus without training; empty where it was not scored.
         verdict: what ``model`` is made of, and what dev says of it; None of runs of earlier versions.
+        report: the run's page on this machine; None where there is none, as of the trials of a sweep.
     """
 
     model: str
@@ -45,6 +46,7 @@ class RunResult:
     after: dict[str, dict[str, float]]
     whitened_base: dict[str, dict[str, float]] = field(default_factory=dict)
     verdict: Verdict | None = None
+    report: str | None = None
 
 
 def train(settings: Settings, *, sentences: Sequence[str] | None = None, reporter: Reporter | None = None) -> RunResult:
@@ -85,6 +87,7 @@ def train_by(
                 _write_page(folder.path)
         else:
             logger.info("run %s is finished already", settings.run.name)
+    page = folder.path / "report.html"
     return RunResult(
         model=f"{folder.place}/model",
         steps=result.step,
@@ -94,6 +97,7 @@ def train_by(
         after=result.after,
         whitened_base=result.whitened_base,
         verdict=result.verdict,
+        report=str(page) if page.exists() else None,
     )
 
 

@@ -33,6 +33,7 @@ EXCLUDES = (".git", ".venv", "venv", "/runs", "__pycache__", ".*_cache", ".hypot
 _SECRET = re.compile(r"token|secret|passw|credential|(^|_)key($|_)|authorization", re.IGNORECASE)
 # A job that is stopped gets what Ctrl-C would give it, and time to put its workers away; Ray's way is SIGTERM and 3 s.
 _STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "30"}
+_BODY_LIMIT = re.compile(r"Maximum request body size (\d+)")
 _FAILURES = (RuntimeError, RayError, requests.RequestException)
 _NEWS_S = 20.0  # without a line of log for so long, the job's state is asked for
 _LOST_S = 180.0
@@ -205,7 +206,7 @@ def submit_job(request: JobRequest, *, address: str | None = None) -> Job:
     """
     variables = _environment(request.environment)
     client = _connect(address)
-    _check_size(request.working_dir, EXCLUDES)
+    _check_size(request.working_dir)
     end = time.monotonic() + _AGENT_S
     while True:
         try:
@@ -225,6 +226,9 @@ def submit_job(request: JobRequest, *, address: str | None = None) -> Job:
                 logger.info("the head is not ready for jobs yet; trying again")
                 time.sleep(3)
                 continue
+            if limit := _BODY_LIMIT.search(str(error)):  # how large it is once packed is known only now
+                taken = f"the {int(limit[1]) / 2**20:,.0f} MiB that the job server takes"
+                raise _too_large(request.working_dir, f"the packed folder is larger than {taken}") from error
             reason = str(error).strip().splitlines()[-1]
             url = str(client.get_address())
             hint = _NO_AGENT if "No available agent" in reason else proxy_hint(url)
@@ -241,25 +245,36 @@ def _environment(names: Sequence[str]) -> dict[str, str]:
     return {name: os.environ[name] for name in names}
 
 
-def _check_size(folder: Path, excludes: Sequence[str]) -> None:
-    """Refuse a folder larger than Ray takes, before it is packed; by Ray's own rules of what belongs to it."""
+def _check_size(folder: Path) -> None:
+    """Refuse a folder larger than Ray takes, before it is packed."""
     if not folder.is_dir():
         raise StorageError("is not a folder", str(folder), "Name the folder to upload with --working-dir")
+    if (size := sum(_sizes(folder).values())) >= GCS_STORAGE_MAX_SIZE:
+        limit = GCS_STORAGE_MAX_SIZE / 2**20
+        raise _too_large(folder, f"{size / 2**20:,.0f} MiB are too large to upload, Ray takes {limit:,.0f}")
+
+
+def _too_large(folder: Path, what: str) -> StorageError:
+    sizes = _sizes(folder)
+    largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:3]
+    return StorageError(
+        f"{what}; the largest files are"
+        f" {', '.join(f'{p.relative_to(folder)} ({sizes[p] / 2**20:,.0f})' for p in largest)}",
+        f"--working-dir {folder}",
+        "List what the job does not need in .rayignore, and put data where all nodes see it",
+    )
+
+
+def _sizes(folder: Path) -> dict[Path, int]:
+    """Return the files that are uploaded, with their bytes, by Ray's own rules of what belongs to a folder."""
     sizes: dict[Path, int] = {}
 
     def count(path: Path) -> None:
         if path.is_file():
             sizes[path] = path.stat().st_size
 
-    _dir_travel(folder, [_get_excludes(folder, list(excludes))], count, include_gitignore=True, logger=_quiet)
-    if (size := sum(sizes.values())) >= GCS_STORAGE_MAX_SIZE:
-        largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:3]
-        raise StorageError(
-            f"{size / 2**20:,.0f} MiB are too large to upload, Ray takes {GCS_STORAGE_MAX_SIZE / 2**20:,.0f};"
-            f" the largest are {', '.join(f'{p.relative_to(folder)} ({sizes[p] / 2**20:,.0f})' for p in largest)}",
-            f"--working-dir {folder}",
-            "List what the job does not need in .rayignore, and put data where all nodes see it",
-        )
+    _dir_travel(folder, [_get_excludes(folder, list(EXCLUDES))], count, include_gitignore=True, logger=_quiet)
+    return sizes
 
 
 def _connect(address: str | None) -> JobSubmissionClient:

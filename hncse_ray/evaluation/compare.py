@@ -31,6 +31,7 @@ class Difference:
         p_value: two-sided, of no difference; see :attr:`resolution`.
         resolution: the smallest p-value that so many resamples can show: all of them lay on one side. The true one
             may be smaller still.
+        items: pairs or queries that were drawn from.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Difference:
     high: float
     p_value: float
     resolution: float
+    items: int
 
 
 def compare_sts(
@@ -70,9 +72,11 @@ def compare_sts(
         whole_2, sampled_R2 = _correlated(both, gold_N, rng.integers(0, len(gold_N), (resamples, len(gold_N))))
         whole_T.append(whole_2)
         sampled_T.append(sampled_R2)
-        found.append(_difference(name, whole_2, sampled_R2))
+        found.append(_difference(name, whole_2, sampled_R2, len(gold_N)))
     if set(sets) == set(STS_TASKS):
-        found.append(_difference("avg", np.mean(whole_T, axis=0), np.mean(sampled_T, axis=0)))
+        found.append(
+            _difference("avg", np.mean(whole_T, axis=0), np.mean(sampled_T, axis=0), sum(d.items for d in found))
+        )
     return found
 
 
@@ -112,11 +116,12 @@ def compare_retrieval(
             whole_2, sampled_R2 = _mean_earned(np.stack([of_encoder[metric] for of_encoder in scores_2]), draws_RQ)
             whole.setdefault(metric, []).append(whole_2)
             sampled.setdefault(metric, []).append(sampled_R2)
-            found.append(_difference(f"{name}/{metric}", whole_2, sampled_R2))
+            found.append(_difference(f"{name}/{metric}", whole_2, sampled_R2, len(data.queries)))
     if len(sets) > 1:
         for metric in whole:
             means = (np.mean(of_sets[metric], axis=0) for of_sets in (whole, sampled))
-            found.append(_difference(f"{mean}/{metric}", *means))
+            queries = sum(len(data.queries) for data in sets.values())
+            found.append(_difference(f"{mean}/{metric}", *means, queries))
     return found
 
 
@@ -148,7 +153,8 @@ def compare_earned(
             whole_2, sampled_R2 = _correlated(both, gold[set_name], draws_RN)
         whole_S.append(whole_2)
         sampled_S.append(sampled_R2)
-    return _difference(name, np.mean(whole_S, axis=0), np.mean(sampled_S, axis=0))
+    items = sum(len(both[0]) for both in earned.values())
+    return _difference(name, np.mean(whole_S, axis=0), np.mean(sampled_S, axis=0), items)
 
 
 def mean_and_spread(runs: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:
@@ -180,7 +186,7 @@ def _spearmans(both: Sequence[FloatArray], gold_N: FloatArray, index_N: Ints) ->
     return np.array([100 * spearmanr(cosine_N[index_N], gold_N[index_N]).statistic for cosine_N in both])
 
 
-def _difference(name: str, whole_2: FloatArray, sampled_R2: FloatArray) -> Difference:
+def _difference(name: str, whole_2: FloatArray, sampled_R2: FloatArray, items: int) -> Difference:
     delta_R = sampled_R2[:, 1] - sampled_R2[:, 0]
     low, high = np.percentile(delta_R, [2.5, 97.5])
     # Samples on the other side of no difference, and the observed one itself: a p-value is never 0 (Davison & Hinkley
@@ -188,4 +194,4 @@ def _difference(name: str, whole_2: FloatArray, sampled_R2: FloatArray) -> Diffe
     resolution = 2 / (len(delta_R) + 1)
     beyond = min(np.count_nonzero(delta_R <= 0), np.count_nonzero(delta_R >= 0))
     p_value = min(1.0, (beyond + 1) * resolution)
-    return Difference(name, float(whole_2[0]), float(whole_2[1]), float(low), float(high), p_value, resolution)
+    return Difference(name, float(whole_2[0]), float(whole_2[1]), float(low), float(high), p_value, resolution, items)

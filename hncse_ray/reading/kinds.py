@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -81,8 +82,18 @@ def expand_path(pattern: str, *, folders: bool = False) -> list[Path]:
         return [Path(expanded)]
     matches = [match for match in sorted(glob.glob(expanded, recursive=True)) if folders or os.path.isfile(match)]
     if not matches:
-        raise DataError("matches no file", pattern, f"Paths are relative to {os.getcwd()}")
+        raise DataError("matches no file", pattern, relative_hint(expanded))
     return [Path(match) for match in matches]
+
+
+def relative_hint(path: str | Path) -> str:
+    """Say what a path that was not found is relative to; nothing of an absolute one."""
+    return "" if os.path.isabs(path) else f"Paths are relative to {os.getcwd()}"
+
+
+def is_missing(pattern: str) -> bool:
+    """Whether a path names nothing. Of a glob, a URL and a package this is not known, so they are not missing."""
+    return not re.search(r"[*?[]|://|^package:", pattern) and not os.path.lexists(os.path.expanduser(pattern))
 
 
 def check_file(path: Path) -> None:
@@ -99,7 +110,7 @@ def check_file(path: Path) -> None:
                 f"Name its files, such as {path}/*.txt, or set corpus.source=documents",
             )
         if not path.exists():
-            raise DataError("no such file", str(path), f"Paths are relative to {os.getcwd()}")
+            raise DataError("no such file", str(path), relative_hint(path))
         with path.open("rb") as stream:
             if not stream.read(1):
                 raise DataError("is empty", str(path))

@@ -138,9 +138,9 @@ def score_table(
 ) -> Table:
     """Return scores before and after training, a row for each metric and split; beside them the control's, if known."""
     table = Table(title="Scores before and after training")
-    table.add_column("metric")
+    table.add_column("metric", overflow="fold")
     table.add_column("split")
-    for name in ("before", *(["whitened base"] if whitened_base else []), "after", "gain"):
+    for name in ("before", *(["whitened\nbase"] if whitened_base else []), "after", "gain"):
         table.add_column(name, justify="right")
     for split, scores in after.items():
         for metric, value in scores.items():

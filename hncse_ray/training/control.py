@@ -13,7 +13,7 @@ from hncse_ray.training.distributed import KnownEncode
 from hncse_ray.training.evaluator import Measured, Scores, Split
 from hncse_ray.training.whitening import Whitened, corpus_spread
 
-_ROWS_PER_DIMENSION = 4  # of the corpus: with ten the scores are the same to 0.006 (benchmarks/LOG.md)
+_ROWS_PER_DIMENSION = 2  # of the corpus: with ten the scores are no better (benchmarks/LOG.md)
 
 
 def whitened_base(

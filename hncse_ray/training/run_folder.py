@@ -23,6 +23,7 @@ import yaml
 from hncse_ray.config import Settings
 from hncse_ray.corpus.cache import cache_folder
 from hncse_ray.errors import StorageError
+from hncse_ray.reading.kinds import is_missing
 from hncse_ray.reporting.events import RunFinished
 from hncse_ray.reporting.records import METRICS, SAMPLES
 from hncse_ray.storage import (
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 PATIENCE_S = 300.0  # the storage may be away for so long at the start and at the end of a run
 RECORDS = (METRICS, SAMPLES, "tensorboard")
-_OTHER = "Choose another run.name, or remove the folder"
+_OTHER = "Choose another run.name, or remove the folder with all that is in it"
 # Settings that may change between the start of a run and its resumption: they do not change what is computed.
 _FREE = (
     "run.storage_path",
@@ -264,8 +265,13 @@ def _refuse(store: Remote, settings: Settings) -> str | None:
         raise StorageError("holds no settings", f"{store.url}/settings.yaml", _OTHER)
     old, new = dict(_leaves(tree)), dict(leaves(settings))
     keys = [key for key in sorted(old.keys() | new.keys()) if not key.startswith(_FREE)]
-    if changed := [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]:
-        raise StorageError(f"holds a run with other settings: {'; '.join(changed)}", store.url, _OTHER)
+    if changed := {
+        key: f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)
+    }:
+        gone = [path for path in settings.corpus.path if settings.corpus.source != "hub" and is_missing(path)]
+        if gone and "corpus.path" in changed:
+            changed["corpus.path"] += f" (and there is no {gone[0]})"
+        raise StorageError(f"holds a run with other settings: {'; '.join(changed.values())}", store.url, _OTHER)
     return stored
 
 

@@ -80,7 +80,8 @@ def unwritable_cache(folder: Path) -> list[str]:
 
 LINES = "".join(f"{s}\n" for s in SENTENCES).encode()
 BAD_RUNS: dict[str, Case] = {
-    "missing corpus": (overrides("corpus.path=HERE/none.txt"), ("none.txt: no such file", "Paths are relative to")),
+    "missing corpus": (overrides("corpus.path=HERE/none.txt"), ("none.txt: no such file",)),
+    "missing corpus beside": (overrides("corpus.path=none.txt"), ("none.txt: no such file", "Paths are relative to")),
     "a directory": (overrides("corpus.path=HERE", "corpus.source=text"), ("is a directory", "Name its files")),
     "a folder without documents": (
         lambda folder: [*text_file("tables/a.jsonl", b"{}\n")(folder), f"corpus.path={folder}/tables"],
@@ -415,6 +416,12 @@ class TestEncode:
 
     def test_an_unknown_model(self, texts: Path, tmp_path: Path) -> None:
         self.assert_refusal(tmp_path / "v.npy", "no such model folder", model=tmp_path / "none", texts=texts)
+
+
+def test_a_query_in_the_place_of_the_corpus(saved_model: Path) -> None:
+    assert_refused(
+        hncse("search", saved_model, "mobile library"), "is no file, no folder and no recipe", "comes before"
+    )
 
 
 @pytest.mark.parametrize("query", ["", "  ", "\u200b\u2060", "\ue000"])

@@ -40,6 +40,7 @@ def test_a_table_and_a_command_train_a_retriever(recipe: Path, tmp_path: Path) -
     )
     logged = [json.loads(line) for line in (tmp_path / "runs/small/metrics.jsonl").read_text().splitlines()]
     assert any("negatives/removed_same_document" in json.dumps(line) for line in logged)
+    assert Path(result["report"]) == tmp_path / "runs/small/report.html" and Path(result["report"]).is_file()
     card = (Path(result["model"]) / "README.md").read_text()
     assert "unlabelled" not in card and "encode_query" in card
     model = SentenceTransformer(result["model"], device="cpu")

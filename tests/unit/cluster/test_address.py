@@ -95,6 +95,7 @@ def test_submitting_to_what_is_no_ray_is_refused(other: str, scheme: str) -> Non
         submit_job(JobRequest(("train",)), address=scheme + other)
     assert other in caught.value.where and caught.value.hint
     assert "nothing answers there" in str(caught.value) or "no Ray job server answers there (" in str(caught.value)
+    assert str(caught.value).isprintable()  # and no bytes of another protocol
 
 
 def test_commands_that_join_a_cluster_ask_before_they_work(

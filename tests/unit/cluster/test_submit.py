@@ -63,23 +63,40 @@ def test_variables_are_passed_by_name_and_must_be_set(monkeypatch: pytest.Monkey
         submit._environment(["HNCSE_NOT"])
 
 
+def test_a_folder_that_is_too_large_once_packed_is_named_with_its_largest_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Server:
+        """Refuses what it is sent, as Ray 2.60's does."""
+
+        def submit_job(self, **job: Any) -> str:
+            raise RuntimeError("Request failed with status code 413: Maximum request body size 104857600 exceeded, x.")
+
+    monkeypatch.setattr(submit, "_connect", lambda address: Server())
+    (tmp_path / "small.txt").write_bytes(b"x")
+    (tmp_path / "large.bin").write_bytes(b"x" * 3 * 2**20)
+    with pytest.raises(StorageError, match=r"larger than the 100 MiB .*largest files are large\.bin \(3\)") as caught:
+        submit_job(JobRequest(("train",), working_dir=tmp_path))
+    assert ".rayignore" in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
 def test_a_folder_is_measured_without_what_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit, "GCS_STORAGE_MAX_SIZE", 10_000)
     for name in (".venv/lib.so", ".git/pack", "runs/a/model", "data/corpus.txt", "ignored.bin", "sub/.mypy_cache/x"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x" * 9_000)
     (tmp_path / ".gitignore").write_text("*.bin\n")
-    submit._check_size(tmp_path, submit.EXCLUDES)
+    submit._check_size(tmp_path)
     (tmp_path / "sub" / "runs.py").write_bytes(b"x" * 900)
     (tmp_path / "sub" / "runs").mkdir()
     (tmp_path / "sub" / "runs" / "kept.txt").write_bytes(b"x" * 900)
     with pytest.raises(StorageError, match=r"too large to upload.*data/corpus\.txt") as caught:
-        submit._check_size(tmp_path, submit.EXCLUDES)
+        submit._check_size(tmp_path)
     assert ".rayignore" in str(caught.value)
     (tmp_path / ".rayignore").write_text("data\n")
-    submit._check_size(tmp_path, submit.EXCLUDES)
+    submit._check_size(tmp_path)
     with pytest.raises(StorageError, match="is not a folder"):
-        submit._check_size(tmp_path / "none", submit.EXCLUDES)
+        submit._check_size(tmp_path / "none")
 
 
 @pytest.mark.parametrize(

@@ -314,6 +314,9 @@ class TestBadModels:
 
     def test_empty_folder(self, tmp_path: Path) -> None:
         assert "no config.json" in self.failure(tmp_path)
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "modules.json").write_text("[]")
+        assert f"Name {tmp_path}/model" in self.failure(tmp_path)  # the folder of a run
 
     def test_no_tokenizer(self, tmp_path: Path) -> None:
         make_model(tmp_path)

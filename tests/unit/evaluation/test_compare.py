@@ -66,6 +66,7 @@ def test_retrieval_scores_are_those_of_the_evaluation_and_a_better_encoder_is_fo
             {f"pairs/{metric}": score for metric, score in scores.items()}
         )
     for d in found.values():
+        assert d.items == len(DATA.queries)
         assert 0 < d.low < d.second - d.first < d.high and d.p_value == d.resolution == 2 / 1001
 
 

@@ -2,6 +2,7 @@ import pytest
 
 from hncse_ray.errors import DataError
 from hncse_ray.reading import kind_of
+from hncse_ray.reading.kinds import is_missing
 
 
 @pytest.mark.parametrize(
@@ -41,3 +42,10 @@ def test_what_is_not_read_is_not_taken_for_text(name):
 def test_parquet_inside_gzip():
     with pytest.raises(DataError, match="Parquet inside gzip"):
         kind_of("a.parquet.gz")
+
+
+def test_what_may_be_elsewhere_is_not_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.txt").write_text("x")
+    assert is_missing("none.txt") and is_missing(str(tmp_path / "none")) and is_missing("~/no such folder/a.txt")
+    assert not any(map(is_missing, ["there.txt", str(tmp_path), "*.none", "a[1].txt", "s3://bucket/a.txt"]))

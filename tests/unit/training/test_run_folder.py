@@ -61,7 +61,8 @@ class TestClaiming:
             ("corpus.min_words=4", "corpus.min_words was 1, now 4"),
             ("objective.name=three_view", "objective.name was 'info_nce', now 'three_view'"),
             ("objective.name=hybrid", "objective.k was None, now 10"),
-            ("corpus.path=[a, b]", "corpus.path was ['sentences.txt'], now ['a', 'b']"),
+            ("corpus.path=[a, b]", "corpus.path was ['sentences.txt'], now ['a', 'b'] (and there is no a)"),
+            ("corpus.path=*.txt", "corpus.path was ['sentences.txt'], now ['*.txt']."),
         ],
     )
     def test_other_settings_are_refused_and_the_key_is_named(self, tmp_path: Path, override: str, said: str) -> None:
