@@ -119,9 +119,9 @@ def compare_retrieval(
             found.append(_difference(f"{name}/{metric}", whole_2, sampled_R2, len(data.queries)))
     if len(sets) > 1:
         for metric in whole:
-            means = (np.mean(of_sets[metric], axis=0) for of_sets in (whole, sampled))
+            whole_2, sampled_R2 = (np.mean(of_sets[metric], axis=0) for of_sets in (whole, sampled))
             queries = sum(len(data.queries) for data in sets.values())
-            found.append(_difference(f"{mean}/{metric}", *means, queries))
+            found.append(_difference(f"{mean}/{metric}", whole_2, sampled_R2, queries))
     return found
 
 

@@ -76,6 +76,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(recipe: Path, tmp_path: Path)
     assert again.is_gone(), again.processes()
 
 
+@pytest.mark.slow
 def test_its_settings_can_be_searched(recipe: Path, tmp_path: Path) -> None:
     space = {
         "parameters": {

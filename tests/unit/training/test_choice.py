@@ -23,7 +23,7 @@ from hncse_ray.evaluation import compare_retrieval
 from hncse_ray.reporting import Event, MetricsFile, RunFinished, StageProgress, Verdict, describe_verdict
 from hncse_ray.reporting.events import StepsLogged
 from hncse_ray.reporting.run_page import write_run_page
-from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets, loop
+from hncse_ray.training import EvaluationSets, TrainJob, control, fit, load_evaluation_sets, loop
 from hncse_ray.training.control import whitened_base
 from hncse_ray.training.distributed import KnownEncode
 from hncse_ray.training.evaluator import Measured
@@ -265,8 +265,9 @@ def test_without_a_dev_set_nothing_is_judged_and_the_settings_hold(tree: Tree, t
 
 
 def test_the_base_whitened_on_the_corpus_is_the_control_of_every_run_that_is_tested(
-    documents: Tree, tmp_path: Path
+    documents: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(control, "_ROWS_PER_DIMENSION", 10)  # as the choice has it
     settings = load_settings(documents, [])
     found, _ = finished(settings, tmp_path / "one")
     assert found.whitened_base_power in (0.125, 0.25) and found.whitened_base.keys() == {"dev", "test"}
