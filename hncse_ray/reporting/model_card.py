@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -62,40 +62,22 @@ class CardFacts:
     """What a card tells; plain values.
 
     Attributes:
-        settings: the resolved settings, as a tree of plain values.
+        settings: the resolved settings, as a tree.
         usage: how the model is used.
         base: front matter that tells of the base model, as far as known: ``base_model`` with ``base_model_revision`` if
             it is one of the hub, and what is passed on of its card: licence and language.
-        corpus_digest: names source, tokenizer and settings of the corpus.
-        corpus_rows: unique sentences or pairs trained on.
-        corpus_read: lines that they were chosen from.
-        steps: optimiser steps taken.
-        best_step: the step whose weights these are.
-        before: scores by split and ``suite/metric`` of the base model.
-        after: the same of this model.
-        index_step: the step whose weights the last index of global negatives was made from; None without one.
-        verdict: what is made of the weights of that step, and what dev says of it; None where it is not known.
-        whitened_base: scores of the base whitened on the corpus, the control; empty where it was not scored.
-        whitened_base_power: of that whitening; 0 where it was not scored.
-        corpus_without_positive: sentences among the pairs that had no positive; None where there are no pairs.
-        corpus_documents: documents that the rows are passages of; None where they are none.
+        corpus: the fields of its ``PrepareReport``.
+        state: the fields of the ``TrainState`` at the end of the run.
+        after: scores by split and ``suite/metric`` of this model; those of its base are in ``state``.
+        verdict: what is made of the weights of the best step, and what dev says of it; None where it is not known.
     """
 
     settings: Mapping[str, Any]
     usage: Usage
     base: Mapping[str, Any]
-    corpus_digest: str
-    corpus_rows: int
-    corpus_read: int
-    steps: int
-    best_step: int
-    before: Scores
+    corpus: Mapping[str, Any]
+    state: Mapping[str, Any]
     after: Scores
-    index_step: int | None
-    whitened_base: Scores = field(default_factory=dict)
-    whitened_base_power: float = 0.0
-    corpus_without_positive: int | None = None
-    corpus_documents: int | None = None
     verdict: Verdict | None = None
 
 

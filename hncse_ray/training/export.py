@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +52,10 @@ def write_model(
             settings=settings.model_dump(mode="json"),
             usage=usage(encoder),
             base=base_front_matter(settings.encoder),
-            corpus_digest=corpus.digest,
-            corpus_rows=corpus.report.rows,
-            corpus_read=corpus.report.read,
-            corpus_without_positive=corpus.report.without_positive,
-            corpus_documents=corpus.report.documents,
-            steps=state.step,
-            best_step=state.best_step,
-            verdict=verdict,
-            before=state.before,
-            whitened_base=state.whitened_base,
-            whitened_base_power=state.whitened_base_power,
+            corpus=asdict(corpus.report),
+            state=asdict(state),
             after=after,
-            index_step=None if state.index_version is None else int(state.index_version["step"]),
+            verdict=verdict,
         )
     )
     encoder.save(folder, readme=card)

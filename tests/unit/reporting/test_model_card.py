@@ -25,27 +25,30 @@ USAGE = Usage(
 )
 
 
-def facts(*overrides: str, **changed: Any) -> CardFacts:
+def facts(*overrides: str, corpus: Any = None, state: Any = None, **changed: Any) -> CardFacts:
+    """Facts of a small run; ``corpus`` and ``state`` replace some of theirs."""
     tree = {
         "run": {"name": "mine", "seed": 7, "storage_path": "/home/someone/runs"},
         "corpus": {"source": "text", "path": ["/home/someone/secret/notes.txt"], "cache_dir": "/home/someone/cache"},
         "encoder": {"model": "/home/someone/base"},
         "evaluation": {"senteval_path": "/home/someone/senteval"},
     }
-    settings = load_settings(tree, overrides).model_dump(mode="json")
+    ended = {
+        "step": 80,
+        "best_step": 60,
+        "corpus_digest": "abc123",
+        "before": {"dev": {"stsb/spearman": 80.0}, "test": {"stsb/spearman": 79.0}},
+        "whitened_base": {},
+        "whitened_base_power": 0.0,
+        "index_version": None,
+    }
     plain = CardFacts(
-        settings=settings,
+        settings=load_settings(tree, overrides).model_dump(mode="json"),
         usage=USAGE,
         base={},
-        corpus_digest="abc123",
-        corpus_rows=4200,
-        corpus_read=5000,
-        corpus_without_positive=None,
-        steps=80,
-        best_step=60,
-        before={"dev": {"stsb/spearman": 80.0}, "test": {"stsb/spearman": 79.0}},
+        corpus={"rows": 4200, "read": 5000, "without_positive": None, "documents": None} | (corpus or {}),
+        state=ended | (state or {}),
         after={"dev": {"stsb/spearman": 82.0}, "test": {"stsb/spearman": 81.12345}},
-        index_step=None,
     )
     return replace(plain, **changed)
 
@@ -82,15 +85,19 @@ def test_scores_are_told_in_their_units_and_beside_what_they_are_not_compared_wi
     assert "stsb is Spearman correlation x 100" in text and "base whitened on the same corpus" in text
     scores = {"dev": {"retrieval/ndcg@10": 0.5}}
     text = model_card(facts("evaluation.suites=[retrieval]", "evaluation.metric=retrieval/ndcg@10",
-                            "evaluation.collection=c", before=scores, after=scores))  # fmt: skip
+                            "evaluation.collection=c", state={"before": scores}, after=scores))  # fmt: skip
     assert "its scores are somewhat too good" in text and "test split" not in text
     assert "stsb" not in text.split("## Scores")[1].split("## Training")[0] and "All are from 0 to 1" in text
 
 
 def test_the_whitened_base_stands_beside_the_gain() -> None:
-    before, after = {"dev": {"stsb/spearman": 78.0}}, {"dev": {"stsb/spearman": 82.0, "pairs/mrr": 0.4}}
-    whitened = {"dev": {"stsb/spearman": 80.5}}
-    text = model_card(facts(before=before, after=after, whitened_base=whitened, whitened_base_power=0.25))
+    after = {"dev": {"stsb/spearman": 82.0, "pairs/mrr": 0.4}}
+    state = {
+        "before": {"dev": {"stsb/spearman": 78.0}},
+        "whitened_base": {"dev": {"stsb/spearman": 80.5}},
+        "whitened_base_power": 0.25,
+    }
+    text = model_card(facts(state=state, after=after))
     assert "| score | split | before | whitened base | after |" in text
     assert "| stsb/spearman | dev | 78.0000 | 80.5000 | 82.0000 |" in text
     assert "| pairs/mrr | dev |  | | 0.4000 |" in text
@@ -98,7 +105,7 @@ def test_the_whitened_base_stands_beside_the_gain() -> None:
 
 
 def test_without_scores_or_a_known_licence_it_says_so() -> None:
-    text = model_card(facts(before={}, after={"dev": {}}))
+    text = model_card(facts(state={"before": {}}, after={"dev": {}}))
     data = ModelCard(text).data
     assert data.license == "other" and data.get("eval_results") is None and data.get("language") is None
     assert "whitened" not in text and "on dev" not in text.split("<details>")[0]
@@ -107,7 +114,9 @@ def test_without_scores_or_a_known_licence_it_says_so() -> None:
 
 
 def test_it_tells_how_the_model_came_to_be() -> None:
-    text = model_card(facts("negatives.source=pool", "negatives.refresh_every_steps=50", index_step=50))
+    text = model_card(
+        facts("negatives.source=pool", "negatives.refresh_every_steps=50", state={"index_version": {"step": 50}})
+    )
     for said in (
         "seed: 7", "abc123", "4,200 unique sentences kept of 5,000 lines", "`notes.txt`", "temperature 0.05",
         "| stsb/spearman | test | 79.0000 | 81.1235 |", "step 60", "80 of 64 sentences",
@@ -117,9 +126,9 @@ def test_it_tells_how_the_model_came_to_be() -> None:
         assert said in text, said
     assert f"hncse-ray {__version__}, sentence-transformers 6." in text
     assert "of the batch only" in model_card(facts())
-    base = model_card(facts(best_step=0))
+    base = model_card(facts(state={"best_step": 0}))
     assert "no step of the training scored better" in base and "adapted to the corpus" not in base
-    whitened = model_card(facts(best_step=0, verdict=Verdict(step=0, merge=0, whiten=1)))
+    whitened = model_card(facts(state={"best_step": 0}, verdict=Verdict(step=0, merge=0, whiten=1)))
     assert "adapted to the corpus" in whitened and "base whitened on the same corpus" not in whitened
 
 
@@ -198,12 +207,12 @@ def test_a_hub_corpus_is_named_in_the_front_matter() -> None:
 def test_pairs_are_called_so() -> None:
     changes = ["corpus.source=csv", "corpus.column=question", "corpus.positive_column=answer",
                "corpus.negative_columns=[wrong, worse]"]  # fmt: skip
-    text = model_card(facts(*changes, corpus_without_positive=7))
+    text = model_card(facts(*changes, corpus={"without_positive": 7}))
     assert "4,200 pairs by InfoNCE" in text and "unlabelled" not in text and "without labels" not in text
     assert "of `question` and `answer` with the negatives of `wrong`, `worse`; 7 without a positive" in text
     assert "the other pairs of the batch and those given" in text
     assert text.count("\n- corpus digest") == 1 and "dropout views" in text
-    assert "dropout views" not in model_card(facts(*changes, corpus_without_positive=0))
+    assert "dropout views" not in model_card(facts(*changes, corpus={"without_positive": 0}))
     plain = model_card(facts())
     assert (
         "unlabelled sentences" in plain and "trained without labels" in plain and "pairs" not in plain.split("```")[0]
@@ -212,7 +221,7 @@ def test_pairs_are_called_so() -> None:
 
 def test_passages_and_code_are_told_of():
     changes = ["corpus.source=documents", "corpus.path=docs"]
-    text = model_card(facts(*changes, corpus_documents=40))
+    text = model_card(facts(*changes, corpus={"documents": 40}))
     assert "unlabelled passages by unsupervised SimCSE" in text
     assert "unique passages kept of" in text and " documents\n" in text
     text = model_card(facts("corpus.source=python-code", "corpus.path=[]", "corpus.packages=[numpy]"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tiny import make_sentences
 
 from hncse_ray.config import EncoderSettings, LoraSettings, load_settings
-from hncse_ray.corpus import prepare_corpus
+from hncse_ray.corpus import PrepareReport, prepare_corpus
 from hncse_ray.encoder import SentenceEncoder, load_encoder
 from hncse_ray.reporting.model_card import CardFacts, model_card
 from hncse_ray.storage import write_folder
 from hncse_ray.training import TrainJob, fit, load_evaluation_sets
-from hncse_ray.training.checkpoint import Request
+from hncse_ray.training.checkpoint import Request, TrainState
 from hncse_ray.training.export import usage
 
 
@@ -78,8 +79,8 @@ def test_the_card_of_a_run(small_run: dict[str, Any], tmp_path: Path) -> None:
 def card_of(encoder: SentenceEncoder) -> str:
     """The card of a run that took no step."""
     settings = load_settings({"corpus": {"path": "x.txt"}}).model_dump(mode="json")
-    facts = CardFacts(settings, usage(encoder), {}, "digest", 1, 1, 0, 0, {}, {"dev": {}}, None)
-    return model_card(facts)
+    report = PrepareReport(rows=1, read=1, dropped={}, seconds=0.0, mean_tokens=1.0)
+    return model_card(CardFacts(settings, usage(encoder), {}, asdict(report), asdict(TrainState()), {"dev": {}}))
 
 
 def run_code(card: str, folder: Path) -> list[np.ndarray]:
