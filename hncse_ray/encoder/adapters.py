@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,16 +50,3 @@ def add_adapters(model: SentenceTransformer, settings: LoraSettings, *, seed: in
 def has_adapters(model: SentenceTransformer) -> bool:
     """Return whether only adapters of a model are trained."""
     return hasattr(model[0].model, "peft_config")
-
-
-@contextmanager
-def merged_adapters(model: SentenceTransformer) -> Iterator[None]:
-    """Have a model without adapters that gives the vectors of the one with them, while the context lasts."""
-    transformer: Any = model[0]
-    backbone = transformer.model
-    if has_adapters(model):
-        transformer.model = copy.deepcopy(backbone).merge_and_unload()
-    try:
-        yield
-    finally:
-        transformer.model = backbone

@@ -134,10 +134,7 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Attend within each row; ``[1, heads, T, width]`` each, and ``[1, T, heads, width]`` back."""
     if cu_seq_lens_q is None:
-        options: dict[str, Any] = others | {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
-        attend_padded: Any = sdpa_attention_forward
-        padded: tuple[Tensor, None] = attend_padded(module, query, key, value, attention_mask, **options)
-        return padded
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **others)
     window = others.get("sliding_window")
     if others.get("softcap") is not None or others.get("s_aux") is not None or others.get("position_bias") is not None:
         raise ValueError("attention with a soft cap, sinks or a bias of positions takes no packed rows")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hncse_ray.config import Precision, Side
 from hncse_ray.corpus.batches import pad_rows
-from hncse_ray.encoder.adapters import has_adapters, merged_adapters
+from hncse_ray.encoder.adapters import has_adapters
 from hncse_ray.encoder.attention import use_packed_attention
 from hncse_ray.encoder.hardware import autocast_dtype, ready_for, to_device
 from hncse_ray.encoder.head import TrainingHead
@@ -151,13 +152,7 @@ class SentenceEncoder(nn.Module):
 
     def placed(self, layout: dict[str, Any]) -> dict[str, Any]:
         """Return what :meth:`layout` has laid out on the model's device."""
-        features = {
-            name: to_device(value, self.device) if isinstance(value, Tensor) else value
-            for name, value in layout.items()
-        }
-        if "cu_seq_lens_q" in features:
-            features["cu_seq_lens_k"] = features["cu_seq_lens_q"]
-        return features
+        return {k: to_device(v, self.device) if isinstance(v, Tensor) else v for k, v in layout.items()}
 
     def layout(self, rows: TokenRows, *, side: Side | None = None, pack: bool | None = None) -> dict[str, Any]:
         """Lay token rows out in the host's memory; from any thread.
@@ -178,12 +173,13 @@ class SentenceEncoder(nn.Module):
             features["prompt_length"] = length
         if (self.packs if pack is None else pack) and lengths_B.max() <= self._reach:
             order_B = np.argsort(lengths_B, kind="stable")
-            bounds = np.concatenate([[0], np.cumsum(lengths_B[order_B])])
+            bounds = np.concatenate([[0], np.cumsum(lengths_B[order_B])]).astype(np.int32)
             row_T = np.repeat(np.arange(len(rows)), lengths_B[order_B])
-            arrays = {
+            arrays: dict[str, NDArray[Any]] = {
                 "input_ids": np.concatenate([rows[i] for i in order_B])[None].astype(np.int64),
                 "position_ids": (np.arange(bounds[-1]) - bounds[row_T] + self._first_position)[None],
-                "cu_seq_lens_q": bounds.astype(np.int32),
+                "cu_seq_lens_q": bounds,
+                "cu_seq_lens_k": bounds,
                 "seq_idx": row_T[None],  # else the pooling would have to ask the GPU how many tokens there are
                 "order": np.argsort(order_B, kind="stable"),
             }
@@ -363,13 +359,13 @@ class SentenceEncoder(nn.Module):
             folder: an existing, empty folder; the caller makes the write atomic.
             readme: the text of README.md.
         """
-        stages = self.model._modules
-        self.model._modules = {name: stage for name, stage in stages.items() if not isinstance(stage, TrainingHead)}
-        try:
-            with merged_adapters(self.model), quiet():
-                self.model.save_pretrained(str(folder), create_model_card=False)
-        finally:
-            self.model._modules = stages
+        exported: Any = copy.copy(self.model)  # with the same weights
+        exported._modules = {k: v for k, v in self.model.named_children() if not isinstance(v, TrainingHead)}
+        if has_adapters(exported):
+            exported[0] = copy.deepcopy(exported[0])
+            exported[0].model = exported[0].model.merge_and_unload()
+        with quiet():
+            exported.save_pretrained(str(folder), create_model_card=False)
         (folder / "README.md").write_text(readme, encoding="utf-8")
 
     @property
@@ -382,22 +378,23 @@ class SentenceEncoder(nn.Module):
         """See whether token rows give the vectors of the texts, padded and packed."""
         self.eval()
         texts: dict[str, Any] = self.model.preprocess(list(_PROBES), prompt=self.prompt(None) or None)
-        wanted = self({key: v.to(self.device) if isinstance(v, Tensor) else v for key, v in texts.items()})
+        wanted, rows = self(self.placed(texts)), self.tokenize(_PROBES)
         if not wanted.isfinite().all():
             raise ModelError("its vectors are not numbers (NaN or infinite)", self.name, "Its weights are damaged")
-        rows = self.tokenize(_PROBES)
-        if not torch.allclose(wanted, self(self.features(rows, pack=False)), rtol=0, atol=_TOLERANCE):
+        if not self._gives(wanted, rows, pack=False):
             raise ModelError("it needs more than token ids to give its vectors, which is not supported", self.name)
-        if not use_packed_attention(self.backbone):
-            logger.debug("%s has an attention of its own: rows are padded", self.name)
-            return
+        takes_rows = use_packed_attention(self.backbone)
         rows = [row[: int(min(len(row), self._reach))] for row in rows]
-        try:
-            padded, packed = (self(self.features(rows, pack=pack)) for pack in (False, True))
-            self.packs = torch.allclose(padded, packed, rtol=0, atol=_TOLERANCE)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            logger.debug("%s does not take packed rows: %s", self.name, error)
+        wanted = self(self.features(rows, pack=False))
+        self.packs = takes_rows and self._gives(wanted, rows, pack=True)
         logger.debug("rows of %s are %s", self.name, "packed" if self.packs else "padded")
+
+    def _gives(self, wanted: Tensor, rows: TokenRows, *, pack: bool) -> bool:
+        try:
+            return torch.allclose(wanted, self(self.features(rows, pack=pack)), rtol=0, atol=_TOLERANCE)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            logger.debug("%s does not take %s rows: %s", self.name, "packed" if pack else "padded", error)
+            return False
 
     @torch.no_grad()
     def _choose_precision(self, precision: Precision) -> tuple[torch.dtype | None, str]:

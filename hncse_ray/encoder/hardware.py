@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -24,10 +25,9 @@ def choose_device(wanted: str) -> torch.device:
     count = torch.cuda.device_count()
     if wanted == "auto":
         return torch.device("cuda" if count else "cpu")
-    kind, _, number = wanted.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or (kind == "cpu" and number):
+    if not re.fullmatch("cpu|cuda(:[0-9]+)?", wanted):
         raise ModelError("is no device", repr(wanted), "Choose auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and int(number or 0) >= count:
+    if wanted != "cpu" and int(wanted.partition(":")[2] or 0) >= count:
         raise ModelError(f"PyTorch sees {count} GPUs here", repr(wanted), "Choose auto or cpu")
     return torch.device(wanted)
 

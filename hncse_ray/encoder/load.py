@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Router, Transformer
+from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling, WeightedLayerPooling
+from sentence_transformers.util import batch_to_device
 from torch import nn
 from transformers import AutoConfig
 
@@ -133,7 +134,7 @@ def _dropout_config(folder: Path, settings: EncoderSettings, name: str) -> dict[
 
 
 def _check_stages(model: SentenceTransformer, backbone: Any, name: str) -> None:
-    if not isinstance(model[0], Transformer) or isinstance(model[0], Router):
+    if not isinstance(model[0], Transformer):
         raise ModelError(f"its first stage is a {type(model[0]).__name__}, not a transformer", name)
     config = model[0].config
     if getattr(config, "is_encoder_decoder", False) and backbone.get_decoder() is not None:
@@ -163,12 +164,8 @@ def _check_complete(model: SentenceTransformer, backbone: Any, name: str) -> Non
     drawn = {
         key: value for key, value in backbone.named_parameters() if not getattr(value, "_is_hf_initialized", False)
     }
-    if not drawn:
-        return
-    model(model.preprocess(["Which weights does this sentence pass?"]))["sentence_embedding"].sum().backward()
-    lacking = sorted(key for key, value in drawn.items() if value.grad is not None)
-    model.zero_grad()
-    if lacking:
+    used = _used(model) if drawn else set()
+    if lacking := sorted(key for key, value in drawn.items() if value in used):
         raise ModelError(f"its weights lack {len(lacking)} tensors, first {lacking[0]!r}", name,
                          "Its config.json is of another model, or its weights are not whole")  # fmt: skip
 
@@ -241,14 +238,20 @@ def freeze_unused(encoder: SentenceEncoder) -> None:
 
     They stay in the model, so that what is saved is complete.
     """
-    rows = encoder.tokenize(["Which weights does this sentence pass?", "And this one?"])
     encoder.keep_head()
-    encoder(encoder.features(rows)).sum().backward()
+    used = _used(encoder.model)
     encoder.keep_head(False)
     for parameter in encoder.parameters():
-        if parameter.grad is None:
-            parameter.requires_grad_(False)
-        parameter.grad = None
+        parameter.requires_grad_(parameter in used)
+
+
+def _used(model: SentenceTransformer) -> set[nn.Parameter]:
+    """Return the trainable weights that an embedding depends on."""
+    features = batch_to_device(model.preprocess(["Which weights does this sentence pass?"]), model.device)
+    model(features)["sentence_embedding"].sum().backward()
+    used = {parameter for parameter in model.parameters() if parameter.grad is not None}
+    model.zero_grad()
+    return used
 
 
 def _first_line(error: BaseException) -> str:
