@@ -25,6 +25,7 @@ from hncse_ray.config import Precision, Side
 from hncse_ray.corpus.batches import pad_rows
 from hncse_ray.encoder.adapters import has_adapters
 from hncse_ray.encoder.attention import use_packed_attention
+from hncse_ray.encoder.first_token import drop_unpooled_tokens
 from hncse_ray.encoder.hardware import autocast_dtype, ready_for, to_device
 from hncse_ray.encoder.head import TrainingHead
 from hncse_ray.encoder.lengths import TokenRows, attention_reach, first_position, length_batches, length_limit
@@ -388,6 +389,10 @@ class SentenceEncoder(nn.Module):
         wanted = self(self.features(rows, pack=False))
         self.packs = takes_rows and self._gives(wanted, rows, pack=True)
         logger.debug("rows of %s are %s", self.name, "packed" if self.packs else "padded")
+        hooks = drop_unpooled_tokens(self.model) if self.packs else []
+        if hooks and not self._gives(wanted, rows, pack=True):
+            for hook in hooks:
+                hook.remove()
 
     def _gives(self, wanted: Tensor, rows: TokenRows, *, pack: bool) -> bool:
         try:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from families import DECODERS, make_family
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from tiny import make_sentences
 
 from hncse_ray.config import EncoderSettings
@@ -77,6 +79,40 @@ def test_every_pooling(tiny_model: Path, pooling: str) -> None:
     encoder = tiny(tiny_model, pooling)
     padded, packed = both(encoder, encoder.tokenize(SENTENCES))
     torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "cut"),
+    [("bert", True), ("roberta-pad1", True), ("electra", True), ("distilbert", False), ("modernbert", False)],
+)
+def test_with_cls_pooling_the_last_layer_is_for_first_tokens_alone(tmp_path: Path, family: str, cut: bool) -> None:
+    encoder = tiny(make_family(family, tmp_path), "cls", gradient_checkpointing=True)
+    rows = [row for row in encoder.tokenize(SENTENCES) if len(row) <= encoder._reach]
+    features = encoder.features(rows)
+    states = encoder.model[0](dict(features))["token_embeddings"]
+    assert states.shape[1] == (len(rows) if cut else features["input_ids"].shape[1])
+    padded, packed = both(encoder, rows)
+    torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-4)
+
+
+def test_two_batches_may_pass_before_their_gradient_is_asked_for(tiny_model: Path) -> None:
+    gradients = []
+    for recompute in (False, True):  # each batch begins its rows elsewhere
+        encoder = tiny(tiny_model, "cls", gradient_checkpointing=recompute, dropout=0.0).train()
+        rows = encoder.tokenize(SENTENCES)
+        first, second = (encoder(encoder.features(part)) for part in (rows[:6], rows[6:12]))
+        (first * second).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_prompt_that_is_not_pooled_leaves_the_last_layer_as_it_is(tiny_model: Path, tmp_path: Path) -> None:
+    theirs = SentenceTransformer(str(tiny_model), device="cpu", prompts={"query": "the old river: "})
+    theirs[1] = Pooling(32, "cls", include_prompt=False)
+    theirs.save(str(tmp_path))
+    np.testing.assert_allclose(
+        load_encoder(tmp_path).encode(SENTENCES, side="query"), theirs.encode_query(SENTENCES), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
