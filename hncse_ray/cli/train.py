@@ -63,7 +63,7 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: 
 def run_training(settings: Settings, console: Console) -> dict[str, Any]:
     """Train with progress on a console, print the scores, and return what ``--json`` prints."""
     from hncse_ray.cluster import train as run_train
-    from hncse_ray.reporting import describe_verdict, score_table
+    from hncse_ray.reporting import describe_verdict, duration_text, score_table
 
     if console.is_terminal:
         with console_reporter(console) as reporter:
@@ -72,6 +72,9 @@ def run_training(settings: Settings, console: Console) -> dict[str, Any]:
         result = run_train(settings)
     console.print(score_table(result.before, result.after, result.whitened_base))
     console.print(f"model: {result.model}  (best on dev at step {result.best_step} of {result.steps})", markup=False)
+    if result.seconds:  # earlier versions did not count them
+        phases = [f"{name} {duration_text(seconds)}" for name, seconds in result.seconds.items() if seconds >= 0.5]
+        console.print(f"took {duration_text(sum(result.seconds.values()))}: {', '.join(phases)}", highlight=False)
     if result.report is not None:
         console.print(f"report: {result.report}", markup=False, highlight=False)
     if result.verdict is not None:

@@ -35,6 +35,7 @@ class RunResult:
         after: the same of ``model``.
         whitened_base: the same of the base whitened on the corpus without training; empty where it was not scored.
         verdict: what ``model`` is made of, and what dev says of it; None of runs of earlier versions.
+        seconds: that its phases took, by name.
         report: the run's page on this machine; None where there is none, as of the trials of a sweep.
     """
 
@@ -46,6 +47,7 @@ class RunResult:
     after: dict[str, dict[str, float]]
     whitened_base: dict[str, dict[str, float]] = field(default_factory=dict)
     verdict: Verdict | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
     report: str | None = None
 
 
@@ -97,6 +99,7 @@ def train_by(
         after=result.after,
         whitened_base=result.whitened_base,
         verdict=result.verdict,
+        seconds=result.seconds,
         report=str(page) if page.exists() else None,
     )
 

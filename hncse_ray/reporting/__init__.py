@@ -1,7 +1,15 @@
 """Events of a run and what is made of them: terminal, log lines, metrics file, TensorBoard."""
 
 from hncse_ray.reporting.events import Event, Notice, RunFinished, RunStarted, StageProgress, Verdict
-from hncse_ray.reporting.reporters import LineReporter, MetricsFile, Reporter, Reporters, TensorBoard, counted
+from hncse_ray.reporting.reporters import (
+    LineReporter,
+    MetricsFile,
+    Reporter,
+    Reporters,
+    TensorBoard,
+    counted,
+    duration_text,
+)
 from hncse_ray.reporting.terminal import TerminalReporter, score_table, scoreboard_table
 from hncse_ray.reporting.verdict import describe_verdict
 
@@ -20,6 +28,7 @@ __all__ = [
     "Verdict",
     "counted",
     "describe_verdict",
+    "duration_text",
     "score_table",
     "scoreboard_table",
 ]

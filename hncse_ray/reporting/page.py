@@ -19,6 +19,7 @@ import plotly.graph_objects as go
 from markupsafe import Markup, escape
 
 from hncse_ray.reporting.chart import COLOURS, draw_svg
+from hncse_ray.reporting.reporters import duration_text
 from hncse_ray.storage import write_atomically
 
 # All of these can be told from a white and from a nearly black ground.
@@ -102,19 +103,6 @@ def setting_text(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(setting_text(item) for item in value)}]"
     return str(value)
-
-
-def duration_text(seconds: float | None) -> str:
-    """Return a time in the two units that matter."""
-    if seconds is None or not math.isfinite(seconds):
-        return "–"
-    if seconds < 10:
-        return f"{seconds:.{2 if seconds < 1 else 1}f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 def write_page(path: Path, template: str, **facts: Any) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -195,6 +196,19 @@ class TensorBoard:
         if closing.is_alive():
             logger.warning("TensorBoard's file does not close; its last lines may be missing")
         self._writer = None
+
+
+def duration_text(seconds: float | None) -> str:
+    """Return a time in the two units that matter."""
+    if seconds is None or not math.isfinite(seconds):
+        return "–"
+    if seconds < 10:
+        return f"{seconds:.{2 if seconds < 1 else 1}f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 def counted(count: float, noun: str) -> str:

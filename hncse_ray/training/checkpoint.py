@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import logging
 import mmap
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
@@ -83,6 +85,13 @@ class TrainState:
     def add_seconds(self, phase: str, seconds: float) -> None:
         """Count time that was not spent on training."""
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    @contextmanager
+    def counted_as(self, phase: str) -> Iterator[None]:
+        """Count what is done meanwhile."""
+        started = time.perf_counter()
+        yield
+        self.add_seconds(phase, time.perf_counter() - started)
 
 
 @dataclass(frozen=True)

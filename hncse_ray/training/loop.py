@@ -328,26 +328,26 @@ class _Trainer:
     def _finish(self, stopped_early: bool) -> RunFinished:
         state = self.state
         if self.samples is not None:
-            self.samples.at_base()  # the choice brings weights of its own
+            with state.counted_as("export"):
+                self.samples.at_base()  # the choice brings weights of its own
         verdict, after = self.selection.choose(self.base)
         self._begins("writing the model")
-        if self.samples is not None:
-            self.samples.last(state.step, self.negatives, self.views)
-        started = time.perf_counter()
-        from_first(
-            lambda: self.store.export(
-                lambda folder: write_model(
-                    folder,
-                    self.encoder,
-                    settings=self.settings,
-                    corpus=self.corpus,
-                    state=state,
-                    after=after,
-                    verdict=verdict,
+        with state.counted_as("export"):
+            if self.samples is not None:
+                self.samples.last(state.step, self.negatives, self.views)
+            from_first(
+                lambda: self.store.export(
+                    lambda folder: write_model(
+                        folder,
+                        self.encoder,
+                        settings=self.settings,
+                        corpus=self.corpus,
+                        state=state,
+                        after=after,
+                        verdict=verdict,
+                    )
                 )
             )
-        )
-        self.state.add_seconds("export", time.perf_counter() - started)
         return from_first(
             lambda: RunFinished(
                 step=state.step,

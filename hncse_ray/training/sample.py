@@ -32,7 +32,7 @@ from hncse_ray.training.negatives import GlobalNegatives
 from hncse_ray.training.step import Seen
 from hncse_ray.training.views import BatchViews
 
-_ROWS, _QUERIES, _CANDIDATES = 384, 8, 96  # of the corpus; of the dev sets, and what these are searched among
+_ROWS, _QUERIES, _CANDIDATES = 256, 8, 96  # of the corpus; of the dev sets, and what these are searched among
 _NEIGHBOURS = 10
 _ANCHORS, _HITS = 10, 8
 _TEXT = 300  # characters kept

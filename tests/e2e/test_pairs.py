@@ -38,6 +38,7 @@ def test_a_table_and_a_command_train_a_retriever(recipe: Path, tmp_path: Path) -
     assert (
         result["steps"] == 12 and result["after"]["dev"]["pairs/recall@1"] >= result["before"]["dev"]["pairs/recall@1"]
     )
+    assert {"starting", "training", "scoring", "export"} <= result["seconds"].keys() and "took " in trained.stderr
     logged = [json.loads(line) for line in (tmp_path / "runs/small/metrics.jsonl").read_text().splitlines()]
     assert any("negatives/removed_same_document" in json.dumps(line) for line in logged)
     assert Path(result["report"]) == tmp_path / "runs/small/report.html" and Path(result["report"]).is_file()
