@@ -100,9 +100,16 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub, path = self.hub, self.path.partition("?")[0]
         hub.asked.append(f"{self.command} {path}")
-        name = path.rpartition("/")[2]
-        if "/resolve/" not in path or name not in hub.files:
-            return self.answer_json({"error": "not found"}, 404)
+        if path.startswith("/api/datasets/"):
+            if path.endswith(f"/tree/{COMMIT}"):
+                return self.answer_json([self.described(name) for name in hub.files])
+            if "/tree/" in path:  # there are no folders
+                return self.answer(404, headers={"X-Error-Code": "EntryNotFound"})
+            files = [{"rfilename": name} for name in hub.files]
+            return self.answer_json({"id": "/".join(path.split("/")[3:5]), "sha": COMMIT, "siblings": files})
+        name = path.partition("/resolve/")[2].partition("/")[2]
+        if name not in hub.files:
+            return self.answer(404, headers={"X-Error-Code": "EntryNotFound"})
         content, facts = hub.files[name], self.described(name)
         headers = {
             "X-Repo-Commit": COMMIT,

@@ -33,7 +33,7 @@ class Gate:
     """Forwards a port to another while it is open; while it is closed, nobody listens and no connection lives."""
 
     def __init__(self, target: int) -> None:
-        self.port, self._target = free_port(), target
+        self.port, self.target = free_port(), target
         self._listener: socket.socket | None = None
         self._connections: list[socket.socket] = []
 
@@ -54,7 +54,7 @@ class Gate:
         with suppress(OSError):
             while True:
                 near = listener.accept()[0]
-                far = socket.create_connection(("127.0.0.1", self._target))
+                far = socket.create_connection(("127.0.0.1", self.target))
                 self._connections += [near, far]
                 for pair in ((near, far), (far, near)):
                     threading.Thread(target=self._forward, args=pair, daemon=True).start()

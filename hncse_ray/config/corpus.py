@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from hncse_ray.config.base import MOST, Section, StrTuple
+from hncse_ray.reading import is_remote, names_folder
 
 CorpusSource = Literal[
     "auto", "text", "jsonl", "csv", "parquet", "hub", "python-docs", "python-code", "documents", "memory"
@@ -23,7 +23,9 @@ class CorpusSettings(Section):
         " memory = handed to hncse_ray.train(sentences=...)",
     )
     path: StrTuple = Field(
-        (), description="files and globs, folders (documents, python-code), or one data set name (hub)"
+        (),
+        description="files and globs, also at s3://, gs:// and https:// (files only); folders (documents, python-code;"
+        " a URL ends in /); or one data set name (hub)",
     )
     column: str = Field("text", description="the column of tables and hub sources")
     title_column: str | None = Field(
@@ -69,8 +71,13 @@ class CorpusSettings(Section):
     @property
     def of_documents(self) -> bool:
         """Whether rows are passages of documents: it is said so, or a folder is named."""
-        folders = any(os.path.isdir(os.path.expanduser(path)) for path in self.path)
+        folders = any(names_folder(path) for path in self.path)
         return self.source == "documents" or (self.source == "auto" and folders)
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the source, or a part of it, is not on this machine."""
+        return self.source == "hub" or any(map(is_remote, self.path))
 
     @property
     def place(self) -> str:

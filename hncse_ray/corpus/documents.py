@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -21,14 +22,18 @@ from hncse_ray.errors import DataError
 from hncse_ray.reading import (
     Document,
     DocumentError,
+    File,
     check_file,
+    content_identity,
     document_kind,
     documents_in,
+    ending_of,
     expand_path,
-    explained,
     is_blank,
+    is_remote,
     is_unicode,
     kind_of,
+    names_folder,
     paragraphs_of,
     read_document,
     read_records,
@@ -90,9 +95,8 @@ def documents_identity(settings: CorpusSettings) -> str:
     """
     digest = hashlib.sha256()
     for path, _ in _files(settings):
-        with explained(path), path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-        digest.update(f"{document_kind(path) or kind_of(path)} {path.suffix.lower() == '.gz'}".encode())
+        digest.update(content_identity(path))
+        digest.update(f"{document_kind(path) or kind_of(path)} {ending_of(path)[0]}".encode())
     how: list[object] = [settings.column, settings.title_column, settings.document_column]
     how += [settings.unit, settings.passage_words, settings.near_duplicates]
     return f"documents {_RULES} {json.dumps(how)} {digest.hexdigest()}"
@@ -131,8 +135,8 @@ def document_files(settings: CorpusSettings) -> list[str]:
     Raises:
         DataError: a file or folder cannot be read.
     """
-    paths = [os.path.abspath(path) for path, _ in _files(settings)]
-    folders = [os.path.abspath(path if path.is_dir() else path.parent) for path in _paths(settings)]
+    paths = [os.path.abspath(str(path)) for path, _ in _files(settings)]
+    folders = [os.path.abspath(folder) for folder in _folders(settings)]
     folder = os.path.commonpath(folders)
     # A name need not be UTF-8, and is shown.
     return [os.fsencode(os.path.relpath(path, folder)).decode(errors="replace") for path in paths]
@@ -203,22 +207,30 @@ def _shingles(text: str) -> Iterator[str]:
         yield from (text[i : i + _SHINGLE] for i in range(max(1, len(text) - _SHINGLE + 1)))
 
 
-def _files(settings: CorpusSettings) -> Iterator[tuple[Path, bool]]:
+def _files(settings: CorpusSettings) -> Iterator[tuple[File, bool]]:
     """Yield the files of the paths, and whether each was named itself."""
-    for path in _paths(settings):
-        if path.is_dir():
-            yield from ((file, False) for file in documents_in(path))
-        else:
-            check_file(path)
-            yield path, True
-
-
-def _paths(settings: CorpusSettings) -> Iterator[Path]:
     for pattern in settings.path:
-        yield from expand_path(pattern, folders=True)
+        is_folder_url = is_remote(pattern) and names_folder(pattern)
+        for path in [pattern] if is_folder_url else expand_path(pattern, folders=True):
+            if isinstance(path, str) or (isinstance(path, Path) and path.is_dir()):
+                yield from ((file, False) for file in documents_in(path))
+            else:
+                check_file(path)
+                yield path, True
 
 
-def _is_table(path: Path) -> bool:
+def _folders(settings: CorpusSettings) -> Iterator[str]:
+    """Yield the folders of the paths, and of their files."""
+    for pattern in settings.path:
+        if is_remote(pattern):
+            yield re.split(r"[*[]", pattern)[0].rpartition("/")[0]
+            continue
+        for path in expand_path(pattern, folders=True):
+            assert isinstance(path, Path)
+            yield str(path if path.is_dir() else path.parent)
+
+
+def _is_table(path: File) -> bool:
     return document_kind(path) is None and kind_of(path) != "text"
 
 
@@ -244,7 +256,7 @@ def _documents(settings: CorpusSettings, counts: Counter[str]) -> Iterator[tuple
         log.warning("left out files: %s", ", ".join(f"{count} {reason}" for reason, count in sorted(faults.items())))
 
 
-def _table(path: Path, settings: CorpusSettings, counts: Counter[str]) -> Iterator[tuple[str, Document]]:
+def _table(path: File, settings: CorpusSettings, counts: Counter[str]) -> Iterator[tuple[str, Document]]:
     """Yield the documents of a table, a row or neighbouring rows each, after their names."""
     asked = [settings.column, *(name for name in (settings.title_column, settings.document_column) if name)]
     title_column = settings.title_column or TITLE_COLUMN

@@ -8,13 +8,18 @@ import json
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from hncse_ray.config import CorpusSettings
-from hncse_ray.errors import DataError
+from hncse_ray.corpus.cache import cache_folder
+from hncse_ray.errors import DataError, HncseError
+from hncse_ray.reading import content_identity
+from hncse_ray.storage import write_atomically
 
 _TIMEOUT_S = 3.0
+_SHARD_ROWS = 2**18  # of a slice
 
 
 def hub_endpoint() -> str:
@@ -43,37 +48,95 @@ def hub_is_reachable() -> bool:
         return False
 
 
-def load_hub(settings: CorpusSettings) -> Any:
-    """Load a data set of the Hugging Face hub, from its cache where the hub is out of reach.
+def hub_rows(settings: CorpusSettings) -> Any:
+    """Return the rows of a data set of the Hugging Face hub, to be fetched while they are read, in shards.
+
+    A slice of a split is fetched as a whole first, since only then its rows can be counted.
 
     Raises:
-        DataError: it is neither in the cache nor to be fetched, or has no such subset or split.
+        DataError: it is neither in the library's cache nor to be fetched, or has no such subset or split.
     """
+    builder = _builder(settings)
+    with hub_trouble(settings):
+        if "[" not in settings.split:
+            return builder.as_streaming_dataset(split=settings.split)
+        builder.download_and_prepare()
+        rows = builder.as_dataset(split=settings.split)
+        return rows.to_iterable_dataset(num_shards=-(-len(rows) // _SHARD_ROWS) or 1)
+
+
+@contextlib.contextmanager
+def hub_trouble(settings: CorpusSettings) -> Iterator[None]:
+    """Turn what goes wrong with a data set into a DataError that names it."""
+    try:
+        yield
+    except HncseError:
+        raise
+    except Exception as error:  # the library raises a dozen kinds; all are about this data set
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = "Check corpus.path, corpus.subset and corpus.split, and HF_TOKEN if not everybody may read it"
+        raise DataError(f"cannot be loaded ({reason})", settings.path[0], hint) from error
+
+
+def hub_identity(settings: CorpusSettings) -> str:
+    """Return what the content of a data set is: its commit, or a hash of files that are here.
+
+    Where the hub is out of reach it is what it was when the hub was last asked, so that a prepared corpus is found.
+
+    Raises:
+        DataError: see :func:`hub_rows`.
+    """
+    name = settings.path[0]
+    asked = json.dumps([name, settings.subset, settings.split])
+    known = cache_folder(settings.cache_dir) / "hub" / hashlib.sha256(asked.encode()).hexdigest()
+    is_online = not os.path.exists(name) and hub_is_reachable()
+    if not is_online and not os.path.exists(name) and known.is_file():
+        return known.read_text(encoding="utf-8")
+    builder = _builder(settings)
+    what = [builder.dataset_name, builder.config.name, settings.split, _content(builder, settings.split)]
+    identity = " ".join(map(str, what))
+    if is_online:
+        try:
+            known.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"cannot be written ({error.strerror or error})", str(known.parent),
+                            "Set corpus.cache_dir or HNCSE_CACHE") from None  # fmt: skip
+        write_atomically(known, identity)
+    return identity
+
+
+def _content(builder: Any, split: str) -> str:
+    found = builder.config.data_files
+    if not found:  # in the library's cache
+        return f"{builder.config.version} {builder.hash}"
+    digest = hashlib.sha256()
+    for files in [files for name, files in found.items() if str(name) in split] or found.values():
+        for file in files:
+            digest.update(content_identity(Path(file)) if os.path.isfile(file) else file.encode())
+        if not all(map(os.path.isfile, files)):
+            digest.update(json.dumps(files.origin_metadata).encode())  # the commit, which is in the names too, or a tag
+    return digest.hexdigest()
+
+
+def _builder(settings: CorpusSettings) -> Any:
     import datasets
     import huggingface_hub.constants
 
     name = settings.path[0]
-    online = os.path.exists(name) or hub_is_reachable()
-    with contextlib.ExitStack() as stack:
-        if not online:
-            # Without this the clients retry for minutes before they look into the cache.
-            stack.enter_context(_constant(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
-            stack.enter_context(_constant(datasets.config, "HF_HUB_OFFLINE", True))
+    with contextlib.ExitStack() as stack, hub_trouble(settings):
+        if os.path.exists(name) or hub_is_reachable():
+            return datasets.load_dataset_builder(name, settings.subset)
+        # Without this the clients retry for minutes before they look into the cache.
+        stack.enter_context(_constant(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
+        stack.enter_context(_constant(datasets.config, "HF_HUB_OFFLINE", True))
         try:
-            return datasets.load_dataset(name, settings.subset, split=settings.split)
-        except Exception as error:  # the library raises a dozen kinds; all are about this data set
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            if online:
-                what, hint = (
-                    f"cannot be loaded ({reason})",
-                    "Check corpus.path, corpus.subset and corpus.split",
-                )
-            else:
-                what = "is not in the local cache, and the Hugging Face hub cannot be reached"
-                hint = (
-                    "Use a local file (corpus.source=auto corpus.path=FILE), the text that is already here"
-                    " (corpus.source=python-docs), or set HF_HOME to a cache that holds the data set"
-                )
+            return datasets.load_dataset_builder(name, settings.subset)
+        except Exception as error:  # as in hub_trouble
+            hint = (
+                "Use a local file (corpus.source=auto corpus.path=FILE), the text that is already here"
+                " (corpus.source=python-docs), or set HF_HOME to a cache that holds the data set"
+            )
+            what = "is not in the local cache, and the Hugging Face hub cannot be reached"
             raise DataError(what, name, hint) from error
 
 
@@ -85,11 +148,3 @@ def _constant(module: Any, name: str, value: object) -> Iterator[None]:
         yield
     finally:
         setattr(module, name, before)
-
-
-def hub_identity(rows: Any) -> str:
-    """Name the revision where the data set knows it (its download URLs hold it), else its fingerprint."""
-    info = rows.info
-    checksums = json.dumps(info.download_checksums, sort_keys=True, default=str) if info.download_checksums else ""
-    what = [info.dataset_name, info.config_name, str(info.version), str(rows.split), str(len(rows))]
-    return " ".join(map(str, what)) + " " + hashlib.sha256((checksums or rows._fingerprint).encode()).hexdigest()

@@ -157,6 +157,9 @@ def prepare_corpus(
         job = Job(settings, tokenizer_digest, max_length, seed)
         write_rows = write_rows or _InProcess(tokenize, sentences)
         _write(temporary, job, write_rows, progress, facts)
+        # Of files here the identity is a hash of what was read a moment before; what is elsewhere is asked again.
+        if settings.is_elsewhere and source_identity(settings) != identity:
+            raise DataError("changed while it was read", settings.place, "Begin again")
         _put_in_place(temporary, final)
     except OSError as error:
         raise DataError(

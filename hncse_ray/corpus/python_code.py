@@ -24,7 +24,7 @@ from hncse_ray.corpus.python_docs import (
     sources_in,
 )
 from hncse_ray.errors import DataError
-from hncse_ray.reading import check_file, expand_path, explained, is_unicode
+from hncse_ray.reading import UrlFile, check_file, expand_path, explained, is_unicode
 
 # What is scored on. Like those trained on by default, dependencies of this project or of its dependencies.
 CODE_PACKAGES: dict[str, tuple[str, ...]] = {
@@ -148,6 +148,8 @@ def _packages(settings: CorpusSettings) -> tuple[str, ...]:
 def _files_of_paths(settings: CorpusSettings) -> Iterator[tuple[str, str]]:
     for pattern in settings.path:
         for path in expand_path(pattern, folders=True):
+            if isinstance(path, UrlFile):
+                raise DataError("is a URL, and code is read from files of this machine", str(path), "Fetch it first")
             if path.is_dir():
                 files: Iterable[str] = sources_in(str(path))
                 if not files:

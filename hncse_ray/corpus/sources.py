@@ -7,22 +7,23 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from hncse_ray.config import CorpusSettings
 from hncse_ray.corpus.documents import documents_identity, read_passages, reads_documents
-from hncse_ray.corpus.hub import hub_identity, load_hub
+from hncse_ray.corpus.hub import hub_identity, hub_rows, hub_trouble
 from hncse_ray.corpus.python_code import code_identity, code_pairs
 from hncse_ray.corpus.python_docs import docstring_sentences, package_versions
 from hncse_ray.corpus.text import document_name, normalise
 from hncse_ray.errors import DataError
 from hncse_ray.reading import (
     MAX_RECORD,
+    File,
     Kind,
     Span,
     check_file,
+    content_identity,
+    ending_of,
     expand_path,
-    explained,
     is_blank,
     is_unicode,
     kind_of,
@@ -80,10 +81,11 @@ class Part:
 
     Attributes:
         path: one of its files; None = all of the source, but for the span.
-        span: what of it: bytes of a text, row groups of a Parquet file, rows of a hub's data set; None = all.
+        span: what of it: bytes of a text, row groups of a Parquet file, of a hub's data set its number among so many
+            files; None = all.
     """
 
-    path: Path | None = None
+    path: File | None = None
     span: Span | None = None
 
 
@@ -209,7 +211,7 @@ def source_identity(settings: CorpusSettings, sentences: Sequence[str] | None = 
     if settings.source == "python-code":
         return code_identity(settings)
     if settings.source == "hub":
-        return f"hub {_columns_identity(settings)} {hub_identity(load_hub(settings))}"
+        return f"hub {_columns_identity(settings)} {hub_identity(settings)}"
     if reads_documents(settings):
         return documents_identity(settings)
     digest = hashlib.sha256()
@@ -217,9 +219,8 @@ def source_identity(settings: CorpusSettings, sentences: Sequence[str] | None = 
     for path in find_files(settings.path):
         kind = file_kind(path, settings)
         tables |= kind != "text"
-        with explained(path), path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-        digest.update(f"{kind} {path.suffix.lower() == '.gz'}".encode())
+        digest.update(content_identity(path))
+        digest.update(f"{kind} {ending_of(path)[0]}".encode())
     return f"files {_columns_identity(settings) if tables else ''} {digest.hexdigest()}"
 
 
@@ -228,7 +229,7 @@ def _columns_identity(settings: CorpusSettings) -> str:
     return json.dumps([settings.column, *further]) if further else settings.column
 
 
-def file_kind(path: Path, settings: CorpusSettings) -> Kind:
+def file_kind(path: File, settings: CorpusSettings) -> Kind:
     """Return how a file of a source is read.
 
     Raises:
@@ -241,8 +242,8 @@ def file_kind(path: Path, settings: CorpusSettings) -> Kind:
     return kind
 
 
-def find_files(patterns: Iterable[str]) -> list[Path]:
-    """Expand paths and globs to files, in the order given, each pattern's own sorted.
+def find_files(patterns: Iterable[str]) -> list[File]:
+    """Expand paths, URLs and globs to files, in the order given, each pattern's own sorted.
 
     Raises:
         DataError: one does not exist, is a directory, is empty or cannot be read.
@@ -343,10 +344,13 @@ def _clean(value: object, settings: CorpusSettings) -> str:
 
 
 def _hub_rows(settings: CorpusSettings, columns: Sequence[str], part: Part) -> Iterator[Sequence[object]]:
-    rows = load_hub(settings)
-    for name in columns:
-        require_column(name, rows.column_names, settings.path[0])
+    rows = hub_rows(settings)
     if part.span is not None:
-        rows = rows.select(range(*part.span))
-    for batch in rows.select_columns([*dict.fromkeys(columns)]).iter(batch_size=1000):
-        yield from zip(*(batch[name] for name in columns), strict=True)
+        number, shards = part.span
+        rows = rows.shard(num_shards=shards, index=number)
+    with hub_trouble(settings):
+        for number, batch in enumerate(rows.iter(batch_size=1000)):
+            for name in columns if not number else ():
+                require_column(name, batch, settings.path[0])
+            missing = [None] * len(next(iter(batch.values())))
+            yield from zip(*(batch.get(name, missing) for name in columns), strict=True)

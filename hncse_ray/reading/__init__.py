@@ -9,28 +9,44 @@ from hncse_ray.reading.documents import (
     read_document,
     titled,
 )
-from hncse_ray.reading.kinds import ENDINGS, Kind, check_file, expand_path, kind_of
-from hncse_ray.reading.lines import Span, explained, is_blank, is_unicode, line_spans, read_lines, text_lines
+from hncse_ray.reading.kinds import ENDINGS, Kind, check_file, ending_of, expand_path, kind_of, names_folder
+from hncse_ray.reading.lines import (
+    Span,
+    content_identity,
+    explained,
+    is_blank,
+    is_unicode,
+    line_spans,
+    read_lines,
+    text_lines,
+)
 from hncse_ray.reading.tables import MAX_RECORD, Record, group_rows, read_records, read_table, require_column
+from hncse_ray.reading.urls import File, UrlFile, is_remote
 
 __all__ = [
     "Document",
     "DocumentError",
     "ENDINGS",
+    "File",
     "MAX_RECORD",
     "Kind",
     "Record",
     "Span",
+    "UrlFile",
     "check_file",
+    "content_identity",
     "document_kind",
     "documents_in",
+    "ending_of",
     "expand_path",
     "explained",
     "group_rows",
     "is_blank",
+    "is_remote",
     "is_unicode",
     "kind_of",
     "line_spans",
+    "names_folder",
     "paragraphs_of",
     "read_document",
     "read_lines",

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import re
 import unicodedata
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Literal
 
 from hncse_ray.errors import DataError
-from hncse_ray.reading.lines import explained, is_blank
+from hncse_ray.reading.kinds import ending_of
+from hncse_ray.reading.lines import explained, is_blank, opened
+from hncse_ray.reading.urls import File, UrlFile, files_at
 
 if TYPE_CHECKING:
     from bs4 import BeautifulSoup, Tag
@@ -82,16 +83,18 @@ def titled(*parts: str | None) -> str:
     return " ".join([*map(_ended, firsts), last])
 
 
-def document_kind(path: Path) -> DocumentKind | None:
+def document_kind(path: File) -> DocumentKind | None:
     """Return what kind of document a file's name says it is; None for another."""
-    name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
-    return DOCUMENT_ENDINGS.get(name.suffix.lower())
+    return DOCUMENT_ENDINGS.get(ending_of(path)[1])
 
 
-def documents_in(folder: Path) -> list[Path]:
+def documents_in(folder: Path | str) -> list[File]:
     """Return the documents in a folder and those below it, in the order of their paths.
 
     Hidden files and folders, and links to folders, are left out.
+
+    Args:
+        folder: one here, or the URL of one.
 
     Raises:
         DataError: a folder cannot be read, or there is none.
@@ -100,13 +103,16 @@ def documents_in(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise DataError(f"cannot be read ({error.strerror or error})", str(error.filename or folder))
 
-    found = []
-    for where, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(where, name) for name in names if not name.startswith(".")]
+    found: list[File] = []
+    if isinstance(folder, str):
+        found += [file for file in files_at(folder) if "/." not in f"/{file.url.removeprefix(folder)}"]
+    else:
+        for where, folders, names in os.walk(folder, onerror=refuse):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            found += [Path(where, name) for name in names if not name.startswith(".")]
     documents = sorted(
-        (path for path in found if document_kind(path) and path.is_file()),
-        key=lambda path: path.relative_to(folder).parts,
+        (file for file in found if document_kind(file) and (isinstance(file, UrlFile) or file.is_file())),
+        key=lambda file: PurePath(str(file)).parts,
     )
     if not documents:
         hint = "A folder's .txt, .md and .html files are read; of JSONL, CSV and Parquet name the file itself"
@@ -114,7 +120,7 @@ def documents_in(folder: Path) -> list[Path]:
     return documents
 
 
-def read_document(path: Path, kind: DocumentKind) -> Document:
+def read_document(path: File, kind: DocumentKind) -> Document:
     """Read a file as one document.
 
     HTML: the title is ``<title>``, else the first ``<h1>``; scripts, styles, navigation, forms and ``<pre>`` are left
@@ -146,14 +152,9 @@ def paragraphs_of(text: str) -> tuple[str, ...]:
     return tuple(_shown(_PARAGRAPH_END.split(text)))
 
 
-def _bytes(path: Path) -> bytes:
-    with explained(path):
-        if path.suffix.lower() == ".gz":
-            with gzip.open(path, "rb") as packed:
-                data = packed.read(MAX_DOCUMENT + 1)
-        else:
-            with path.open("rb") as plain:
-                data = plain.read(MAX_DOCUMENT + 1)
+def _bytes(path: File) -> bytes:
+    with explained(path), opened(path) as stream:
+        data = stream.read(MAX_DOCUMENT + 1)
     if len(data) > MAX_DOCUMENT:
         what = f"is larger than the {MAX_DOCUMENT // 2**20} MiB that one document may be"
         hint = "Split it; a file of a sentence a line is read by corpus.source=text"
@@ -161,7 +162,7 @@ def _bytes(path: Path) -> bytes:
     return data
 
 
-def _decoded(data: bytes, path: Path) -> str:
+def _decoded(data: bytes, path: File) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -169,7 +170,7 @@ def _decoded(data: bytes, path: Path) -> str:
     return _seen(text, path)
 
 
-def _decoded_html(data: bytes, path: Path) -> str:
+def _decoded_html(data: bytes, path: File) -> str:
     """Decode as the byte order mark or the page itself says, else as UTF-8, else as browsers do."""
     from bs4.dammit import EncodingDetector
 
@@ -184,7 +185,7 @@ def _decoded_html(data: bytes, path: Path) -> str:
     raise DocumentError("is not UTF-8 and declares no other encoding", str(path), _CONVERT, "undecodable")
 
 
-def _seen(text: str, path: Path) -> str:
+def _seen(text: str, path: File) -> str:
     if "\0" in text:
         raise DocumentError("is binary, with zero bytes in it", str(path), reason="undecodable")
     return text
@@ -213,7 +214,7 @@ def _read_markdown(text: str) -> Document:
     return _document(_soup(MarkdownIt("commonmark").enable("table").render(text)), title)
 
 
-def _read_html(text: str, path: Path) -> Document:
+def _read_html(text: str, path: File) -> Document:
     soup = _soup(text)
     if soup.find(True) is None:
         hint = "If it is plain text, rename it to .txt"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import glob
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 from hncse_ray.errors import DataError
+from hncse_ray.reading.urls import File, UrlFile, files_at, is_remote, local_path
 
 Kind = Literal["text", "jsonl", "csv", "tsv", "parquet"]
 
@@ -32,7 +33,7 @@ _FOREIGN = {
 }  # fmt: skip
 
 
-def kind_of(path: str | Path, source: str = "auto") -> Kind:
+def kind_of(path: str | File, source: str = "auto") -> Kind:
     """Return how a file is read.
 
     Args:
@@ -43,9 +44,7 @@ def kind_of(path: str | Path, source: str = "auto") -> Kind:
     Raises:
         DataError: the ending contradicts the source, or is that of a file which is not read.
     """
-    path = Path(path)
-    packed = path.suffix.lower() == ".gz"
-    suffix = (path.with_suffix("") if packed else path).suffix.lower()
+    packed, suffix = ending_of(path)
     if suffix not in ENDINGS:
         if source == "auto" and suffix in _FOREIGN:
             raise DataError(f"is of an unknown kind {suffix!r}", str(path), _READ)
@@ -62,21 +61,30 @@ def kind_of(path: str | Path, source: str = "auto") -> Kind:
     return kind
 
 
+def ending_of(path: str | File) -> tuple[bool, str]:
+    """Return whether a file's name says that it is packed by gzip, and the ending before that, in lower case."""
+    name = PurePath(str(path))
+    packed = name.suffix.lower() == ".gz"
+    return packed, (name.with_suffix("") if packed else name).suffix.lower()
+
+
 _OF_SOURCE: dict[str, Kind] = {"jsonl": "jsonl", "csv": "csv", "parquet": "parquet"}
 _NAMES: dict[Kind, str] = {"text": "plain text", "jsonl": "JSONL", "csv": "CSV", "tsv": "TSV", "parquet": "Parquet"}
 
 
-def expand_path(pattern: str, *, folders: bool = False) -> list[Path]:
-    """Return the files that a path or glob means, sorted; a path that is no glob is returned as it is.
+def expand_path(pattern: str, *, folders: bool = False) -> list[File]:
+    """Return the files that a path, a URL or a glob means, sorted; a path that is no glob is returned as it is.
 
     Args:
-        pattern: the path or glob; ``~`` is the home directory.
+        pattern: the path or glob; ``~`` is the home directory. Of a URL that ends in a stroke: the folder.
         folders: whether a glob may mean folders too.
 
     Raises:
-        DataError: the glob matches nothing.
+        DataError: the glob matches nothing, or the file at a URL cannot be found.
     """
-    expanded = os.path.expanduser(pattern)
+    if is_remote(pattern):
+        return [*files_at(pattern)]
+    expanded = local_path(pattern)
     # A file whose name holds a bracket is taken as it is.
     if os.path.lexists(expanded) or not any(sign in expanded for sign in "*?["):
         return [Path(expanded)]
@@ -96,12 +104,21 @@ def is_missing(pattern: str) -> bool:
     return not re.search(r"[*?[]|://|^package:", pattern) and not os.path.lexists(os.path.expanduser(pattern))
 
 
-def check_file(path: Path) -> None:
-    """See that a file is there, readable, and not empty.
+def names_folder(path: str) -> bool:
+    """Say whether a path is one of a folder: it is one here, or a URL that ends in a stroke."""
+    return path.endswith("/") if is_remote(path) else os.path.isdir(local_path(path))
+
+
+def check_file(path: File) -> None:
+    """See that a file is there, readable, and not empty. A file at a URL was found.
 
     Raises:
         DataError: it is not.
     """
+    if isinstance(path, UrlFile):
+        if not path.size:
+            raise DataError("is empty", str(path))
+        return
     try:
         if path.is_dir():
             raise DataError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import io
 import os
 import sys
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from hncse_ray.errors import DataError
-from hncse_ray.reading.kinds import check_file
+from hncse_ray.reading.kinds import check_file, ending_of
+from hncse_ray.reading.urls import File, UrlFile
 
 # Letters and signs that are drawn as nothing: Hangul fillers and the empty pattern of Braille.
 _BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800")
@@ -24,7 +26,7 @@ _MOST = 2**31 - 2  # what a stream's readline takes on every platform
 
 
 @contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
+def explained(path: File) -> Iterator[None]:
     """Turn what goes wrong while a file is read into a DataError that names it."""
     try:
         yield
@@ -35,7 +37,7 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def text_lines(
-    path: Path | None, *, limit: int | None = None, encoding: str = "utf-8-sig", span: Span | None = None
+    path: File | None, *, limit: int | None = None, encoding: str = "utf-8-sig", span: Span | None = None
 ) -> Iterator[str | None]:
     r"""Yield every line without its end; a line ends at ``\n``, ``\r\n`` or ``\r``, and nowhere else.
 
@@ -57,7 +59,7 @@ def text_lines(
     most = min(limit if limit is not None else _MOST, _MOST)
     if span is not None and span[0]:
         encoding = encoding.removesuffix("-sig")  # a mark within the text is a character
-    with explained(path or Path("standard input")), _open(path, span) as stream:
+    with explained(path or Path("standard input")), opened(path, span) as stream:
         text = io.TextIOWrapper(stream, encoding=encoding, errors="surrogateescape", newline=None)
         try:
             while line := text.readline(most + 1):
@@ -73,14 +75,14 @@ def text_lines(
             text.detach()  # the wrapper would close standard input when it is collected
 
 
-def line_spans(path: Path, size: int) -> Iterator[Span]:
+def line_spans(path: File, size: int) -> Iterator[Span]:
     """Yield the spans of bytes, of about this size, that a text is to be read in; each ends where a line does.
 
     Raises:
         DataError: the file cannot be read.
     """
-    with explained(path), path.open("rb") as stream:
-        start, end = 0, os.fstat(stream.fileno()).st_size
+    with explained(path), path.open("rb", buffering=_CHUNK) as stream:
+        start, end = 0, stream.seek(0, os.SEEK_END)
         while start < end:
             stop = min(start + size, end)
             stream.seek(stop - 1)
@@ -91,6 +93,18 @@ def line_spans(path: Path, size: int) -> Iterator[Span]:
                 stop = stream.tell()
             yield start, stop
             start = stop
+
+
+def content_identity(path: File) -> bytes:
+    """Return what tells a file's content from another: a hash, or of a file at a URL what its storage says of it.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if isinstance(path, UrlFile) and path.version:
+        return f"{path.url} {path.size} {path.version}".encode()
+    with explained(path), path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def read_lines(path: str | Path | None, *, encoding: str = "utf-8-sig") -> list[str]:
@@ -149,12 +163,19 @@ class _Bytes(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def _open(path: Path | None, span: Span | None = None) -> Iterator[BinaryIO | gzip.GzipFile | io.BufferedReader]:
+def opened(path: File | None, span: Span | None = None) -> Iterator[BinaryIO | gzip.GzipFile | io.BufferedReader]:
+    """Open a file, unpacked where it is .gz, or standard input.
+
+    Args:
+        path: the file; None = standard input.
+        span: the bytes to read of one that is not packed; None = all.
+    """
     if path is None:
         yield sys.stdin.buffer
-    elif path.suffix.lower() == ".gz":
-        with gzip.open(path, "rb") as packed:
-            yield packed
-    else:
-        with path.open("rb") as plain:
+        return
+    with path.open("rb") as plain:
+        if ending_of(path)[0]:
+            with gzip.open(plain, "rb") as packed:
+                yield packed
+        else:
             yield plain if span is None else io.BufferedReader(_Bytes(plain, span), _CHUNK)

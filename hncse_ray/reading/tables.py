@@ -10,15 +10,18 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hncse_ray.errors import DataError
 from hncse_ray.reading.kinds import Kind, check_file, kind_of
 from hncse_ray.reading.lines import Span, explained, is_blank, is_unicode, text_lines
+from hncse_ray.reading.urls import File
 
 MAX_RECORD = 16 * 2**20
 """Characters of a line of a table: it holds other columns too. A field of CSV is bounded by it as well."""
@@ -43,7 +46,7 @@ class Record:
 
 
 def read_records(
-    path: Path,
+    path: File,
     columns: Sequence[str],
     *,
     kind: Kind | None = None,
@@ -77,7 +80,7 @@ def read_records(
 
 
 def read_table(
-    path: Path, columns: Sequence[str], *, optional: Sequence[str] = (), header: bool = True
+    path: File, columns: Sequence[str], *, optional: Sequence[str] = (), header: bool = True
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Yield the line or row number and the text of each record's columns; whatever is wrong is an error.
 
@@ -130,7 +133,7 @@ def _shown(name: object) -> str:
 
 def _by_header(
     rows: Iterator[tuple[int, list[str] | Record]],
-    path: Path,
+    path: File,
     columns: Sequence[str],
     optional: Sequence[str],
     *,
@@ -163,12 +166,12 @@ def _by_header(
         require_column(columns[0], [], str(path))
 
 
-def _tsv_rows(path: Path, limit: int) -> Iterator[tuple[int, list[str] | Record]]:
+def _tsv_rows(path: File, limit: int) -> Iterator[tuple[int, list[str] | Record]]:
     for number, line in enumerate(text_lines(path, limit=limit), start=1):
         yield number, _fault_of(number, line, limit) or (line or "").split("\t")
 
 
-def _csv_rows(path: Path, limit: int) -> Iterator[tuple[int, list[str] | Record]]:
+def _csv_rows(path: File, limit: int) -> Iterator[tuple[int, list[str] | Record]]:
     csv.field_size_limit(max(csv.field_size_limit(), MAX_RECORD))
     lines = _Lines(path, limit)
     reader = csv.reader(lines, strict=True)
@@ -194,7 +197,7 @@ def _csv_rows(path: Path, limit: int) -> Iterator[tuple[int, list[str] | Record]
 class _Lines:
     """The lines of a file for the csv module, and where it is."""
 
-    def __init__(self, path: Path, limit: int) -> None:
+    def __init__(self, path: File, limit: int) -> None:
         self._lines = text_lines(path, limit=limit)
         self.number, self.ended, self.too_long = 0, False, False
 
@@ -212,7 +215,7 @@ class _Lines:
         return "" if line is None else line + "\n"
 
 
-def _unclosed(path: Path, start: int, end: int) -> DataError:
+def _unclosed(path: File, start: int, end: int) -> DataError:
     what = f"a quote that is opened here is not closed as CSV has it (read on to line {end})"
     return DataError(what, f"{path}:{start}", 'Close it, and write a quote inside of quotes twice: ""')
 
@@ -223,7 +226,7 @@ def _fault_of(number: int, line: str | None, limit: int) -> Record | None:
     return None if line.strip() else Record(number, fault="blank", what="is blank")
 
 
-def _jsonl(path: Path, columns: Sequence[str], optional: Sequence[str], limit: int) -> Iterator[Record]:
+def _jsonl(path: File, columns: Sequence[str], optional: Sequence[str], limit: int) -> Iterator[Record]:
     known: dict[str, None] = {}
     objects = 0
     lacking = set(columns)
@@ -251,7 +254,7 @@ def _jsonl(path: Path, columns: Sequence[str], optional: Sequence[str], limit: i
             require_column(column, known, str(path))
 
 
-def group_rows(path: Path) -> list[int]:
+def group_rows(path: File) -> list[int]:
     """Return how many rows each row group of a Parquet file has.
 
     Raises:
@@ -262,21 +265,36 @@ def group_rows(path: Path) -> list[int]:
 
 
 @contextmanager
-def _opened_parquet(path: Path) -> Iterator[Any]:
+def _opened_parquet(path: File) -> Iterator[Any]:
     import pyarrow as pa  # slow to import, and used here only
     import pyarrow.parquet as pq
 
     check_file(path)
     try:
-        with explained(path), pq.ParquetFile(path) as file:
+        with explained(path), _anywhere(path) as source, pq.ParquetFile(source) as file:
             yield file
     except (pa.ArrowException, ValueError, OverflowError) as error:  # a damaged footer may hold any names and lengths
         reason = str(error).partition("\n")[0]
         raise DataError(f"is not a readable Parquet file ({reason})", str(path)) from None
 
 
+@contextmanager
+def _anywhere(path: File) -> Iterator[Path | BinaryIO]:
+    """Give what is read from its end and from there back; of a server that has no such thing, fetch it first."""
+    if isinstance(path, Path):
+        yield path
+        return
+    with path.open("rb") as stream:
+        if path.ranges:
+            yield stream
+            return
+        with tempfile.TemporaryFile() as fetched:
+            shutil.copyfileobj(stream, fetched)
+            yield fetched
+
+
 def _parquet(
-    path: Path, columns: Sequence[str], optional: Sequence[str], groups: Span | None = None
+    path: File, columns: Sequence[str], optional: Sequence[str], groups: Span | None = None
 ) -> Iterator[Record]:
     number = 0
     with _opened_parquet(path) as file:
@@ -285,7 +303,9 @@ def _parquet(
             require_column(column, known, str(path))
         wanted = [*range(*groups)] if groups is not None else None
         present = [name for name in dict.fromkeys((*columns, *optional)) if name in known]
-        for batch in file.iter_batches(batch_size=4096, columns=present, row_groups=wanted):
+        # Threads of pyarrow that read from an object of Python may hang when the process ends (arrow#50482).
+        threads = isinstance(path, Path)
+        for batch in file.iter_batches(batch_size=4096, columns=present, row_groups=wanted, use_threads=threads):
             positions = {name: batch.column(batch.schema.names.index(name)) for name in present}
             for i in range(batch.num_rows):
                 number += 1

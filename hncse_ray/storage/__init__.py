@@ -12,7 +12,7 @@ from hncse_ray.storage.local import (
     write_folder,
     write_past_cache,
 )
-from hncse_ray.storage.remote import Remote, is_url
+from hncse_ray.storage.remote import Remote, is_url, open_filesystem, reason_of
 from hncse_ray.storage.sending import Sender, keep_trying
 
 __all__ = [
@@ -29,6 +29,8 @@ __all__ = [
     "keep_trying",
     "leased",
     "locked",
+    "open_filesystem",
+    "reason_of",
     "replacing",
     "write_atomically",
     "write_folder",

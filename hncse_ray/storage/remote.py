@@ -19,6 +19,39 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+def open_filesystem(url: str) -> tuple[Any, str]:
+    """Return the pyarrow filesystem that a URL or the path of a folder is in, and what it is called there.
+
+    Raises:
+        StorageError: the URL makes no sense, or what reads its kind is not installed.
+    """
+    from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
+
+    if not is_url(url):
+        return LocalFileSystem(), str(Path(url).absolute())
+    import fsspec  # most runs are in a folder
+
+    scheme, _, rest = url.partition("://")
+    if not rest or (scheme in _ARROW_SCHEMES and rest.startswith("/")):
+        raise StorageError("names no bucket or folder", url, "Give a URL such as s3://bucket/folder")
+    if "?" in url or "#" in url:
+        raise StorageError("has a query or a fragment", url, "Give bucket and folder only; the rest belongs"
+                           " into the environment, such as AWS_ENDPOINT_URL")  # fmt: skip
+    try:
+        if scheme in _ARROW_SCHEMES:
+            query = f"?retry_limit_seconds={_GCS_RETRY_S}" if scheme == "gs" else ""
+            filesystem, path = FileSystem.from_uri(url + query)
+            return filesystem, path.strip("/")
+        filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        return PyFileSystem(FSSpecHandler(filesystem)), path.rstrip("/")
+    except ImportError as error:
+        raise StorageError(f"cannot be opened: {error}", url, f"Install what fsspec needs for {scheme}://,"
+                           " on every node") from error  # fmt: skip
+    except Exception as error:  # each filesystem has errors of its own
+        raise StorageError(f"cannot be opened ({reason_of(error)})", url,
+                           "Give a URL such as s3://bucket/folder, or a folder") from error  # fmt: skip
+
+
 def _is_inside(name: str) -> bool:
     """Say whether a name that was read from a storage is the path of a file below the folder that it is joined to.
 
@@ -52,31 +85,7 @@ class Remote:
     @cached_property
     def _opened(self) -> tuple[Any, str]:
         """The filesystem, and the folder's path in it."""
-        from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
-
-        if not is_url(self.url):
-            return LocalFileSystem(), str(Path(self.url).absolute())
-        import fsspec  # most runs are in a folder
-
-        scheme, _, rest = self.url.partition("://")
-        if not rest or (scheme in _ARROW_SCHEMES and rest.startswith("/")):
-            raise StorageError("names no bucket or folder", self.url, "Give a URL such as s3://bucket/folder")
-        if "?" in self.url or "#" in self.url:
-            raise StorageError("has a query or a fragment", self.url, "Give bucket and folder only; the rest belongs"
-                               " into the environment, such as AWS_ENDPOINT_URL")  # fmt: skip
-        try:
-            if scheme in _ARROW_SCHEMES:
-                query = f"?retry_limit_seconds={_GCS_RETRY_S}" if scheme == "gs" else ""
-                filesystem, path = FileSystem.from_uri(self.url + query)
-                return filesystem, path.strip("/")
-            filesystem, path = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
-            return PyFileSystem(FSSpecHandler(filesystem)), path.rstrip("/")
-        except ImportError as error:
-            raise StorageError(f"cannot be opened: {error}", self.url, f"Install what fsspec needs for {scheme}://,"
-                               " on every node") from error  # fmt: skip
-        except Exception as error:  # each filesystem has errors of its own
-            raise StorageError(f"cannot be opened ({_reason(error)})", self.url,
-                               "Give a URL such as s3://bucket/folder, or a folder") from error  # fmt: skip
+        return open_filesystem(self.url)
 
     def read(self, name: str) -> bytes | None:
         """Return a file's content; None if there is no such file."""
@@ -148,10 +157,11 @@ class Remote:
         try:
             yield
         except Exception as error:  # each filesystem has errors of its own
-            raise StorageError(f"cannot be {verb} ({_reason(error)})", f"{self.url}/{name}".rstrip("/"),
+            raise StorageError(f"cannot be {verb} ({reason_of(error)})", f"{self.url}/{name}".rstrip("/"),
                                "Is the storage reachable, and may this machine use it?") from error  # fmt: skip
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Say what went wrong with a storage, in one line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}"

@@ -12,6 +12,7 @@ from invoke import assert_refused, hncse
 from pool_faults import actors
 from tiny import make_sentences
 from waits import soon
+from web import Web, serve
 
 from hncse_ray.cluster.preparing import ClusterRows
 from hncse_ray.config import load_settings
@@ -40,13 +41,16 @@ def contents(corpus: Corpus) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in corpus.path.iterdir() if file.name != "corpus.json"}
 
 
-def test_a_worker_that_is_killed_is_replaced_and_the_corpus_is_that_of_one_process(
+def test_a_worker_that_is_killed_is_replaced_and_the_corpus_by_url_is_that_of_files_in_one_process(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     parts = 12
+    server = Web()
     for number in range(parts):  # each has rows of those before
         sentences = make_sentences(2000, seed=number // 2)
-        (tmp_path / f"{number:02d}.txt").write_text("\n".join([*sentences, f"number {number}", "", "\ufffd"]))
+        text = "\n".join([*sentences, f"number {number}", "", "\ufffd"])
+        (tmp_path / f"{number:02d}.txt").write_text(text)
+        server.files[f"/{number:02d}.txt"] = text.encode()
     settings = load_settings({
         "corpus": {"path": f"{tmp_path}/*.txt"},
         "encoder": {"model": str(tiny_model), "pooling": "mean", "max_length": 24},
@@ -60,20 +64,22 @@ def test_a_worker_that_is_killed_is_replaced_and_the_corpus_is_that_of_one_proce
             killed.append(found[0].pid)
             found[0].kill()
 
-    made = [
-        prepare_corpus(
-            settings.corpus.model_copy(update={"cache_dir": str(tmp_path / name)}),
-            tokenize=encoder.token_rows,
-            tokenizer_digest=encoder.tokenizer_digest(),
-            max_length=24,
-            write_rows=write_rows,
-            progress=progress,
-        )
-        for name, write_rows, progress in (
-            ("one", None, None),
-            ("two", ClusterRows(2, settings.encoder), kill_one),
-        )
-    ]
+    with serve(server):
+        urls = tuple(server.url + name for name in server.files)
+        made = [
+            prepare_corpus(
+                settings.corpus.model_copy(update={"cache_dir": str(tmp_path / name), "path": path}),
+                tokenize=encoder.token_rows,
+                tokenizer_digest=encoder.tokenizer_digest(),
+                max_length=24,
+                write_rows=write_rows,
+                progress=progress,
+            )
+            for name, path, write_rows, progress in (
+                ("one", settings.corpus.path, None, None),
+                ("two", urls, ClusterRows(2, settings.encoder), kill_one),
+            )
+        ]
     assert killed and contents(made[0]) == contents(made[1])
     assert made[0].report.dropped == made[1].report.dropped and made[0].report.dropped["duplicate"] > 2000
     assert nothing_is_left(tmp_path / "two") and ray.is_initialized()

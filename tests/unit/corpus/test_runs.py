@@ -1,16 +1,19 @@
 """A corpus prepared in pieces, in any order and some of them twice, has the bytes of one that one process prepared."""
 
+import gzip
 import json
 import random
 from pathlib import Path
 
+import local_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import web
 
 from hncse_ray.config import CorpusSettings
-from hncse_ray.corpus import Corpus, files, parts, prepare_corpus, runs
+from hncse_ray.corpus import Corpus, files, hub, parts, prepare_corpus, runs
 from hncse_ray.corpus.rows import RowMaker
 from hncse_ray.corpus.runs import read_chunks, write_dropped, write_in_pieces, write_laid_out, write_run
 from hncse_ray.errors import DataError
@@ -137,6 +140,94 @@ def test_documents_are_one_part_and_sampled_as_a_whole(tmp_path, sample):
         (tmp_path / f"{number}.md").write_text(f"# Title {number % 5}\n\n{'. '.join(lines(9, seed=number))}.\n")
     found = assert_same(tmp_path, path=str(tmp_path), passage_words=10, near_duplicates=0.99, **sample)
     assert found.has_passages and found.report.documents > 1
+
+
+@pytest.fixture(params=["web", "whole", "file", "s3", "gs"])
+def put(request, remote_at):
+    """Put a file where it has a URL: on a server that gives parts or none, on a disk, in a bucket."""
+    if request.param not in ("web", "whole"):
+        remote = remote_at(request.param)
+        yield lambda file: remote.upload(file, file.name) or f"{remote.url}/{file.name}"
+        return
+    with web.serve(web.Web(ranges=request.param == "web")) as server:
+
+        def put(file):
+            server.files[f"/{file.name}"] = file.read_bytes()
+            return f"{server.url}/{file.name}"
+
+        yield put
+
+
+def test_files_at_urls_are_read_as_files_here(tmp_path, put):
+    here = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.csv.gz", "d.parquet")]
+    rows = [[{"text": line} for line in lines(60, seed=seed)] for seed in range(4)]
+    here[0].write_text("\n".join(row["text"] for row in rows[0]))
+    here[1].write_text("\n".join(map(json.dumps, rows[1])))
+    here[2].write_bytes(gzip.compress("\n".join(["text", *(row["text"] for row in rows[2])]).encode()))
+    pq.write_table(pa.Table.from_pylist(rows[3]), here[3], row_group_size=3)
+    urls = [put(file) for file in here]
+    expected = prepare_by(tmp_path / "here", None, path=tuple(map(str, here)))
+    found = assert_same(tmp_path, path=tuple(urls))
+    for file in expected.path.iterdir():
+        assert file.name == files.MANIFEST or file.read_bytes() == (found.path / file.name).read_bytes()
+    assert prepare_by(tmp_path, None, path=tuple(urls)).digest == found.digest
+    here[0].write_text(here[0].read_text().replace("a dog", "A cow"))
+    put(here[0])
+    assert prepare_by(tmp_path, None, path=tuple(urls)).digest != found.digest
+
+
+def test_a_source_that_changes_behind_the_reader_is_refused(tmp_path):
+    with web.serve(web.Web({"/a.txt": "\n".join(lines(60)).encode()})) as server:
+
+        def change_it(folder, job, counts, tell):
+            shards = in_pieces(folder, job, counts, tell)
+            server.versions["/a.txt"] = "another"
+            return shards
+
+        with pytest.raises(DataError, match="changed while it was read"):
+            prepare_by(tmp_path, change_it, path=f"{server.url}/a.txt")
+    assert list((tmp_path / "pieces/corpora").iterdir()) == []
+
+
+@pytest.mark.parametrize("split", ["train", "train[5:95]"])
+def test_a_data_set_of_the_hub_is_shared_out_by_its_shards(tmp_path, monkeypatch, split):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(hub, "_SHARD_ROWS", 20)
+    for number in range(4):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        rows = pa.table({"text": lines(25, seed=number), "other": range(25)})
+        pq.write_table(rows, tmp_path / "set" / f"train-{number:05d}-of-00004.parquet")
+    settings = {"source": "hub", "path": str(tmp_path / "set"), "split": split}
+    assert len(parts.parts_of(CorpusSettings(**settings))) == 4 + ("[" in split)
+    found = assert_same(tmp_path, **settings)
+    assert found.report.read == (90 if "[" in split else 100)
+    rows = pa.table({"text": lines(25, seed=9), "other": range(25)})
+    pq.write_table(rows, tmp_path / "set" / "train-00003-of-00004.parquet")
+    assert prepare_by(tmp_path, None, **settings).digest != found.digest
+
+
+def test_a_data_set_is_read_from_the_hub_and_its_corpus_found_when_that_is_gone(tmp_path, monkeypatch):
+    buffers = [pa.BufferOutputStream() for _ in range(2)]
+    for number, buffer in enumerate(buffers):
+        pq.write_table(pa.table({"text": lines(40, seed=number)}), buffer)
+    files_there = {f"train-0000{i}-of-00002.parquet": b.getvalue().to_pybytes() for i, b in enumerate(buffers)}
+    settings = {"source": "hub", "path": "org/set"}
+    for constant in ("huggingface_hub.constants.HF_HUB_CACHE", "datasets.config.HF_DATASETS_CACHE"):
+        monkeypatch.setattr(constant, str(tmp_path / "hf"))
+    with local_hub.serve(local_hub.LocalHub(files=files_there)) as one:
+        monkeypatch.setenv("HF_ENDPOINT", one.url)
+        for constant in ("huggingface_hub.constants.ENDPOINT", "datasets.config.HF_ENDPOINT"):
+            monkeypatch.setattr(constant, one.url)
+        template = f"{one.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        found = assert_same(tmp_path, **settings)
+        assert found.report.read == 80
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert prepare_by(tmp_path, None, **settings).digest == found.digest
+    with pytest.raises(DataError, match="the Hugging Face hub cannot be reached"):
+        prepare_by(tmp_path, None, **settings, min_words=2)
+    with pytest.raises(DataError, match="the Hugging Face hub cannot be reached"):
+        prepare_by(tmp_path, None, **settings, split="test")
 
 
 def test_nothing_in_a_column_and_nothing_left_are_told_as_by_one_process(tmp_path):

@@ -277,6 +277,8 @@ def test_a_local_data_set_through_the_hub_source(monkeypatch, tmp_path):
     folder.mkdir()
     pq.write_table(pa.table({"text": [A, B]}), folder / "train.parquet")
     assert read(source="hub", path=str(folder))[0] == [A, B]
+    assert not list((tmp_path / "hf").rglob("*.arrow"))  # it was read where it is
+    assert read(source="hub", path=str(folder), split="train[1:]")[0] == [B]
     with pytest.raises(DataError, match="It has: text"):
         read(source="hub", path=str(folder), column="txt")
 

@@ -71,12 +71,12 @@ def test_a_url_that_cannot_be_opened_is_named(url: str, said: str) -> None:
     assert said in str(caught.value) and caught.value.hint
 
 
-def test_a_bucket_that_is_not_there_is_named(server: None) -> None:
+def test_a_bucket_that_is_not_there_is_named(amazon: None) -> None:
     with pytest.raises(StorageError, match=r"s3://no-such-bucket/run/a\.txt"):
         Remote("s3://no-such-bucket/run").write("a.txt", b"1")
 
 
-def test_a_server_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, server: None) -> None:
+def test_a_server_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, amazon: None) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StorageError, match=r"cannot be read .*127\.0\.0\.1"):
         Remote("s3://bucket/run").read("settings.yaml")
