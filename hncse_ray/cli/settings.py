@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from hncse_ray.cli.app import JsonOption, SettingArgument, app, command
 from hncse_ray.errors import SettingsError
@@ -52,8 +54,7 @@ def recipes(as_json: JsonOption = False) -> None:
 
     def run(console: Console) -> dict[str, Any]:
         found = [{"name": file.name, "what": file.title, **_choices(file.tree)} for file in _shipped("recipes")]
-        _print_rows(console, found, {"name": "recipe", "what": "what", "objective": "objective", "model": "model",
-                                     "text": "text"})  # fmt: skip
+        _print_files(console, "recipe", found, lambda file: "{objective}; {model}; {text}".format_map(file))
         console.print("hncse train RECIPE [KEY=VALUE]...", style="dim", highlight=False)
         return {"recipes": found}
 
@@ -67,8 +68,7 @@ def spaces(as_json: JsonOption = False) -> None:
     def run(console: Console) -> dict[str, Any]:
         found = [{"name": file.name, "what": file.title, "varies": list(file.tree["parameters"])}
                  for file in _shipped("search_spaces")]  # fmt: skip
-        shown = [{**space, "varies": ", ".join(space["varies"])} for space in found]
-        _print_rows(console, shown, {"name": "space", "what": "what", "varies": "varies"})
+        _print_files(console, "space", found, lambda file: ", ".join(file["varies"]))
         console.print("hncse tune RECIPE --space SPACE", style="dim", highlight=False)
         return {"spaces": found}
 
@@ -174,10 +174,12 @@ def _facts(setting: SettingFacts) -> dict[str, Any]:
     return {**asdict(setting), "also_called": list(SYNONYMS.get(setting.key, ())), "recipes": set_by}
 
 
-def _print_rows(console: Console, rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
+def _print_files(
+    console: Console, kind: str, files: list[dict[str, Any]], details: Callable[[dict[str, Any]], str]
+) -> None:
     table = Table()
-    for heading in columns.values():
-        table.add_column(heading, overflow="fold", no_wrap=heading in ("recipe", "space"))
-    for row in rows:
-        table.add_row(*(escape(str(row[column])) for column in columns))
+    table.add_column(kind, no_wrap=True)
+    table.add_column("what", overflow="fold")
+    for file in files:
+        table.add_row(file["name"], Text.assemble(file["what"], "\n", (details(file), "dim")))
     console.print(table)

@@ -313,7 +313,7 @@ def _training(words: Words) -> tuple[tuple[str, str, dict[str, str]], ...]:
         ("Similarity of views", "cosine", cosines),
         ("Uniformity", "lower is more spread out", {"uniformity": "uniformity"}),
         ("Learning rate", "learning rate", {"learning_rate": "learning rate"}),
-        ("Speed", "sentences a second", {"sentences_per_s": "speed"}),
+        ("Speed", "rows a second", {"sentences_per_s": "speed"}),
     )
 
 

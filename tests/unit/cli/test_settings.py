@@ -114,6 +114,8 @@ def test_recipes_and_spaces_are_listed() -> None:
     assert [r["name"] for r in recipes] == sorted(p.stem for p in shipped_folder("recipes").glob("*.yaml"))
     assert {"name": "simcse_bert_base", "what": "Unsupervised SimCSE on BERT-base.", "objective": "info_nce",
             "model": "bert-base-uncased", "text": "wiki1m_for_simcse.txt"} in recipes  # fmt: skip
+    listed = hncse("recipes").stdout  # 80 columns wide
+    assert all(recipe[what] in listed for recipe in recipes for what in ("name", "objective", "model", "text"))
     spaces = json.loads(hncse("spaces", "--json").stdout)["spaces"]
     assert [s["name"] for s in spaces] == sorted(p.stem for p in shipped_folder("search_spaces").glob("*.yaml"))
     assert {"objective.temperature", "train.learning_rate"} == set(
