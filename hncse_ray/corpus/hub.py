@@ -89,10 +89,14 @@ def hub_identity(settings: CorpusSettings) -> str:
     name = settings.path[0]
     asked = json.dumps([name, settings.subset, settings.split])
     known = cache_folder(settings.cache_dir) / "hub" / hashlib.sha256(asked.encode()).hexdigest()
-    is_online = not os.path.exists(name) and hub_is_reachable()
-    if not is_online and not os.path.exists(name) and known.is_file():
+    is_here = os.path.exists(name)
+    is_online = not is_here and hub_is_reachable()
+    try:
+        builder = _builder(settings)
+    except DataError:
+        if is_here or is_online or not known.is_file():
+            raise
         return known.read_text(encoding="utf-8")
-    builder = _builder(settings)
     what = [builder.dataset_name, builder.config.name, settings.split, _content(builder, settings.split)]
     identity = " ".join(map(str, what))
     if is_online:
@@ -106,16 +110,12 @@ def hub_identity(settings: CorpusSettings) -> str:
 
 
 def _content(builder: Any, split: str) -> str:
-    found = builder.config.data_files
-    if not found:  # in the library's cache
+    found = builder.config.data_files or {}
+    own = [files for name, files in found.items() if str(name) in split] or list(found.values())
+    paths = [file for files in own for file in files]
+    if not paths or not all(map(os.path.isfile, paths)):  # on the hub, or in the library's cache: the commit
         return f"{builder.config.version} {builder.hash}"
-    digest = hashlib.sha256()
-    for files in [files for name, files in found.items() if str(name) in split] or found.values():
-        for file in files:
-            digest.update(content_identity(Path(file)) if os.path.isfile(file) else file.encode())
-        if not all(map(os.path.isfile, files)):
-            digest.update(json.dumps(files.origin_metadata).encode())  # the commit, which is in the names too, or a tag
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(content_identity(Path(path)) for path in paths)).hexdigest()
 
 
 def _builder(settings: CorpusSettings) -> Any:
