@@ -142,9 +142,9 @@ def test_documents_are_one_part_and_sampled_as_a_whole(tmp_path, sample):
     assert found.has_passages and found.report.documents > 1
 
 
-@pytest.fixture(params=["web", "whole", "file", "s3", "gs"])
+@pytest.fixture(params=["web", "whole", "s3", "gs"])
 def put(request, remote_at):
-    """Put a file where it has a URL: on a server that gives parts or none, on a disk, in a bucket."""
+    """Put a file where it has a URL: on a server that gives parts or none, or in a bucket."""
     if request.param not in ("web", "whole"):
         remote = remote_at(request.param)
         yield lambda file: remote.upload(file, file.name) or f"{remote.url}/{file.name}"
