@@ -123,11 +123,7 @@ class _Parts:
             StorageError: another process holds it, it is of another job, the file is there, or it cannot be written.
         """
         parts = cls(out, corpus)
-        try:
-            parts.folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"cannot be written ({error.strerror})", str(parts.folder)) from error
-        with locked(parts.folder / ".lock", hint="Choose another --out, or wait until that one is done"):
+        with locked(parts.folder / ".lock", hint="Choose another --out"):
             _check_out(out)
             job = parts.folder / "job.json"
             if job.exists() and json.loads(job.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:

@@ -9,7 +9,7 @@ from hncse_ray.config import CorpusSettings, EncoderSettings, Settings
 from hncse_ray.corpus import Corpus, prepare_corpus
 from hncse_ray.corpus.cache import cache_folder
 from hncse_ray.encoder import load_encoder
-from hncse_ray.errors import DataError
+from hncse_ray.errors import DataError, StorageError
 from hncse_ray.storage import locked
 
 
@@ -50,7 +50,7 @@ class NodeCorpus:
             pass  # not on this node, or not whole: prepared below
         try:
             corpus = self._prepare()
-        except DataError as error:
+        except (DataError, StorageError) as error:
             raise DataError(f"{error.what}, on node {socket.gethostname()}", error.where,
                             "Every node needs the corpus: put its source, or corpus.cache_dir, on a mount that all"
                             " of them have") from error  # fmt: skip
@@ -64,10 +64,6 @@ class NodeCorpus:
 
     def _prepare(self) -> Corpus:
         corpora = cache_folder(self.settings.cache_dir) / "corpora"
-        try:
-            corpora.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"cannot be written ({error.strerror})", str(corpora)) from error
         with locked(corpora / f".{self.digest}.lock", hint="Set corpus.cache_dir or HNCSE_CACHE", wait=True):
             encoder = load_encoder(self.encoder.model, self.encoder)
             return prepare_corpus(

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from hncse_ray.config import LOCAL_IS_ONE, Settings, load_settings
+from hncse_ray.config import LOCAL_IS_ONE, Settings, leaves, load_settings
 from hncse_ray.errors import SettingsError, StorageError
 from hncse_ray.reporting import Event, LineReporter, Reporter, Reporters, RunFinished, RunStarted, Verdict
 from hncse_ray.reporting.trackers import chosen_trackers, tracking
 from hncse_ray.storage import is_job
-from hncse_ray.training.run_folder import RunFolder, claim_run, leaves
+from hncse_ray.training.run_folder import RunFolder, claim_run
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def train_by(
     with claim_run(settings) as folder:
         result = folder.finished()
         if result is None:
-            with tracking(trackers, folder.path, dict(leaves(settings))) as tracked:
+            with tracking(trackers, folder.path, leaves(settings.model_dump(mode="json"))) as tracked:
                 events = Reporters([LineReporter(), start, *([reporter] if reporter else []), *tracked])
                 result = engine(settings, folder, events, sentences)
             result = replace(result, seconds={"starting": start.seconds} | result.seconds)

@@ -1,6 +1,6 @@
 """Every setting of a run, read from YAML, changed by ``a.b=c`` overrides, checked as a whole."""
 
-from hncse_ray.config.base import Section
+from hncse_ray.config.base import Section, changes, leaves
 from hncse_ray.config.corpus import CorpusSettings
 from hncse_ray.config.export import ExportSettings
 from hncse_ray.config.load import load_settings, read_setting, setting_kinds
@@ -49,6 +49,8 @@ __all__ = [
     "ViewKind",
     "ViewMix",
     "ViewsSettings",
+    "changes",
+    "leaves",
     "load_settings",
     "read_setting",
     "setting_kinds",

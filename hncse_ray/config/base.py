@@ -19,6 +19,24 @@ def as_tuple(value: object) -> object:
     return (value,) if isinstance(value, str | int) else value
 
 
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the settings of a tree by their paths, without their sections."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], *, free: tuple[str, ...]) -> dict[str, str]:
+    """Say of each setting how it differs between two trees; not of those whose paths begin with one of ``free``."""
+    before, now = leaves(old), leaves(new)
+    return {
+        key: f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(free)
+    }
+
+
 StrTuple = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from hncse_ray.errors import StorageError
 from hncse_ray.evaluation.vectors import FloatArray
 from hncse_ray.storage import locked, write_folder
 
@@ -82,10 +81,6 @@ class SavedIndex:
             facts = {"format": _FORMAT, "made_of": dict(made_of), "files": files}
             (partial / _MANIFEST).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"cannot be written ({error.strerror})", str(folder)) from error
         with locked(folder.with_name(f".{folder.name}.lock"), hint="Set HNCSE_CACHE", wait=True):
             write_folder(folder, fill)
 

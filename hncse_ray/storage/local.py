@@ -142,10 +142,10 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
 
 @contextmanager
 def locked(path: Path, *, hint: str, wait: bool = False, of: str | None = None) -> Iterator[None]:
-    """Hold a lock file, made if need be, for as long as the context lasts; the system frees it if the process ends.
+    """Hold a lock file, made with its folder if need be, while the context lasts or until this process ends.
 
     Args:
-        path: the lock file; its folder is there.
+        path: the lock file.
         hint: what to do if it cannot be had.
         wait: whether to wait until whoever holds it is done.
         of: what it is the lock of, for messages; None = its folder.
@@ -153,16 +153,18 @@ def locked(path: Path, *, hint: str, wait: bool = False, of: str | None = None) 
     Raises:
         StorageError: it cannot be written, or another process holds it.
     """
-    of = of or str(path.parent)
+    folder = path.parent
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock = path.open("a")
     except OSError as error:
-        raise StorageError(f"cannot be written ({error.strerror})", of, hint) from error
+        raise StorageError(f"cannot be written ({error.strerror})", str(folder), hint) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
-            raise StorageError("is in use by another process", of, hint) from error
+            ways = f"{hint}, or wait until that process has ended"
+            raise StorageError("is in use by another process", of or str(folder), ways) from error
         yield
 
 

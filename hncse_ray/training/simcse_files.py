@@ -71,8 +71,7 @@ def fetched(name: str, *, elsewhere: str, tell: Tell = lambda stage, done, total
         raise DataError("the Hugging Face hub cannot be reached, so it cannot be fetched", f"{REPOSITORY}/{name}",
                         elsewhere)  # fmt: skip
     folder = cache_folder(None) / "downloads"
-    make_folder(folder)
-    with locked(folder / f".{name}.lock", hint="Wait until that one is done, or set HNCSE_CACHE"):
+    with locked(folder / f".{name}.lock", hint="Set HNCSE_CACHE"):
         file = _fetch(name, folder, elsewhere, tell)
         yield file
         file.unlink()

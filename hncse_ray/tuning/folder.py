@@ -25,7 +25,7 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import TypeAdapter, ValidationError
 
-from hncse_ray.config import Settings, load_settings
+from hncse_ray.config import Settings, changes, load_settings
 from hncse_ray.errors import SettingsError, StorageError
 from hncse_ray.recipe import find_space, read_yaml, write_yaml
 from hncse_ray.storage import locked, write_atomically
@@ -161,10 +161,6 @@ def claim_sweep_folder(folder: Path, sweep: Sweep) -> Iterator[None]:
         StorageError: it cannot be written, is in use, or holds something else.
     """
     _refuse(folder, sweep)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot be written ({error.strerror})", str(folder), "Choose another --out") from error
     with locked(folder / ".lock", hint="Choose another --out"):
         _refuse(folder, sweep)
         write_atomically(folder / "sweep.yaml", sweep.to_yaml())
@@ -183,22 +179,14 @@ def _refuse(folder: Path, sweep: Sweep) -> None:
 
 def _differences(stored: Sweep, sweep: Sweep) -> list[str]:
     """Say what makes two sweeps different ones; the number of trials, seeds and the cluster do not."""
-    old, new = (_leaves(s.settings.model_dump(mode="json")) for s in (stored, sweep))
-    found = [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in sorted(old.keys() | new.keys())
-             if old.get(key) != new.get(key) and not key.startswith(_FREE_SETTINGS)]  # fmt: skip
+    trees = (one.settings.model_dump(mode="json") for one in (stored, sweep))
+    found = list(changes(*trees, free=_FREE_SETTINGS).values())
     if stored.space != sweep.space:
         found.append("the search space differs")
     if (stored.options.stopping, stored.grace_steps) != (sweep.options.stopping, sweep.grace_steps):
         found.append(f"poor trials were stopped by {stored.options.stopping} after {stored.grace_steps} steps,"
                      f" now by {sweep.options.stopping} after {sweep.grace_steps}")  # fmt: skip
     return found
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return leaves
 
 
 @dataclass(frozen=True)

@@ -224,9 +224,8 @@ class TestDataSts:
     def test_one_command_at_a_time_fetches_a_file(self, hub: Callable[..., LocalHub], tmp_path: Path) -> None:
         """Two would append to the same download."""
         one = hub(files={"senteval.tar": archive()})
-        (tmp_path / "cache" / "downloads").mkdir(parents=True)
         with locked(tmp_path / "cache" / "downloads" / ".senteval.tar.lock", hint=""):
-            assert_refused(hncse("data", "sts"), "downloads: is in use by another process", "Wait until")
+            assert_refused(hncse("data", "sts"), "downloads: is in use by another process", "wait until")
         assert not one.ranges and hncse("data", "sts").exit_code == 0
 
     @pytest.mark.parametrize(
