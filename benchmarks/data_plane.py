@@ -312,7 +312,7 @@ def steps_of_a_run(part: str, args: argparse.Namespace) -> dict[str, list[float]
     from hncse_ray.training import EvaluationSets, TrainJob, fit
     from hncse_ray.training.checks import prepare
     from hncse_ray.training.run_folder import RunFolder
-    from hncse_ray.training.store import folder_store
+    from hncse_ray.training.store import FolderStore
 
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         settings = load_settings(
@@ -338,7 +338,7 @@ def steps_of_a_run(part: str, args: argparse.Namespace) -> dict[str, list[float]
             if isinstance(event, StepsLogged):
                 marks.append((event.step, time.thread_time(), time.process_time(), time.perf_counter()))
 
-        store = stack.enter_context(folder_store(RunFolder(Path(folder) / "run"), print))
+        store = stack.enter_context(FolderStore(RunFolder(Path(folder) / "run"), print))
         holding = held_by_checkpoints() if part == "checkpoint" else []
         fit(TrainJob(settings, corpus, encoder, EvaluationSets({}), source), store, emit)
     begun = set(published) if part == "publish" else set(range(EVERY, args.steps, EVERY))

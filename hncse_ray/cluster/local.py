@@ -20,7 +20,7 @@ from hncse_ray.training import TrainJob, fit
 from hncse_ray.training.checks import check_run
 from hncse_ray.training.run_folder import RunFolder
 from hncse_ray.training.shard import in_process_source
-from hncse_ray.training.store import fetch_run, folder_store
+from hncse_ray.training.store import FolderStore, fetch_run
 
 _PART_OF_MEMORY = 0.7  # that an index may take, as Ray reckons
 
@@ -65,7 +65,7 @@ def train_here(
         elif settings.negatives.source != "none":
             source = _index_here(settings, corpus, encoder.dimension, machine, plan, device, told)
         stack.enter_context(_threads(plan.threads))
-        with folder_store(folder, notify) as store, run_records(folder.path) as files:
+        with FolderStore(folder, notify) as store, run_records(folder.path) as files:
 
             def emit(event: Event) -> None:
                 files.on(event)

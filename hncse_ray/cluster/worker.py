@@ -25,7 +25,7 @@ from hncse_ray.training import TrainJob, fit
 from hncse_ray.training.distributed import raise_together, rank, world_size
 from hncse_ray.training.run_folder import RunFolder, working_folder
 from hncse_ray.training.shard import in_process_source
-from hncse_ray.training.store import fetch_run, folder_store
+from hncse_ray.training.store import FolderStore, fetch_run
 
 
 def train_worker(config: dict[str, Any]) -> RunFinished | HncseError | None:
@@ -57,7 +57,7 @@ def train_worker(config: dict[str, Any]) -> RunFinished | HncseError | None:
             config["starts"].note()
         with (
             watch_nodes(notify, config["missing"], settings.cluster.min_workers) as nodes,
-            folder_store(folder, notify, is_first_on_node=_is_first_on_node(), requested=nodes.requested) as store,
+            FolderStore(folder, notify, is_first_on_node=_is_first_on_node(), requested=nodes.requested) as store,
             run_records(folder.path, RayMetrics(settings.run.name)) as files,
         ):
 

@@ -1,6 +1,6 @@
 """Where runs are kept: folders written without halves, and copies of them at URLs."""
 
-from hncse_ray.storage.lease import LEASES, Lease, LeaseLost, leased
+from hncse_ray.storage.lease import LAST_LEASE, LEASES, Lease, leased
 from hncse_ray.storage.local import (
     BLOCK,
     check_outlasts_job,
@@ -13,10 +13,11 @@ from hncse_ray.storage.local import (
     write_past_cache,
 )
 from hncse_ray.storage.remote import Remote, is_url, open_filesystem, reason_of
-from hncse_ray.storage.sending import Sender, keep_trying
+from hncse_ray.storage.sending import LeaseLost, Sender, keep_trying
 
 __all__ = [
     "BLOCK",
+    "LAST_LEASE",
     "LEASES",
     "Lease",
     "LeaseLost",

@@ -20,24 +20,23 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hncse_ray.errors import StorageError
+from hncse_ray.storage.local import write_atomically
 from hncse_ray.storage.remote import Remote
+from hncse_ray.storage.sending import LeaseLost, keep_trying
 
 logger = logging.getLogger(__name__)
 
 BEAT_S, STALE_S = 10.0, 60.0
 LEASES = "lease."  # how their names begin
+LAST_LEASE = ".lease"  # the file in a local folder with the name of the last that was had from it
 _LONG_AGO_S, _PAUSE_S = 3600.0, 1.0
-
-
-class LeaseLost(StorageError):
-    """Another process has taken over: this one must not write any more."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,8 @@ def leased(
 
     Args:
         remote: the place.
-        folder: a local folder that only one process of this machine can hold, and this one does. So a lease that
-            names it is one of a dead process, and is taken over at once.
+        folder: a local folder that only one process of this machine can hold, and this one does. So the lease that
+            was last had from it is one of a dead process, and is taken over at once.
         beat_s: time between two signs of life.
         stale_s: a lease without any for so long is taken over.
         each_beat: called after each sign of life.
@@ -88,18 +87,26 @@ def leased(
     Raises:
         StorageError: it is held by a live process, or the storage cannot be reached.
     """
-    lease, machine = Lease(remote, uuid.uuid4().hex), f"{socket.gethostname()} {_boot()} {folder.absolute()}"
-    dead = _acquire(lease, machine, stale_s)
-    ended = threading.Event()
+    lease, ended, kept = Lease(remote, uuid.uuid4().hex), threading.Event(), folder / LAST_LEASE
+    last = kept.read_text(errors="replace") if kept.exists() else ""
+    write_atomically(kept, lease.name)
+    dead = _acquire(lease, last, stale_s)
 
     def beat() -> None:
         lease.check()
-        remote.write(lease.name, _sign(machine))
+        remote.write(lease.name, _sign())
         for name in dead:  # who was asleep, and not dead, may have written it once more before it knew
             remote.delete(name)
         each_beat()
 
-    thread = threading.Thread(target=_keep_beating, args=(beat, beat_s, ended), name="lease", daemon=True)
+    def keep_beating() -> None:
+        try:
+            while not ended.wait(beat_s):
+                keep_trying(beat, ended=ended, notify=logger.warning)
+        except LeaseLost as error:
+            logger.warning("%s", error)
+
+    thread = threading.Thread(target=keep_beating, name="lease", daemon=True)
     thread.start()
     try:
         yield lease
@@ -112,60 +119,52 @@ def leased(
             logger.warning("the lease stays, and is stale in %g s: %s", stale_s, error)
 
 
-def _acquire(lease: Lease, machine: str, stale_s: float) -> list[str]:
+def _acquire(lease: Lease, last: str, stale_s: float) -> list[str]:
     """Be the only one who has a lease; return the names of those that were taken over."""
-    dead = _see_they_are_dead(lease, machine, stale_s)
+    dead = _see_they_are_dead(lease, last, stale_s)
     for name in dead:
         lease.remote.delete(name)
     while True:
-        lease.remote.write(lease.name, _sign(machine))
+        lease.remote.write(lease.name, _sign())
         if not _others(lease):
             return dead
         lease.remote.delete(lease.name)
         time.sleep(random.uniform(0, _PAUSE_S))
         if others := _others(lease):
-            raise _in_use(lease, *others.values())
+            raise _in_use(lease, others)
 
 
-def _see_they_are_dead(lease: Lease, machine: str, stale_s: float) -> list[str]:
-    """Return the names of the leases of others, once it is certain that these show no life."""
-    found = _others(lease)
-    doubtful = {name for name, content in found.items() if not _is_surely_dead(_read(content), machine)}
-    if doubtful:
-        logger.warning("%s is or was in use by a process on %s; seeing for up to %g s whether it lives",
-                       lease.remote.url, _holders(*found.values()), stale_s)  # fmt: skip
-    end = time.monotonic() + stale_s
-    while doubtful and time.monotonic() < end:
+def _see_they_are_dead(lease: Lease, last: str, stale_s: float) -> list[str]:
+    """Return the names of the leases of others, once it is certain that these show no life; ``last`` shows none."""
+    found, end, here = _others(lease), time.monotonic() + stale_s, socket.gethostname()
+    sure = {name for name, facts in found.items() if (name, facts.get("host")) == (last, here) or _is_old(facts)}
+    if found.keys() - sure:
+        logger.warning("%s is or was in use by %s; seeing for up to %g s whether it lives",
+                       lease.remote.url, _holders(found), stale_s)  # fmt: skip
+    while found.keys() - sure and time.monotonic() < end:
         time.sleep(min(_PAUSE_S, stale_s / 10))
         now = _others(lease)
-        if live := [content for name, content in now.items() if content != found.get(name)]:
-            raise _in_use(lease, *live)
-        found, doubtful = now, doubtful & now.keys()
+        if live := {name: facts for name, facts in now.items() if facts != found.get(name)}:
+            raise _in_use(lease, live)
+        found = now
     if found:
-        holders = _holders(*found.values())
-        logger.warning("taking %s over from a process on %s that shows no life", lease.remote.url, holders)
+        logger.warning("taking %s over from %s that shows no life", lease.remote.url, _holders(found))
     return list(found)
 
 
-def _in_use(lease: Lease, *others: bytes) -> StorageError:
-    by = f"by another process on {_holders(*others)} (process {_read(others[0]).get('pid', '?')})"
-    return StorageError(f"is in use {by}", lease.remote.url, "Choose another run.name, or end that process")
-
-
-def _others(lease: Lease) -> dict[str, bytes]:
-    """Return the leases of other processes."""
+def _others(lease: Lease) -> dict[str, dict[str, Any]]:
+    """Return what the leases of other processes say, by their names."""
     names = [name for name in lease.remote.names() if name.startswith(LEASES) and name != lease.name]
-    return {name: content for name in names if (content := lease.remote.read(name)) is not None}
+    return {name: _read(content) for name in names if (content := lease.remote.read(name)) is not None}
 
 
-def _sign(machine: str) -> bytes:
+def _sign() -> bytes:
     """Return a sign of life that differs from all before."""
-    facts = {"machine": machine, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-    return json.dumps(facts).encode()
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}).encode()
 
 
 def _read(content: bytes) -> dict[str, Any]:
-    """Return what a lease says of its holder: nothing if it cannot be read, as when it is being written."""
+    """Return what a sign of life says: nothing if it cannot be read, as when it is being written."""
     try:
         facts = json.loads(content)
     except ValueError:
@@ -173,33 +172,17 @@ def _read(content: bytes) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _is_surely_dead(facts: dict[str, Any], machine: str) -> bool:
+def _is_old(facts: Mapping[str, Any]) -> bool:
     last = facts.get("time")
-    return facts.get("machine") == machine or (isinstance(last, float | int) and time.time() - last > _LONG_AGO_S)
+    return isinstance(last, float | int) and time.time() - last > _LONG_AGO_S
 
 
-def _holders(*leases: bytes) -> str:
-    return ", ".join(sorted({str(_read(content).get("host", "?")) for content in leases}))
+def _holders(leases: Mapping[str, Mapping[str, Any]]) -> str:
+    return ", ".join(
+        f"another process on {facts.get('host', '?')} (process {facts.get('pid', '?')})" for facts in leases.values()
+    )
 
 
-def _keep_beating(beat: Callable[[], None], beat_s: float, ended: threading.Event) -> None:
-    failing = False
-    while not ended.wait(beat_s):
-        try:
-            beat()
-            failing = False
-        except LeaseLost as error:
-            logger.warning("%s", error)
-            return
-        except StorageError as error:
-            if not failing:
-                logger.warning("no sign of life can be left: %s", error)
-            failing = True
-
-
-def _boot() -> str:
-    """Return what tells two starts of a machine, and two machines of one name, apart."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
+def _in_use(lease: Lease, others: Mapping[str, Mapping[str, Any]]) -> StorageError:
+    hint = "Choose another run.name, or end that process"
+    return StorageError(f"is in use by {_holders(others)}", lease.remote.url, hint)

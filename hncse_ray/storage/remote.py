@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hncse_ray.errors import StorageError
+from hncse_ray.storage.local import replacing
 
 _ARROW_SCHEMES = ("s3", "gs")
 _GCS_RETRY_S = 60  # Google's client goes on for 15 minutes by default; whoever calls here tries again anyway
@@ -76,23 +77,25 @@ class Remote:
     def __init__(self, url: str) -> None:
         scheme, separator, path = url.rpartition("://")
         self.url = f"{scheme}{separator}{path.rstrip('/')}"
-        self._opened  # noqa: B018  so that a bad URL is told at once
+        self._files  # noqa: B018  so that a bad URL is told at once
 
     def __getstate__(self) -> dict[str, str]:
         """Leave what is opened here; the copy is opened when it is used, and says then if it cannot be."""
         return {"url": self.url}
 
     @cached_property
-    def _opened(self) -> tuple[Any, str]:
-        """The filesystem, and the folder's path in it."""
-        return open_filesystem(self.url)
+    def _files(self) -> Any:
+        """The filesystem of what is in the folder: a file's path in it is its name."""
+        from pyarrow.fs import SubTreeFileSystem
+
+        filesystem, folder = open_filesystem(self.url)
+        return SubTreeFileSystem(folder, filesystem)
 
     def read(self, name: str) -> bytes | None:
         """Return a file's content; None if there is no such file."""
-        filesystem, folder = self._opened
         with self._saying("read", name):
             try:
-                with filesystem.open_input_stream(f"{folder}/{name}", compression=None) as file:
+                with self._files.open_input_stream(name, compression=None) as file:
                     content: bytes = file.read()
             except (FileNotFoundError, NotADirectoryError):
                 return None
@@ -100,56 +103,45 @@ class Remote:
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file."""
-        filesystem, _ = self._opened
-        with (
-            self._saying("written", name),
-            filesystem.open_output_stream(self._made_parent(name), compression=None) as file,
-        ):
+        with self._writing(name), self._files.open_output_stream(name, compression=None) as file:
             file.write(content)
 
     def upload(self, file: Path, name: str) -> None:
         """Copy a local file to here."""
         from pyarrow.fs import LocalFileSystem, copy_files
 
-        filesystem, _ = self._opened
-        with self._saying("written", name):
-            copy_files(str(file), self._made_parent(name), LocalFileSystem(), filesystem)
+        with self._writing(name):
+            copy_files(str(file), name, LocalFileSystem(), self._files)
 
     def download(self, name: str, file: Path) -> None:
-        """Copy a file from here; its folder is there."""
+        """Copy a file from here, in place of a local one once it is whole."""
         from pyarrow.fs import LocalFileSystem, copy_files
 
-        filesystem, folder = self._opened
-        with self._saying("fetched", name):
-            copy_files(f"{folder}/{name}", str(file), filesystem, LocalFileSystem())
+        with replacing(file) as partial, self._saying("fetched", name):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            copy_files(name, str(partial), self._files, LocalFileSystem())
 
     def names(self, below: str = "") -> list[str]:
         """Return the names of all files, or of those in one folder, sorted; without such as are no path below it."""
         from pyarrow.fs import FileSelector, FileType
 
-        filesystem, folder = self._opened
-        start = folder.strip("/") + "/"
         with self._saying("listed", below):
-            selector = FileSelector(f"{folder}/{below}".rstrip("/"), allow_not_found=True, recursive=True)
-            paths = [info.path for info in filesystem.get_file_info(selector) if info.type == FileType.File]
-        return sorted(name for path in paths if _is_inside(name := path.strip("/").removeprefix(start)))
+            found = self._files.get_file_info(FileSelector(below, allow_not_found=True, recursive=True))
+        return sorted(info.path for info in found if info.type == FileType.File and _is_inside(info.path))
 
     def delete(self, name: str) -> None:
         """Delete a file; that it is not there is no error."""
-        filesystem, folder = self._opened
-        with self._saying("deleted", name):
-            try:
-                filesystem.delete_file(f"{folder}/{name}")
-            except FileNotFoundError:
-                return
+        with self._saying("deleted", name), suppress(FileNotFoundError):
+            self._files.delete_file(name)
 
-    def _made_parent(self, name: str) -> str:
-        """Make the folder of a file where there are folders, which object stores have not; return the file's path."""
-        filesystem, folder = self._opened
-        path = f"{folder}/{name}"
-        if self.url.partition("://")[0] not in _ARROW_SCHEMES:
-            filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-        return path
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """Make the folder of a file where there are folders, which object stores have not."""
+        with self._saying("written", name):
+            if self.url.partition("://")[0] not in _ARROW_SCHEMES:
+                path = f"{self._files.base_path}{name}"
+                self._files.base_fs.create_dir(path.rpartition("/")[0], recursive=True)
+            yield
 
     @contextmanager
     def _saying(self, verb: str, name: str) -> Iterator[None]:

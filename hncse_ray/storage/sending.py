@@ -7,11 +7,15 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 from hncse_ray.errors import StorageError
-from hncse_ray.storage.lease import LeaseLost
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
+
+
+class LeaseLost(StorageError):
+    """Another process has taken over: this one must not write any more."""
 
 
 class Sender:
@@ -20,14 +24,11 @@ class Sender:
     Args:
         send: sends what is new.
         notify: told once when sending begins to fail, and when it works again; called from the thread.
-        first_pause_s: before the first retry; doubled each time.
     """
 
-    def __init__(
-        self, send: Callable[[], None], notify: Callable[[str], None], *, first_pause_s: float = _FIRST_PAUSE_S
-    ) -> None:
-        self._send, self._notify, self._first_pause_s = send, notify, first_pause_s
+    def __init__(self, send: Callable[[], None], notify: Callable[[str], None]) -> None:
         self._ended = threading.Event()
+        self._keep_sending = partial(keep_trying, send, ended=self._ended, notify=notify)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="uploads")
         self._last: Future[None] = self._thread.submit(lambda: None)
 
@@ -43,20 +44,18 @@ class Sender:
             self._last = self._thread.submit(self._keep_sending)
 
     def finish(self, timeout_s: float) -> None:
-        """Wait until all is sent, and end the thread.
+        """Have all sent that is left, wait for it, and end the thread.
 
         Raises:
             TimeoutError: it could not be sent in that time.
             LeaseLost: another process has taken the run over.
         """
         try:
+            self.wake()
             self._last.result(timeout_s)
         finally:
             self._ended.set()
             self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def _keep_sending(self) -> None:
-        keep_trying(self._send, ended=self._ended, notify=self._notify, first_pause_s=self._first_pause_s)
 
 
 def keep_trying(
@@ -65,7 +64,6 @@ def keep_trying(
     timeout_s: float = math.inf,
     ended: threading.Event | None = None,
     notify: Callable[[str], None] = lambda text: None,
-    first_pause_s: float = _FIRST_PAUSE_S,
 ) -> None:
     """Call ``do`` until it succeeds, with growing pauses.
 
@@ -74,13 +72,12 @@ def keep_trying(
         timeout_s: how long to go on.
         ended: when it is set, nobody waits any more.
         notify: told of the first failure, and when it works again.
-        first_pause_s: before the second call; doubled each time.
 
     Raises:
         StorageError: the last failure, when the time is over.
         LeaseLost: at once.
     """
-    end, pause_s, failing, ended = time.monotonic() + timeout_s, first_pause_s, False, ended or threading.Event()
+    end, pause_s, ended = time.monotonic() + timeout_s, _FIRST_PAUSE_S, ended or threading.Event()
     while True:
         try:
             do()
@@ -88,11 +85,12 @@ def keep_trying(
         except LeaseLost:
             raise
         except (StorageError, OSError) as error:
-            if not failing:
-                notify(f"the storage fails, and is tried again: {error}")
-            failing = True
-            if time.monotonic() + pause_s > end or ended.wait(pause_s):
+            if time.monotonic() + pause_s > end:
                 raise
+            if pause_s == _FIRST_PAUSE_S:
+                notify(f"the storage fails, and is tried again: {error}")
+        if ended.wait(pause_s):
+            return
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-    if failing:
+    if pause_s > _FIRST_PAUSE_S:
         notify("the storage works again")

@@ -32,11 +32,15 @@ from hncse_ray.errors import StorageError
 from hncse_ray.training.distributed import gather_values
 from hncse_ray.training.host_copy import HostCopier, HostCopy
 from hncse_ray.training.objective import Objective
+from hncse_ray.training.run_folder import LAST_FILE
 
 logger = logging.getLogger(__name__)
 
 Weights = dict[str, Tensor]
-LAST_FILE = "state.json"  # of a checkpoint; without it there is none
+
+
+class Damaged(StorageError):
+    """A checkpoint is not as it was written."""
 
 
 @dataclass
@@ -244,7 +248,7 @@ def read_newest(
         state, progress, failure = TrainState(), dict[str, Any](), None
         try:
             state, progress = read_state(folder)
-        except StorageError as error:
+        except Damaged as error:
             failure = error
         damaged = next((error for error in gather_values(failure) if error is not None), None)
         if damaged is not None:
@@ -299,23 +303,23 @@ def read_state(folder: Path) -> tuple[TrainState, dict[str, Any]]:
     """Return what state.json holds.
 
     Raises:
-        StorageError: it, or a file beside it, is not as it was written.
+        Damaged: it, or a file beside it, is not as it was written.
     """
     try:
         content = json.loads((folder / LAST_FILE).read_text(encoding="utf-8"))
         if content.pop("digest") != _text_digest(content):
-            raise StorageError("the checkpoint is damaged (state.json differs from what was written)", str(folder))
+            raise Damaged("the checkpoint is damaged (state.json differs from what was written)", str(folder))
         found, files = {path.name for path in folder.iterdir()} - {LAST_FILE}, content["files"]
         if odd := found - files.keys():
-            raise StorageError(f"the checkpoint holds what was not written by it ({min(odd)})", str(folder))
+            raise Damaged(f"the checkpoint holds what was not written by it ({min(odd)})", str(folder))
         if missing := files.keys() - found:
-            raise StorageError(f"the checkpoint is incomplete (there is no {min(missing)})", str(folder))
+            raise Damaged(f"the checkpoint is incomplete (there is no {min(missing)})", str(folder))
         for name in found:
             if file_facts(folder / name) != files[name]:
-                raise StorageError(f"the checkpoint is damaged ({name} differs from what was written)", str(folder))
+                raise Damaged(f"the checkpoint is damaged ({name} differs from what was written)", str(folder))
         return TrainState(**content["state"]), content["progress"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StorageError(f"the checkpoint is incomplete ({type(error).__name__}: {error})", str(folder)) from error
+        raise Damaged(f"the checkpoint is incomplete ({type(error).__name__}: {error})", str(folder)) from error
 
 
 def _text_digest(content: dict[str, Any]) -> str:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 from hncse_ray.errors import StorageError
-from hncse_ray.storage import Remote, Sender, keep_trying, locked, replacing, write_folder
-from hncse_ray.training.checkpoint import LAST_FILE, Request, read_state
+from hncse_ray.storage import Remote, Sender, keep_trying, locked, write_folder
+from hncse_ray.training.checkpoint import Damaged, Request, read_state
 from hncse_ray.training.distributed import from_first, rank
-from hncse_ray.training.run_folder import PATIENCE_S, RECORDS, RunFolder, make_folder
+from hncse_ray.training.run_folder import LAST_FILE, PATIENCE_S, RECORDS, RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -23,21 +23,27 @@ _LAST_WORDS_S = 20.0  # of a run that fails, and has a cause of its own to tell
 
 
 class FolderStore:
-    """Checkpoints and the model in a folder; see RunStore. Made by :func:`folder_store`.
+    """Checkpoints and the model of a run, for one rank; see RunStore. A context: what is left is sent on leaving.
 
     Args:
-        folder: of the run; of one at a URL, that of this node.
-        notify: told when copies cannot be sent; None if this rank sends none.
-        cleans: whether this rank removes old checkpoints: one rank for each folder.
+        folder: of the run, on this node.
+        notify: told when copies cannot be sent.
+        is_first_on_node: whether this rank is the first of its node.
         requested: says what is asked of the run, to all ranks alike.
     """
 
     def __init__(
-        self, folder: RunFolder, notify: Callable[[str], None] | None, *, cleans: bool, requested: Callable[[], Request]
+        self,
+        folder: RunFolder,
+        notify: Callable[[str], None],
+        *,
+        is_first_on_node: bool = True,
+        requested: Callable[[], Request] = lambda: Request.NOTHING,
     ) -> None:
-        self._folder, self._cleans, self.requested = folder, cleans, requested
-        self._sender = None if notify is None else Sender(self._send, notify)
-        self._sending, self._sent, self._is_last = "", "", False
+        self._folder, self.requested = folder, requested
+        self._cleans = rank() == 0 if folder.lease is None else is_first_on_node  # one rank for each folder
+        self._sender = Sender(self._send, notify) if folder.lease is not None and rank() == 0 else None
+        self._sending = ""
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints on disk, newest first."""
@@ -58,32 +64,31 @@ class FolderStore:
                     shutil.rmtree(self._folder.checkpoints / old, ignore_errors=True)
             for half in self._folder.checkpoints.glob(".step_*"):  # of a process that was killed while it wrote
                 shutil.rmtree(half, ignore_errors=True)
-        if write is not None and self._sender is not None:
+        if self._sender is not None:
             self._sender.wake()
 
     def export(self, write: Callable[[Path], None]) -> None:
         """Put the model in place; it is sent at the end."""
         write_folder(self._folder.model, write)
 
-    def finish(self) -> None:
-        """Send all that the run leaves, its model if it has one yet, and wait for it.
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Have sent what is left; of a run that fails as far as it goes quickly: it has a cause of its own to tell.
 
         Raises:
-            StorageError: it could not be sent; it is whole in the folder.
+            StorageError: it could not be sent, which is all ranks' outcome; it is whole in the folder.
         """
-        if self._sender is not None:
-            self._is_last = True
-            self._sender.wake()
-            self._wait(PATIENCE_S)
-
-    def give_up(self) -> None:
-        """Wait a little for what is under way; for a run that has failed."""
+        if error is None:
+            from_first(lambda: self._finish(PATIENCE_S))
+            return
         try:
-            self._wait(_LAST_WORDS_S)
-        except StorageError as error:
-            logger.warning("%s", error)
+            self._finish(_LAST_WORDS_S)
+        except StorageError as unsent:
+            logger.warning("%s", unsent)
 
-    def _wait(self, timeout_s: float) -> None:
+    def _finish(self, timeout_s: float) -> None:
         try:
             if self._sender is not None:
                 self._sender.finish(timeout_s)
@@ -91,23 +96,20 @@ class FolderStore:
             raise self._folder.not_stored("the last state", f"not in {timeout_s:g} s") from error
 
     def _send(self) -> None:
-        """Send the newest checkpoint with the records, and at the end the model; called in the thread that sends."""
-        folder, is_last, newest = self._folder, self._is_last, next(iter(self.checkpoints()), None)
+        """Send the records, the newest checkpoint and the model if there is one; called in the thread that sends."""
+        folder, newest = self._folder, next(iter(self.checkpoints()), None)
         assert folder.lease is not None
+        remote = folder.lease.remote
         self._sending = "" if newest is None else newest.name  # until it is sent, it stays here
-        folder.lease.check()
-        for name in RECORDS:  # first: a checkpoint that is whole has all lines up to its step
-            folder.send(name)
-        if newest is not None and newest.name != self._sent:
-            remote = folder.lease.remote
-            remote.delete(f"checkpoints/{newest.name}/{LAST_FILE}")
-            folder.send(f"checkpoints/{newest.name}", last=LAST_FILE)
+        folder.send(*RECORDS)  # first: a checkpoint that is whole has all lines up to its step
+        if newest is not None:
+            if remote.read(f"checkpoints/{newest.name}/{LAST_FILE}") != (newest / LAST_FILE).read_bytes():
+                folder.send(f"checkpoints/{newest.name}")
             for name in superseded(stored_checkpoints(remote), newest.name):
                 for file in [f"checkpoints/{name}/{LAST_FILE}", *remote.names(f"checkpoints/{name}")]:
                     remote.delete(file)
-        self._sending, self._sent = "", self._sending
-        if is_last:
-            folder.send("model")
+        self._sending = ""
+        folder.send("model")
 
 
 def superseded(checkpoints: Sequence[str], newest: str) -> list[str]:
@@ -130,10 +132,6 @@ def stored_checkpoints(remote: Remote) -> list[str]:
     )
 
 
-class _Damaged(StorageError):
-    """A checkpoint at a URL is not what was sent."""
-
-
 def fetch_run(folder: RunFolder, notify: Callable[[str], None]) -> None:
     """Have on this node what resuming needs: of a run at a URL the newest whole checkpoint, and the records up to it.
 
@@ -144,25 +142,33 @@ def fetch_run(folder: RunFolder, notify: Callable[[str], None]) -> None:
         StorageError: the storage cannot be reached for long, or the folder not be written.
     """
     if folder.lease is not None:
-        make_folder(folder.checkpoints, "Set HNCSE_CACHE")
-        remote = folder.lease.remote
         with locked(folder.path / ".fetch.lock", hint="Set HNCSE_CACHE", wait=True):
-            keep_trying(lambda: _fetch(remote, folder, notify), timeout_s=PATIENCE_S)
+            keep_trying(partial(_fetch, folder, folder.lease.remote, notify), timeout_s=PATIENCE_S)
 
 
-def _fetch(remote: Remote, folder: RunFolder, notify: Callable[[str], None]) -> None:
+def _fetch(folder: RunFolder, remote: Remote, notify: Callable[[str], None]) -> None:
     newest_here = max((path.name for path in folder.checkpoints.glob("step_*")), default="")
     for name in stored_checkpoints(remote):
-        target, below = folder.checkpoints / name, f"checkpoints/{name}"
+        below = f"checkpoints/{name}"
         try:
-            if not _is_same(target, remote.read(f"{below}/{LAST_FILE}")):
-                write_folder(target, partial(_fetch_checkpoint, remote, below))
-        except _Damaged as error:
-            notify(f"passed over: {error}")
-            continue
-        if name > newest_here or not (folder.path / RECORDS[0]).exists():
-            _fetch_records(remote, folder.path)
-        return
+            if not _is_same(folder.checkpoints / name, remote.read(f"{below}/{LAST_FILE}")):
+                records_to = folder.path if name > newest_here else None
+                write_folder(folder.checkpoints / name, partial(_fetch_checkpoint, remote, below, records_to))
+            return
+        except Damaged as error:
+            notify(f"passed over: {remote.url}/{below}: {error.what}")
+
+
+def _fetch_checkpoint(remote: Remote, below: str, records_to: Path | None, new: Path) -> None:
+    """Fill a new folder, and fetch the records first: where the checkpoint is, they are."""
+    for file in remote.names(below):
+        remote.download(file, new / file.removeprefix(f"{below}/"))
+    read_state(new)
+    if records_to is not None:
+        shutil.rmtree(records_to / "tensorboard", ignore_errors=True)
+        for file in remote.names():
+            if file.partition("/")[0] in RECORDS:
+                remote.download(file, records_to / file)
 
 
 def _is_same(checkpoint: Path, stored: bytes | None) -> bool:
@@ -170,55 +176,5 @@ def _is_same(checkpoint: Path, stored: bytes | None) -> bool:
     try:
         read_state(checkpoint)
         return (checkpoint / LAST_FILE).read_bytes() == stored
-    except StorageError:
+    except Damaged:
         return False
-
-
-def _fetch_checkpoint(remote: Remote, below: str, folder: Path) -> None:
-    for name in remote.names(below):
-        file = folder / name.removeprefix(f"{below}/")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        remote.download(name, file)
-    try:
-        read_state(folder)
-    except StorageError as error:
-        raise _Damaged(error.what, f"{remote.url}/{below}") from error
-
-
-def _fetch_records(remote: Remote, work: Path) -> None:
-    shutil.rmtree(work / "tensorboard", ignore_errors=True)
-    for name in remote.names():
-        if name.partition("/")[0] in RECORDS:
-            (work / name).parent.mkdir(parents=True, exist_ok=True)
-            with replacing(work / name) as record:
-                remote.download(name, record)
-
-
-@contextmanager
-def folder_store(
-    folder: RunFolder,
-    notify: Callable[[str], None],
-    *,
-    is_first_on_node: bool = True,
-    requested: Callable[[], Request] = lambda: Request.NOTHING,
-) -> Iterator[FolderStore]:
-    """Open the store of a rank.
-
-    Args:
-        folder: of the run, on this node.
-        notify: told when copies cannot be sent.
-        is_first_on_node: whether this rank is the first of its node.
-        requested: see :class:`FolderStore`.
-
-    Raises:
-        StorageError: on leaving, if the last copies could not be sent.
-    """
-    is_at_url, is_first = folder.lease is not None, rank() == 0
-    cleans = is_first_on_node if is_at_url else is_first
-    store = FolderStore(folder, notify if is_at_url and is_first else None, cleans=cleans, requested=requested)
-    try:
-        yield store
-    except BaseException:
-        store.give_up()
-        raise
-    from_first(store.finish)  # the first rank sends what is left, and whether that went well is all ranks' outcome

@@ -25,12 +25,13 @@ DEAD_S = 0.5  # where nobody lives
 
 
 def lease(remote: Remote, folder: Path, stale_s: float = STALE_S) -> AbstractContextManager[Lease]:
+    folder.mkdir(parents=True, exist_ok=True)
     return leased(remote, folder, beat_s=BEAT_S, stale_s=stale_s)
 
 
 def leave(remote: Remote, **facts: object) -> None:
     """Leave the lease of a process that is dead."""
-    content = {"machine": "m", "host": "elsewhere", "pid": 7, "time": time.time()}
+    content = {"host": "elsewhere", "pid": 7, "time": time.time()}
     remote.write("lease.dead.json", json.dumps(content | facts).encode())
 
 
@@ -62,7 +63,7 @@ def test_one_that_shows_no_life_is_taken_over_and_it_is_said(
     started = time.monotonic()
     with caplog.at_level(logging.WARNING), lease(remote, tmp_path, DEAD_S) as mine:
         assert time.monotonic() - started >= DEAD_S and remote.names() == [mine.name]
-    assert "over from a process on elsewhere that shows no life" in caplog.text
+    assert "over from another process on elsewhere (process 7) that shows no life" in caplog.text
 
 
 def test_one_of_long_ago_is_taken_over_at_once(remote: Remote, tmp_path: Path) -> None:

@@ -39,14 +39,13 @@ def test_what_is_written_is_read_back(remote: Remote, tmp_path: Path) -> None:
 def test_a_name_that_is_no_path_below_is_not_listed(remote: Remote, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No client writes such keys, but a bucket may hold them."""
     remote.write("a.txt", b"1")
-    filesystem, folder = remote._opened
-    odd = SimpleNamespace(path=f"{folder}/{name}", type=FileType.File)
+    files, odd = remote._files, SimpleNamespace(path=name, type=FileType.File)
 
     class Listing:
         def get_file_info(self, selector: FileSelector) -> list[Any]:
-            return [odd, *filesystem.get_file_info(selector)]
+            return [odd, *files.get_file_info(selector)]
 
-    monkeypatch.setattr(remote, "_opened", (Listing(), folder))
+    monkeypatch.setattr(remote, "_files", Listing())
     assert remote.names() == ["a.txt"]
 
 

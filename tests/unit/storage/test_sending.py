@@ -13,6 +13,11 @@ from hncse_ray.errors import StorageError
 from hncse_ray.storage import LeaseLost, Sender, keep_trying
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hncse_ray.storage.sending._FIRST_PAUSE_S", 0.01)
+
+
 def failing(times: int, done: list[str]) -> Callable[[], None]:
     left = iter(range(times))
 
@@ -44,11 +49,11 @@ class TestSender:
         assert time.monotonic() - started < seconds(1)
         free.set()
         sender.finish(seconds(30))
-        assert sent == [["1"], ["1", "2", "3", "4"]]
+        assert sent[0] == ["1"] and sent[1] == sent[-1] == ["1", "2", "3", "4"] and len(sent) <= 3
 
     def test_a_failure_is_said_once_and_tried_again(self) -> None:
         done, notices = list[str](), list[str]()
-        sender = Sender(failing(4, done), notices.append, first_pause_s=0.01)
+        sender = Sender(failing(4, done), notices.append)
         sender.wake()
         sender.finish(seconds(30))
         assert done == ["sent"]
@@ -57,7 +62,7 @@ class TestSender:
 
     def test_what_cannot_be_sent_to_the_end_is_an_error_and_the_thread_ends(self) -> None:
         notices = list[str]()
-        sender = Sender(failing(10**9, []), notices.append, first_pause_s=0.01)
+        sender = Sender(failing(10**9, []), notices.append)
         sender.wake()
         with pytest.raises(TimeoutError):
             sender.finish(0.3)
@@ -89,7 +94,7 @@ class TestSender:
 
 def test_trying_goes_on_for_a_time_and_no_longer() -> None:
     done: list[str] = []
-    keep_trying(failing(3, done), timeout_s=seconds(30), first_pause_s=0.01)
+    keep_trying(failing(3, done), timeout_s=seconds(30))
     assert done == ["sent"]
     with pytest.raises(StorageError, match="no connection"):
-        keep_trying(failing(10**9, done), timeout_s=0.1, first_pause_s=0.01)
+        keep_trying(failing(10**9, done), timeout_s=0.1)

@@ -27,7 +27,7 @@ from hncse_ray.training import store as store_module
 from hncse_ray.training.checkpoint import Snapshot, TrainState
 from hncse_ray.training.host_copy import HostCopier
 from hncse_ray.training.run_folder import RunFolder, claim_run, working_folder
-from hncse_ray.training.store import FolderStore, fetch_run, folder_store, stored_checkpoints
+from hncse_ray.training.store import FolderStore, fetch_run, stored_checkpoints
 
 RESULT = {"step": 12, "best_step": 8, "sentences_per_s": 10.0, "stopped_early": False}
 
@@ -186,17 +186,17 @@ class TestTravelling:
 
     def send(self, remote: Remote, work: Path, *steps: int, text: str = "seed: 1") -> None:
         for step in steps:
-            with folder_store(self.at(remote, work), lambda text: None) as store:
+            with FolderStore(self.at(remote, work), lambda text: None) as store:
                 save(store, work, step, text)
 
     def steps(self, work: Path) -> list[int]:
-        return sorted(int(path.name[5:]) for path in (work / "checkpoints").iterdir())
+        return sorted(int(path.name[5:]) for path in (work / "checkpoints").glob("*"))
 
     def test_another_machine_finds_checkpoints_records_and_model(self, remote: Remote, tmp_path: Path) -> None:
         here, there = tmp_path / "here", tmp_path / "there"
         (here / "tensorboard").mkdir(parents=True)
         (here / "tensorboard/events").write_text("scalars")
-        with folder_store(self.at(remote, here), pytest.fail) as store:
+        with FolderStore(self.at(remote, here), pytest.fail) as store:
             for step in (4, 8, 12):
                 newest = save(store, here, step)
                 soon(lambda: newest.name in stored_checkpoints(remote), within_s=30, what="the copy")  # noqa: B023
@@ -208,6 +208,35 @@ class TestTravelling:
         assert (there / "metrics.jsonl").read_text() == (here / "metrics.jsonl").read_text()
         assert (there / "tensorboard/events").read_text() == "scalars"
         assert remote.read("model/model.safetensors") == b"best"
+
+    def test_what_is_there_already_is_not_sent_again(
+        self, remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.send(remote, tmp_path / "here", 4)
+        fetch_run(self.at(remote, tmp_path / "there"), pytest.fail)
+        sent, really = list[str](), Remote.upload
+        monkeypatch.setattr(Remote, "upload", lambda self, file, name: (sent.append(name), really(self, file, name)))
+        with FolderStore(self.at(remote, tmp_path / "there"), pytest.fail):
+            pass
+        assert sent == ["metrics.jsonl"] and stored_checkpoints(remote) == ["step_000000004"]
+
+    def test_of_a_fetch_that_breaks_off_no_part_is_left_out_the_next_time(
+        self, remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        here, there, really, failures = tmp_path / "here", tmp_path / "there", Remote.download, ["once"]
+        (here / "tensorboard").mkdir(parents=True)
+        (here / "tensorboard/events").write_text("scalars")
+        self.send(remote, here, 4)
+
+        def break_off(self: Remote, name: str, file: Path) -> None:
+            if name == "tensorboard/events" and failures:
+                raise StorageError(failures.pop(), self.url)
+            really(self, name, file)
+
+        monkeypatch.setattr(Remote, "download", break_off)
+        monkeypatch.setattr("hncse_ray.storage.sending._FIRST_PAUSE_S", 0.01)
+        fetch_run(self.at(remote, there), pytest.fail)
+        assert not failures and (there / "tensorboard/events").read_text() == "scalars" and self.steps(there) == [4]
 
     def test_a_new_run_brings_nothing(self, remote: Remote, tmp_path: Path) -> None:
         fetch_run(self.at(remote, tmp_path / "there"), pytest.fail)
@@ -272,7 +301,7 @@ class TestTravelling:
     def test_what_is_here_and_newer_stays(self, remote: Remote, tmp_path: Path) -> None:
         self.send(remote, tmp_path / "here", 4)
         there = tmp_path / "there"
-        with folder_store(RunFolder(there), pytest.fail) as store:
+        with FolderStore(RunFolder(there), pytest.fail) as store:
             there.mkdir()
             save(store, there, 8)
         before = (there / "metrics.jsonl").read_bytes()
@@ -311,7 +340,7 @@ class TestTravelling:
             really(self, file, name)
 
         monkeypatch.setattr(Remote, "upload", slowly)
-        with folder_store(self.at(remote, here), pytest.fail) as store:
+        with FolderStore(self.at(remote, here), pytest.fail) as store:
             save(store, here, 4)
             assert begun.wait(seconds(60))
             for step in (8, 12, 16):
@@ -322,7 +351,7 @@ class TestTravelling:
 
     def test_one_who_was_taken_over_overwrites_nothing(self, remote: Remote, tmp_path: Path) -> None:
         here = tmp_path / "here"
-        with pytest.raises(LeaseLost), folder_store(self.at(remote, here), pytest.fail) as store:
+        with pytest.raises(LeaseLost), FolderStore(self.at(remote, here), pytest.fail) as store:
             remote.delete("lease.me.json")
             save(store, here, 4)
         assert remote.names() == [] and self.steps(here) == [4]
@@ -338,7 +367,7 @@ class TestAcrossAnOutageOfS3:
         remote, here, said = Remote(f"s3://{BUCKET}/outage/run"), tmp_path / "here", list[str]()
         remote.write("lease.me.json", b"")
         here.mkdir()
-        with folder_store(RunFolder(here, Lease(remote, "me")), said.append) as store:
+        with FolderStore(RunFolder(here, Lease(remote, "me")), said.append) as store:
             save(store, here, 4)
             soon(lambda: stored_checkpoints(remote), within_s=60, what="the copy")
             gate.close()

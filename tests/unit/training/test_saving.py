@@ -18,7 +18,7 @@ from waits import soon
 from hncse_ray.reporting import Event
 from hncse_ray.reporting.events import StepsLogged
 from hncse_ray.training.run_folder import RunFolder
-from hncse_ray.training.store import folder_store
+from hncse_ray.training.store import FolderStore as StoreOfRank
 
 Tree = dict[str, Any]
 
@@ -96,14 +96,14 @@ def test_a_process_killed_while_it_writes_leaves_the_one_before_whole(tmp_path: 
 
     child = os.fork()
     if not child:
-        with folder_store(RunFolder(tmp_path), print) as store:
+        with StoreOfRank(RunFolder(tmp_path), print) as store:
             store.save(4, write("four"))
             store.save(8, write_half)
         os._exit(1)
     soon(lambda: list(tmp_path.glob("checkpoints/.step_000000008.*/*")), within_s=30, what="half of a checkpoint")
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    with folder_store(RunFolder(tmp_path), print) as store:
+    with StoreOfRank(RunFolder(tmp_path), print) as store:
         (kept,) = store.checkpoints()
         assert kept.name == "step_000000004" and (kept / "encoder.safetensors").read_text() == "four"
         store.save(7, write("seven"))  # out of turn: nothing of that name was begun before
