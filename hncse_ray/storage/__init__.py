@@ -1,6 +1,5 @@
-"""Where runs are kept: folders written without halves, and copies of them at URLs."""
+"""Files and folders that nobody ever finds half of; in modules of their own, a folder at a URL and the claim on one."""
 
-from hncse_ray.storage.lease import LAST_LEASE, LEASES, Lease, leased
 from hncse_ray.storage.local import (
     BLOCK,
     check_outlasts_job,
@@ -12,23 +11,14 @@ from hncse_ray.storage.local import (
     write_folder,
     write_past_cache,
 )
-from hncse_ray.storage.remote import Remote, is_url, open_filesystem, reason_of
-from hncse_ray.storage.sending import LeaseLost, Sender, keep_trying
+from hncse_ray.storage.remote import is_url, open_filesystem, reason_of
 
 __all__ = [
     "BLOCK",
-    "LAST_LEASE",
-    "LEASES",
-    "Lease",
-    "LeaseLost",
-    "Remote",
-    "Sender",
     "check_outlasts_job",
     "is_job",
     "is_locked",
     "is_url",
-    "keep_trying",
-    "leased",
     "locked",
     "open_filesystem",
     "reason_of",

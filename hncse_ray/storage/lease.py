@@ -33,7 +33,7 @@ from hncse_ray.storage.sending import LeaseLost, keep_trying
 
 logger = logging.getLogger(__name__)
 
-BEAT_S, STALE_S = 10.0, 60.0
+BEAT_S, STALE_S = 10.0, 60.0  # between two signs of life; after so long without any it is taken over
 LEASES = "lease."  # how their names begin
 LAST_LEASE = ".lease"  # the file in a local folder with the name of the last that was had from it
 _LONG_AGO_S, _PAUSE_S = 3600.0, 1.0
@@ -64,14 +64,7 @@ class Lease:
 
 
 @contextmanager
-def leased(
-    remote: Remote,
-    folder: Path,
-    *,
-    beat_s: float = BEAT_S,
-    stale_s: float = STALE_S,
-    each_beat: Callable[[], None] = lambda: None,
-) -> Iterator[Lease]:
+def leased(remote: Remote, folder: Path, *, each_beat: Callable[[], None] = lambda: None) -> Iterator[Lease]:
     """Hold the right to write at a URL for as long as the context lasts, or until this process ends.
 
     Where somebody has it who may be dead, wait until that is certain.
@@ -80,8 +73,6 @@ def leased(
         remote: the place.
         folder: a local folder that only one process of this machine can hold, and this one does. So the lease that
             was last had from it is one of a dead process, and is taken over at once.
-        beat_s: time between two signs of life.
-        stale_s: a lease without any for so long is taken over.
         each_beat: called after each sign of life.
 
     Raises:
@@ -90,7 +81,7 @@ def leased(
     lease, ended, kept = Lease(remote, uuid.uuid4().hex), threading.Event(), folder / LAST_LEASE
     last = kept.read_text(errors="replace") if kept.exists() else ""
     write_atomically(kept, lease.name)
-    dead = _acquire(lease, last, stale_s)
+    dead = _acquire(lease, last)
 
     def beat() -> None:
         lease.check()
@@ -101,7 +92,7 @@ def leased(
 
     def keep_beating() -> None:
         try:
-            while not ended.wait(beat_s):
+            while not ended.wait(BEAT_S):
                 keep_trying(beat, ended=ended, notify=logger.warning)
         except LeaseLost as error:
             logger.warning("%s", error)
@@ -112,16 +103,16 @@ def leased(
         yield lease
     finally:
         ended.set()
-        thread.join(timeout=beat_s)
+        thread.join(timeout=BEAT_S)
         try:
             remote.delete(lease.name)
         except StorageError as error:
-            logger.warning("the lease stays, and is stale in %g s: %s", stale_s, error)
+            logger.warning("the lease stays, and is stale in %g s: %s", STALE_S, error)
 
 
-def _acquire(lease: Lease, last: str, stale_s: float) -> list[str]:
+def _acquire(lease: Lease, last: str) -> list[str]:
     """Be the only one who has a lease; return the names of those that were taken over."""
-    dead = _see_they_are_dead(lease, last, stale_s)
+    dead = _see_they_are_dead(lease, last)
     for name in dead:
         lease.remote.delete(name)
     while True:
@@ -134,15 +125,15 @@ def _acquire(lease: Lease, last: str, stale_s: float) -> list[str]:
             raise _in_use(lease, others)
 
 
-def _see_they_are_dead(lease: Lease, last: str, stale_s: float) -> list[str]:
+def _see_they_are_dead(lease: Lease, last: str) -> list[str]:
     """Return the names of the leases of others, once it is certain that these show no life; ``last`` shows none."""
-    found, end, here = _others(lease), time.monotonic() + stale_s, socket.gethostname()
+    found, end, here = _others(lease), time.monotonic() + STALE_S, socket.gethostname()
     sure = {name for name, facts in found.items() if (name, facts.get("host")) == (last, here) or _is_old(facts)}
     if found.keys() - sure:
         logger.warning("%s is or was in use by %s; seeing for up to %g s whether it lives",
-                       lease.remote.url, _holders(found), stale_s)  # fmt: skip
+                       lease.remote.url, _holders(found), STALE_S)  # fmt: skip
     while found.keys() - sure and time.monotonic() < end:
-        time.sleep(min(_PAUSE_S, stale_s / 10))
+        time.sleep(min(_PAUSE_S, STALE_S / 10))
         now = _others(lease)
         if live := {name: facts for name, facts in now.items() if facts != found.get(name)}:
             raise _in_use(lease, live)

@@ -27,18 +27,10 @@ from hncse_ray.errors import StorageError
 from hncse_ray.reading.kinds import is_missing
 from hncse_ray.reporting.events import RunFinished
 from hncse_ray.reporting.records import METRICS, SAMPLES
-from hncse_ray.storage import (
-    LAST_LEASE,
-    LEASES,
-    Lease,
-    Remote,
-    check_outlasts_job,
-    is_url,
-    keep_trying,
-    leased,
-    locked,
-    write_atomically,
-)
+from hncse_ray.storage import check_outlasts_job, locked, write_atomically
+from hncse_ray.storage.lease import LAST_LEASE, LEASES, Lease, leased
+from hncse_ray.storage.remote import Remote, is_url
+from hncse_ray.storage.sending import keep_trying
 
 logger = logging.getLogger(__name__)
 

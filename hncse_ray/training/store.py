@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Self
 
 from hncse_ray.errors import StorageError
-from hncse_ray.storage import Remote, Sender, keep_trying, locked, write_folder
+from hncse_ray.storage import locked, write_folder
+from hncse_ray.storage.remote import Remote
+from hncse_ray.storage.sending import Sender, keep_trying
 from hncse_ray.training.checkpoint import Damaged, Request, read_state
 from hncse_ray.training.distributed import from_first, rank
 from hncse_ray.training.run_folder import LAST_FILE, PATIENCE_S, RECORDS, RunFolder

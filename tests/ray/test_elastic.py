@@ -16,7 +16,7 @@ from waits import seconds, soon
 
 from hncse_ray.config import Settings
 from hncse_ray.errors import ClusterError
-from hncse_ray.storage import Remote
+from hncse_ray.storage.remote import Remote
 from hncse_ray.training.store import stored_checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]

@@ -29,7 +29,7 @@ from waits import seconds, soon
 from hncse_ray.cluster import train
 from hncse_ray.config import Settings, load_settings
 from hncse_ray.reporting.events import Event, Notice, RunStarted
-from hncse_ray.storage import Remote
+from hncse_ray.storage.remote import Remote
 from hncse_ray.training.run_folder import working_folder
 from hncse_ray.training.store import stored_checkpoints
 

@@ -18,15 +18,28 @@ import pytest
 from waits import seconds, soon
 
 from hncse_ray.errors import StorageError
-from hncse_ray.storage import Lease, LeaseLost, Remote, leased
+from hncse_ray.storage.lease import Lease, leased
+from hncse_ray.storage.remote import Remote
+from hncse_ray.storage.sending import LeaseLost
 
 BEAT_S, STALE_S = seconds(0.2), seconds(3.0)  # a live one must come to beat in time
-DEAD_S = 0.5  # where nobody lives
+DEAD_S = 0.5
 
 
-def lease(remote: Remote, folder: Path, stale_s: float = STALE_S) -> AbstractContextManager[Lease]:
+@pytest.fixture
+def nobody_lives(quicker: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hncse_ray.storage.lease.STALE_S", DEAD_S)
+
+
+@pytest.fixture(autouse=True)
+def quicker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hncse_ray.storage.lease.BEAT_S", BEAT_S)
+    monkeypatch.setattr("hncse_ray.storage.lease.STALE_S", STALE_S)
+
+
+def lease(remote: Remote, folder: Path) -> AbstractContextManager[Lease]:
     folder.mkdir(parents=True, exist_ok=True)
-    return leased(remote, folder, beat_s=BEAT_S, stale_s=stale_s)
+    return leased(remote, folder)
 
 
 def leave(remote: Remote, **facts: object) -> None:
@@ -57,11 +70,11 @@ def test_it_is_held_until_it_is_released(remote: Remote, tmp_path: Path) -> None
 
 
 def test_one_that_shows_no_life_is_taken_over_and_it_is_said(
-    remote: Remote, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    remote: Remote, tmp_path: Path, caplog: pytest.LogCaptureFixture, nobody_lives: None
 ) -> None:
     leave(remote, time=time.time() + 500)  # a clock that is ahead is no sign of life
     started = time.monotonic()
-    with caplog.at_level(logging.WARNING), lease(remote, tmp_path, DEAD_S) as mine:
+    with caplog.at_level(logging.WARNING), lease(remote, tmp_path) as mine:
         assert time.monotonic() - started >= DEAD_S and remote.names() == [mine.name]
     assert "over from another process on elsewhere (process 7) that shows no life" in caplog.text
 
@@ -84,9 +97,11 @@ def test_one_of_a_process_that_died_in_this_very_folder_is_taken_over_at_once(re
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"time": "x"}', b"\xff"])
-def test_one_that_cannot_be_read_is_watched_like_any_other(remote: Remote, tmp_path: Path, content: bytes) -> None:
+def test_one_that_cannot_be_read_is_watched_like_any_other(
+    remote: Remote, tmp_path: Path, content: bytes, nobody_lives: None
+) -> None:
     remote.write("lease.json", content)
-    with lease(remote, tmp_path, DEAD_S) as mine:
+    with lease(remote, tmp_path) as mine:
         mine.check()
 
 

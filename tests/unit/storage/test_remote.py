@@ -11,7 +11,7 @@ import pytest
 from pyarrow.fs import FileSelector, FileType
 
 from hncse_ray.errors import StorageError
-from hncse_ray.storage import Remote, is_url
+from hncse_ray.storage.remote import Remote, is_url
 
 
 def test_a_url_is_told_from_a_folder() -> None:

@@ -10,7 +10,7 @@ import pytest
 from waits import seconds, soon
 
 from hncse_ray.errors import StorageError
-from hncse_ray.storage import LeaseLost, Sender, keep_trying
+from hncse_ray.storage.sending import LeaseLost, Sender, keep_trying
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,10 @@ from waits import seconds, soon
 
 from hncse_ray.config import Settings, load_settings
 from hncse_ray.errors import StorageError
-from hncse_ray.storage import Lease, LeaseLost, Remote, write_folder
+from hncse_ray.storage import write_folder
+from hncse_ray.storage.lease import Lease
+from hncse_ray.storage.remote import Remote
+from hncse_ray.storage.sending import LeaseLost
 from hncse_ray.training import run_folder
 from hncse_ray.training import store as store_module
 from hncse_ray.training.checkpoint import Snapshot, TrainState
