@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import random
 import socket
@@ -24,7 +25,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hncse_ray.errors import StorageError
 from hncse_ray.storage.local import write_atomically
@@ -37,6 +37,7 @@ BEAT_S, STALE_S = 10.0, 60.0  # between two signs of life; after so long without
 LEASES = "lease."  # how their names begin
 LAST_LEASE = ".lease"  # the file in a local folder with the name of the last that was had from it
 _LONG_AGO_S, _PAUSE_S = 3600.0, 1.0
+_Sign = tuple[str, str, float]  # of life: host, process, time
 
 
 @dataclass(frozen=True)
@@ -127,15 +128,15 @@ def _acquire(lease: Lease, last: str) -> list[str]:
 
 def _see_they_are_dead(lease: Lease, last: str) -> list[str]:
     """Return the names of the leases of others, once it is certain that these show no life; ``last`` shows none."""
-    found, end, here = _others(lease), time.monotonic() + STALE_S, socket.gethostname()
-    sure = {name for name, facts in found.items() if (name, facts.get("host")) == (last, here) or _is_old(facts)}
+    found, end, own = _others(lease), time.monotonic() + STALE_S, (last, socket.gethostname())
+    sure = {name for name, (host, _, at) in found.items() if (name, host) == own or time.time() - at > _LONG_AGO_S}
     if found.keys() - sure:
         logger.warning("%s is or was in use by %s; seeing for up to %g s whether it lives",
                        lease.remote.url, _holders(found), STALE_S)  # fmt: skip
     while found.keys() - sure and time.monotonic() < end:
         time.sleep(min(_PAUSE_S, STALE_S / 10))
         now = _others(lease)
-        if live := {name: facts for name, facts in now.items() if facts != found.get(name)}:
+        if live := {name: sign for name, sign in now.items() if sign != found.get(name)}:
             raise _in_use(lease, live)
         found = now
     if found:
@@ -143,8 +144,8 @@ def _see_they_are_dead(lease: Lease, last: str) -> list[str]:
     return list(found)
 
 
-def _others(lease: Lease) -> dict[str, dict[str, Any]]:
-    """Return what the leases of other processes say, by their names."""
+def _others(lease: Lease) -> dict[str, _Sign]:
+    """Return the signs of life of other processes, by the names of their leases."""
     names = [name for name in lease.remote.names() if name.startswith(LEASES) and name != lease.name]
     return {name: _read(content) for name in names if (content := lease.remote.read(name)) is not None}
 
@@ -154,26 +155,19 @@ def _sign() -> bytes:
     return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}).encode()
 
 
-def _read(content: bytes) -> dict[str, Any]:
-    """Return what a sign of life says: nothing if it cannot be read, as when it is being written."""
+def _read(content: bytes) -> _Sign:
+    """Return what a sign of life says, as far as it can be read: it may be half written."""
     try:
         facts = json.loads(content)
-    except ValueError:
-        return {}
-    return facts if isinstance(facts, dict) else {}
+        return str(facts["host"]), str(facts["pid"]), float(facts["time"])
+    except (ValueError, TypeError, KeyError):
+        return "?", "?", math.inf
 
 
-def _is_old(facts: Mapping[str, Any]) -> bool:
-    last = facts.get("time")
-    return isinstance(last, float | int) and time.time() - last > _LONG_AGO_S
+def _holders(signs: Mapping[str, _Sign]) -> str:
+    return ", ".join(f"another process on {host} (process {pid})" for host, pid, _ in signs.values())
 
 
-def _holders(leases: Mapping[str, Mapping[str, Any]]) -> str:
-    return ", ".join(
-        f"another process on {facts.get('host', '?')} (process {facts.get('pid', '?')})" for facts in leases.values()
-    )
-
-
-def _in_use(lease: Lease, others: Mapping[str, Mapping[str, Any]]) -> StorageError:
+def _in_use(lease: Lease, others: Mapping[str, _Sign]) -> StorageError:
     hint = "Choose another run.name, or end that process"
     return StorageError(f"is in use by {_holders(others)}", lease.remote.url, hint)

@@ -170,7 +170,7 @@ def claim_run(settings: Settings) -> Iterator[RunFolder]:
     check_outlasts_job(settings.run.storage_path, "run.storage_path")
     store, path = Remote(settings.run_dir), working_folder(settings)
     _refuse(store, settings)
-    hint = f"Choose another run.name or {'corpus.cache_dir' if is_url(store.url) else 'run.storage_path'}"
+    hint = f"Choose another {'corpus.cache_dir' if is_url(store.url) else 'run.storage_path'} or run.name"
     made = [place for place in (path, *path.absolute().parents) if not os.path.exists(place)]
     folder = RunFolder(path)
     with ExitStack() as stack:
