@@ -42,15 +42,10 @@ _Sign = tuple[str, str, float]  # of life: host, process, time
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to write at a URL, from :func:`leased`; travels to the workers."""
+    """The right to write at a URL, from :func:`leased`, and the name of its file there; travels to the workers."""
 
     remote: Remote
-    token: str
-
-    @property
-    def name(self) -> str:
-        """Name of its file."""
-        return f"{LEASES}{self.token}.json"
+    name: str
 
     def check(self) -> None:
         """Make sure that nobody else has taken over.
@@ -79,7 +74,8 @@ def leased(remote: Remote, folder: Path, *, each_beat: Callable[[], None] = lamb
     Raises:
         StorageError: it is held by a live process, or the storage cannot be reached.
     """
-    lease, ended, kept = Lease(remote, uuid.uuid4().hex), threading.Event(), folder / LAST_LEASE
+    lease, ended = Lease(remote, f"{LEASES}{uuid.uuid4().hex}.json"), threading.Event()
+    kept = folder / LAST_LEASE
     last = kept.read_text(errors="replace") if kept.exists() else ""
     write_atomically(kept, lease.name)
     dead = _acquire(lease, last)

@@ -182,7 +182,7 @@ class TestTravelling:
 
     def at(self, remote: Remote, work: Path) -> RunFolder:
         """The folder of a node, and a lease at the URL."""
-        lease = Lease(remote, "me")
+        lease = Lease(remote, "lease.me.json")
         remote.write(lease.name, b"")
         work.mkdir(exist_ok=True)
         return RunFolder(work, lease)
@@ -370,7 +370,7 @@ class TestAcrossAnOutageOfS3:
         remote, here, said = Remote(f"s3://{BUCKET}/outage/run"), tmp_path / "here", list[str]()
         remote.write("lease.me.json", b"")
         here.mkdir()
-        with FolderStore(RunFolder(here, Lease(remote, "me")), said.append) as store:
+        with FolderStore(RunFolder(here, Lease(remote, "lease.me.json")), said.append) as store:
             save(store, here, 4)
             soon(lambda: stored_checkpoints(remote), within_s=60, what="the copy")
             gate.close()
