@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from object_stores import BUCKET, gcs_server, s3_server
 
-from hncse_ray.storage import Remote
+from hncse_ray.storage.remote import Remote
 
 _numbers = itertools.count()
 

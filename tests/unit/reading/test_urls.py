@@ -15,7 +15,7 @@ from hncse_ray.config import CorpusSettings
 from hncse_ray.corpus.documents import document_files
 from hncse_ray.errors import DataError, HncseError
 from hncse_ray.reading import expand_path, read_records, read_table, text_lines, urls
-from hncse_ray.storage import Remote
+from hncse_ray.storage.remote import Remote
 
 LINES = [f"line {i} of many" for i in range(20_000)]
 TEXT = "\n".join(LINES).encode()
