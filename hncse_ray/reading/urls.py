@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import quote, urlsplit
 
 from hncse_ray.errors import DataError, HncseError
-from hncse_ray.storage import is_url, open_filesystem, reason_of
+from hncse_ray.storage import is_url, open_filesystem, reason_of, without_secret
 
 PATIENCE_S = 30.0  # without a byte of a web server; the clients of S3 and Google's storage have limits of their own
 PAUSES_S = (1.0, 4.0)  # before a second and a third try
@@ -104,15 +104,10 @@ def files_at(url: str) -> list[UrlFile]:
         DataError: it cannot be reached or does not exist, or no file is there.
         StorageError: the URL makes no sense, or what reads its kind is not installed.
     """
-    parts = urlsplit(url)
-    # A secret of S3 may have a stroke in it, and then looks like a path.
-    if parts.password is not None or (parts.scheme in ("s3", "gs") and ":" in parts.netloc):
-        shown = f"{parts.scheme}://.../{url.rpartition('/')[2].rpartition('@')[2]}"
-        raise DataError("has a password in it, and settings are kept and shown", shown, _hint(url))
-    if "?" in url or "#" in url:
-        raise DataError("has a query or a fragment, which may be a key, and settings are kept and shown",
-                        re.split("[?#]", url)[0], "Leave it out, or fetch the file first")  # fmt: skip
-    if parts.scheme in _WEB:
+    if (shown := without_secret(url)) != url:
+        raise DataError("has a password, a query or a fragment in it, and settings are kept and shown", shown,
+                        f"Leave it out, or fetch the file first. {_hint(url)}")  # fmt: skip
+    if urlsplit(url).scheme in _WEB:
         if url.endswith("/") or "*" in url:
             raise DataError("is no file, and what else a web server has is not known", url, "Name its files")
         return [_patiently(url, lambda: _found(url))]

@@ -11,7 +11,7 @@ from hncse_ray.storage.local import (
     write_folder,
     write_past_cache,
 )
-from hncse_ray.storage.remote import is_url, open_filesystem, reason_of
+from hncse_ray.storage.remote import is_url, open_filesystem, reason_of, without_secret
 
 __all__ = [
     "BLOCK",
@@ -23,6 +23,7 @@ __all__ = [
     "open_filesystem",
     "reason_of",
     "replacing",
+    "without_secret",
     "write_atomically",
     "write_folder",
     "write_past_cache",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from hncse_ray.errors import StorageError
 from hncse_ray.storage.local import replacing
@@ -18,6 +20,15 @@ _GCS_RETRY_S = 60  # Google's client goes on for 15 minutes by default; whoever 
 def is_url(path: str) -> bool:
     """Say whether a storage path is a URL rather than a folder."""
     return "://" in path
+
+
+def without_secret(url: str) -> str:
+    """Return a URL as it may be shown: as it is, unless it holds a password, or a query that may be a key."""
+    parts = urlsplit(url)
+    # A secret of S3 may have a stroke in it, and then looks like a path.
+    if parts.password is not None or (parts.scheme in _ARROW_SCHEMES and ":" in parts.netloc):
+        return f"{parts.scheme}://.../{url.rpartition('/')[2].rpartition('@')[2]}"
+    return re.split("[?#]", url)[0]
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
@@ -35,9 +46,10 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     scheme, _, rest = url.partition("://")
     if not rest or (scheme in _ARROW_SCHEMES and rest.startswith("/")):
         raise StorageError("names no bucket or folder", url, "Give a URL such as s3://bucket/folder")
-    if "?" in url or "#" in url:
-        raise StorageError("has a query or a fragment", url, "Give bucket and folder only; the rest belongs"
-                           " into the environment, such as AWS_ENDPOINT_URL")  # fmt: skip
+    if (shown := without_secret(url)) != url:
+        raise StorageError("has a password, a query or a fragment in it, and settings are kept and shown", shown,
+                           "Give bucket and folder only; the rest belongs into the environment, such as"
+                           " AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_ENDPOINT_URL")  # fmt: skip
     try:
         if scheme in _ARROW_SCHEMES:
             query = f"?retry_limit_seconds={_GCS_RETRY_S}" if scheme == "gs" else ""
