@@ -49,7 +49,7 @@ class TestFinishedRun:
             [METRIC, "test", "0.6250", "0.5000", "-0.1250"],
             ["python-docs/mrr", "test", "–", "76.50", ""],
         ]
-        assert "finished</b> after <b>20</b> steps" in page and "<b>240.5</b> sentences" in page
+        assert "finished</b> after <b>20</b> steps" in page and "<b>240.5</b> rows a second" in page
 
     def test_the_curves_are_those_of_the_metrics_file(self, page: str) -> None:
         assert points(page, "scores") == {
