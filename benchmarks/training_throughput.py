@@ -184,8 +184,8 @@ class Ours:
             min_batch=2,
         )
         # All batches of an epoch but for a short one at its end.
-        epoch = self.plan.epoch(0)[: len(corpus) // args.batch_size]
-        self.widths = np.array([corpus.lengths[ids].max() for ids in epoch])
+        epoch = range(len(corpus) // args.batch_size)
+        self.widths = np.array([corpus.lengths[self.plan.batch(number)].max() for number in epoch])
 
     def run(self, round_number: int) -> Measured:
         """Take the widest batch to warm up, then a fair sample of the epoch's batches, in the plan's order."""

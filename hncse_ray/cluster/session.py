@@ -18,7 +18,7 @@ from hncse_ray.errors import ClusterError
 
 logger = logging.getLogger(__name__)
 
-_GRACE_S = 1.0  # a run that is refused by then needs no Ray; where all is imported that is soon known
+_GRACE_S = 1.0  # a run that is refused by then needs no Ray
 
 
 def named_cluster() -> str | None:
@@ -105,8 +105,7 @@ def ray_meanwhile() -> Iterator[Callable[[], None]]:
     failure: list[BaseException] = []
 
     def hold() -> None:  # to the end: the system ends Ray's processes with the thread that started them
-        if "sentence_transformers" in sys.modules:  # else nothing is refused before it is imported, which takes seconds
-            wanted.wait(_GRACE_S)
+        wanted.wait(_GRACE_S)
         if over.is_set():
             return
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,6 +13,9 @@ from torch import Tensor
 
 from hncse_ray.config import Precision
 from hncse_ray.errors import ModelError
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # as malloc.h numbers them
+_LARGEST_KEPT = 2**30
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -30,6 +35,18 @@ def choose_device(wanted: str) -> torch.device:
     if wanted != "cpu" and int(wanted.partition(":")[2] or 0) >= count:
         raise ModelError(f"PyTorch sees {count} GPUs here", repr(wanted), "Choose auto or cpu")
     return torch.device(wanted)
+
+
+def keep_large_blocks() -> None:
+    """Have the C library keep large blocks of memory that were freed, for the next ones; on Linux.
+
+    The activations of long rows are larger than what glibc keeps by itself (32 MiB). Each would be mapped anew, and the
+    system would fill its pages with zeros: a quarter of the time of encoding (benchmarks/LOG.md).
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)
+        mallopt(_TRIM_THRESHOLD, _LARGEST_KEPT)
 
 
 def to_device(array: NDArray[Any] | Tensor, device: torch.device) -> Tensor:

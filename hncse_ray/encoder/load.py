@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from hncse_ray.config import EncoderSettings
 from hncse_ray.encoder.adapters import add_adapters
 from hncse_ray.encoder.encoder import SentenceEncoder
+from hncse_ray.encoder.hardware import keep_large_blocks
 from hncse_ray.encoder.head import add_head
 from hncse_ray.encoder.layers import use_fast_layers
 from hncse_ray.encoder.quiet import quiet
@@ -58,6 +59,8 @@ def load_encoder(
     if settings.lora is not None:
         add_adapters(loaded, settings.lora, seed=seed, name=name)
     use_fast_layers(loaded)
+    if device.type == "cpu":
+        keep_large_blocks()
     if settings.gradient_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
     return SentenceEncoder(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,12 +23,11 @@ class Sessions:
     """Stands in for Ray, which takes seconds to start: what is begun and ended, and by which thread."""
 
     def __init__(self, failure: Exception | None = None) -> None:
-        self.failure, self.told, self.begun = failure, list[tuple[str, int]](), threading.Event()
+        self.failure, self.told = failure, list[tuple[str, int]]()
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         self.told.append(("begun", threading.get_ident()))
-        self.begun.set()
         if self.failure is not None:
             raise self.failure
         yield
@@ -37,21 +35,10 @@ class Sessions:
 
 
 def test_what_is_refused_at_once_starts_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sentence_transformers", sys)
     monkeypatch.setattr(session, "ray_session", sessions := Sessions())
     with pytest.raises(HncseError, match="refused"), session.ray_meanwhile():
         raise HncseError("refused")
     assert sessions.told == []
-
-
-def test_ray_starts_at_once_where_the_encoder_s_libraries_are_still_to_be_imported(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delitem(sys.modules, "sentence_transformers", raising=False)
-    monkeypatch.setattr(session, "_GRACE_S", 300)
-    monkeypatch.setattr(session, "ray_session", sessions := Sessions())
-    with session.ray_meanwhile():
-        assert sessions.begun.wait(60)
 
 
 def test_ray_is_held_by_the_thread_that_started_it_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,15 @@
 
 import copy
 import pickle
+import platform
+import resource
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from hncse_ray.encoder import load_encoder
 from hncse_ray.encoder.layers import BitDropout, OneDnnLinear, use_fast_layers
 
 N = 1_000_000
@@ -104,3 +108,13 @@ def test_a_model_gets_the_layers_that_are_fast_on_its_processor(name: str, monke
     linear = OneDnnLinear if "AMD" in name and torch.backends.mkl.is_available() else nn.Linear
     assert kinds == [linear, nn.Sequential, BitDropout, nn.ReLU, BitDropout]
     assert list(model.state_dict()) == keys and model[2].p == 0.3
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_large_blocks_of_memory_are_kept_for_the_next_ones(tiny_model: Path) -> None:
+    load_encoder(tiny_model)
+    floats, pages = 16 * 2**20, 16 * 2**20 * 4 // resource.getpagesize()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.ones(floats)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 3 * pages  # not those of all eight
