@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from hncse_ray.cluster.session import is_connected, ray_meanwhile
 from hncse_ray.config import LOCAL_IS_ONE, Settings, leaves, load_settings
 from hncse_ray.errors import SettingsError, StorageError
 from hncse_ray.reporting import Event, LineReporter, Reporter, Reporters, RunFinished, RunStarted, Verdict
@@ -131,15 +131,9 @@ def choose_engine(settings: Settings) -> Engine:
             )
         return train_here
     on_a_cluster = is_job() or os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
-    if settings.fits_one_process and not (on_a_cluster or _is_connected()):
+    if settings.fits_one_process and not (on_a_cluster or is_connected()):
         return train_beside_pool if settings.negatives.source == "pool" else train_here
     return train_on_ray
-
-
-def _is_connected() -> bool:
-    """Say whether this process has a Ray already."""
-    ray = sys.modules.get("ray")
-    return ray is not None and ray.is_initialized()
 
 
 def train_here(
@@ -155,8 +149,6 @@ def train_beside_pool(
     settings: Settings, folder: RunFolder, reporter: Reporter, sentences: Sequence[str] | None
 ) -> RunFinished:
     """The engine of one process, with the actors of a negative pool on a Ray that starts meanwhile."""
-    from hncse_ray.cluster.session import ray_meanwhile
-
     with ray_meanwhile() as join_ray:
         from hncse_ray.cluster import local
 
@@ -167,8 +159,6 @@ def train_on_ray(
     settings: Settings, folder: RunFolder, reporter: Reporter, sentences: Sequence[str] | None
 ) -> RunFinished:
     """The engine of Ray Train: see :func:`hncse_ray.cluster.launch.train_on_ray`."""
-    from hncse_ray.cluster.session import ray_meanwhile
-
     with ray_meanwhile() as join_ray:
         from hncse_ray.cluster import launch  # the encoder's libraries take seconds, as Ray does
 

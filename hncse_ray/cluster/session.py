@@ -1,24 +1,30 @@
-"""Joining a Ray cluster, or starting one in this process for as long as a command runs."""
+"""Joining a Ray cluster, or a local Ray that is started for as long as a command runs. Ray is imported when joined."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-import ray
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from hncse_ray import PROCESS_VARIABLES
-from hncse_ray.cluster.address import find_head
 from hncse_ray.errors import ClusterError
 
 logger = logging.getLogger(__name__)
 
-_GRACE_S = 1.0  # a run that is refused by then needs no Ray
+_HEAD = Path(__file__).with_name("head.py")
+
+
+def is_connected() -> bool:
+    """Say whether this process has a Ray already, without importing it."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
 
 
 def named_cluster() -> str | None:
@@ -30,8 +36,10 @@ def named_cluster() -> str | None:
         ClusterError: nothing answers there, or nothing that can be joined.
     """
     address = os.environ.get("RAY_ADDRESS")
-    if ray.is_initialized() or not address or address == "local":
+    if is_connected() or not address or address == "local":
         return None
+    from hncse_ray.cluster.address import find_head
+
     return find_head(address, named=f"RAY_ADDRESS={address}")
 
 
@@ -43,100 +51,107 @@ def ray_session() -> Iterator[None]:
     is connected already, that connection is used and left as it is.
 
     Raises:
-        ClusterError: the named cluster cannot be reached.
+        ClusterError: the named cluster cannot be reached, or none can be started.
     """
-    if ray.is_initialized():
+    with ray_meanwhile() as join_ray:
+        join_ray()
         yield
-        return
-    address = named_cluster()
-    if address is None:
-        # If this process is killed, Ray's agents learn it from a GCS that no longer answers: after more than a minute
-        # by default, after seconds so. A local GCS never comes back.
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
-        os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", "10")
-    # Ray Train's controller asks the workers for news every so often; 2 s by default, which the end of a run waits for.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # Runs report through their own channel; Ray's usage pings and console banners add nothing.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        if address:
-            # Where this is a job with an environment of its own, both are joined; a variable of both is the same.
-            os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-            environment = {"env_vars": PROCESS_VARIABLES}
-            ray.init(address=address, runtime_env=environment, logging_level=logging.ERROR, log_to_driver=False)
-        else:
-            ray.init(
-                address="local",
-                include_dashboard=True,
-                dashboard_host="127.0.0.1",
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-            )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        place = f"the Ray cluster at {address}" if address else "a local Ray"
-        raise ClusterError(
-            f"{place} could not be {'reached' if address else 'started'} ({error})",
-            hint="Check RAY_ADDRESS and the token (RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)" if address else "",
-        ) from error
-    try:
-        if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
-            logger.warning("this Ray cluster has no token authentication: whoever reaches its ports can run code on it;"
-                           " start it with RAY_AUTH_MODE=token")  # fmt: skip
-        yield
-    finally:
-        ray.shutdown()
 
 
 @contextmanager
 def ray_meanwhile() -> Iterator[Callable[[], None]]:
-    """Start or join Ray in a thread, as :func:`ray_session` does, while a command gets ready for it.
+    """Have Ray started while a command gets ready for it: :func:`ray_session` in two steps.
 
     Yields:
-        Waits until there is Ray; raises what :func:`ray_session` does.
+        Waits until there is Ray, and joins it; raises ClusterError if none can be started.
 
     Raises:
         ClusterError: the named cluster cannot be reached.
     """
-    if ray.is_initialized():
+    if is_connected():
         yield lambda: None
         return
-    named_cluster()
-    wanted, there, over = (threading.Event() for _ in range(3))
-    failure: list[BaseException] = []
+    # Ray Train's controller asks the workers for news every so often; 2 s by default, which the end of a run waits for.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # Runs report through their own channel; Ray's usage pings and console banners add nothing.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = named_cluster()
+    with _leaving_on_sigterm(), ExitStack() as stack:
+        started = None if address else stack.enter_context(_local_head())
 
-    def hold() -> None:  # to the end: the system ends Ray's processes with the thread that started them
-        wanted.wait(_GRACE_S)
-        if over.is_set():
-            return
-        try:
-            with ray_session():
-                there.set()
-                over.wait()
-        except BaseException as error:
-            failure.append(error)
-        finally:
-            there.set()
+        def join() -> None:
+            _connect(started() if started else str(address), named=address is not None)
+            stack.callback(_disconnect)
 
-    def join() -> None:
-        wanted.set()
-        there.wait()
-        if failure:
-            raise failure[0]
+        yield join
 
-    thread = threading.Thread(target=hold, name="ray", daemon=True)
-    thread.start()
+
+@contextmanager
+def _local_head() -> Iterator[Callable[[], str]]:
+    """Have a Ray of this machine in a process of its own; it ends with this context, and with this process.
+
+    Yields:
+        Waits until it is there, and returns its address; raises ClusterError if it does not start.
+    """
+    # If that process is killed, Ray's agents learn it from a GCS that no longer answers: after more than a minute
+    # by default, after seconds so. A local GCS never comes back.
+    patience = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5", "RAY_gcs_server_request_timeout_seconds": "10"}
+    head = subprocess.Popen(
+        [sys.executable, "-P", str(_HEAD)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=patience | os.environ,
+        start_new_session=True,  # Ctrl-C is this process's affair
+    )
+    assert head.stdin is not None and head.stdout is not None
+    says = head.stdout
+
+    def address() -> str:
+        said = json.loads(says.readline() or b'{"error": "its process ended"}')
+        if "error" in said:
+            raise ClusterError(f"a local Ray could not be started ({said['error']})")
+        return str(said["address"])
+
     try:
-        with _leaving_on_sigterm():
-            yield join
+        yield address
     finally:
-        over.set()
-        wanted.set()
-        thread.join()
+        head.stdin.close()
+        head.wait()
+        says.close()
+
+
+def _connect(address: str, *, named: bool) -> None:
+    import ray
+    from ray._raylet import Config
+
+    environment = None
+    if named:
+        # Where this is a job with an environment of its own, both are joined; a variable of both is the same.
+        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+        environment = {"env_vars": PROCESS_VARIABLES}
+    elif "RAY_AUTH_MODE" not in os.environ:  # as Ray does for a cluster that a process starts itself
+        os.environ["RAY_AUTH_MODE"] = "token"
+        Config.initialize("")
+    try:
+        ray.init(address=address, runtime_env=environment, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ClusterError(f"the Ray cluster at {address} could not be reached ({error})",
+                           hint="Check RAY_ADDRESS and the token (RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)"
+                           if named else "") from error  # fmt: skip
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        logger.warning("this Ray cluster has no token authentication: whoever reaches its ports can run code on it;"
+                       " start it with RAY_AUTH_MODE=token")  # fmt: skip
+
+
+def _disconnect() -> None:
+    import ray
+
+    ray.shutdown()
 
 
 @contextmanager
 def _leaving_on_sigterm() -> Iterator[None]:
-    """Have a command that is terminated leave its contexts; Ray sees to that only if the main thread starts it."""
+    """Have a command that is terminated leave its contexts."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,11 +1,9 @@
-"""Which clusters are joined, and Ray that starts while a command gets ready."""
+"""Which clusters are joined, and the process of a local Ray that starts while a command gets ready."""
 
 from __future__ import annotations
 
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -19,50 +17,71 @@ def test_the_address_of_a_job_server_is_not_one_to_join(monkeypatch: pytest.Monk
         pytest.fail("it was joined")
 
 
-class Sessions:
-    """Stands in for Ray, which takes seconds to start: what is begun and ended, and by which thread."""
-
-    def __init__(self, failure: Exception | None = None) -> None:
-        self.failure, self.told = failure, list[tuple[str, int]]()
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        self.told.append(("begun", threading.get_ident()))
-        if self.failure is not None:
-            raise self.failure
-        yield
-        self.told.append(("ended", threading.get_ident()))
+_SAY = """
+import json, os, sys
+def say(**facts):
+    try:
+        os.write(1, (json.dumps(facts) + "\\n").encode())
+    except BrokenPipeError:  # of a command that is over
+        pass
+"""
 
 
-def test_what_is_refused_at_once_starts_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "ray_session", sessions := Sessions())
+class Head:
+    """Stands in for the program of a local Ray, which takes seconds to start, and for joining it."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, begins: str) -> None:
+        self._ended, program = folder / "ended", folder / "head.py"
+        ends = f"open({str(self._ended)!r}, 'w').close()"
+        program.write_text(f"{_SAY}{begins}\nsys.stdin.read()\n{ends}\n")
+        self.joined: list[str] = []
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        monkeypatch.setattr(session, "_HEAD", program)
+        monkeypatch.setattr(session, "_connect", lambda address, named: self.joined.append(address))
+        monkeypatch.setattr(session, "_disconnect", lambda: self.joined.append("left"))
+
+    @property
+    def has_ended(self) -> bool:
+        return self._ended.exists()
+
+
+@pytest.fixture
+def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Head:
+    return Head(tmp_path, monkeypatch, "say(address='127.0.0.1:1')")
+
+
+def test_ray_starts_meanwhile_and_ends_with_the_command(head: Head) -> None:
+    with session.ray_meanwhile() as join_ray:
+        assert head.joined == []
+        join_ray()
+        assert head.joined == ["127.0.0.1:1"] and not head.has_ended
+    assert head.joined == ["127.0.0.1:1", "left"] and head.has_ended
+
+
+def test_a_command_that_is_refused_joins_nothing_and_leaves_nothing(head: Head) -> None:
     with pytest.raises(HncseError, match="refused"), session.ray_meanwhile():
         raise HncseError("refused")
-    assert sessions.told == []
+    assert head.joined == [] and head.has_ended
 
 
-def test_ray_is_held_by_the_thread_that_started_it_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "ray_session", sessions := Sessions())
-    with session.ray_meanwhile() as join_ray:
-        join_ray()
-        assert [what for what, _ in sessions.told] == ["begun"]
-    assert [what for what, _ in sessions.told] == ["begun", "ended"]
-    assert len({thread for _, thread in sessions.told} - {threading.get_ident()}) == 1
-
-
-def test_a_ray_that_does_not_start_is_said_by_whoever_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "ray_session", Sessions(ClusterError("no node")))
-    with pytest.raises(ClusterError, match="no node"), session.ray_meanwhile() as join_ray:
+@pytest.mark.parametrize(
+    ("begins", "told"),
+    [("say(error='no node')", "no node"), ("sys.exit(1)", "its process ended")],
+)
+def test_a_ray_that_does_not_start_is_said_by_whoever_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begins: str, told: str
+) -> None:
+    Head(tmp_path, monkeypatch, begins)
+    with pytest.raises(ClusterError, match=told), session.ray_meanwhile() as join_ray:
         join_ray()
     with session.ray_meanwhile():
         pass  # nobody waits: it is no matter
 
 
-def test_a_command_that_is_terminated_leaves_its_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "ray_session", sessions := Sessions())
+def test_a_command_that_is_terminated_leaves_its_contexts(head: Head) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit), session.ray_meanwhile() as join_ray:
         join_ray()
         signal.raise_signal(signal.SIGTERM)
-    assert [what for what, _ in sessions.told] == ["begun", "ended"]
+    assert head.joined == ["127.0.0.1:1", "left"] and head.has_ended
     assert signal.getsignal(signal.SIGTERM) is before
