@@ -135,7 +135,7 @@ class PoolCoordinator:
             failed = self._status.failed_builds + 1
             self._status = replace(self._status, failed_builds=failed, last_failure=_reason(error))
         else:
-            encode_s = max(r.encode_seconds for r in reports.values()) or 1e-9
+            encode_s = max(r.encode_seconds for r in reports.values())
             # Clients learn of the version and of those that hold it at once, or they would find nobody in between.
             self._commits += 1
             self._holding = {i: [*(self._holding or {}).get(i, []), version] for i in reports}
@@ -143,7 +143,7 @@ class PoolCoordinator:
                 self._status,
                 version=version,
                 build_seconds=time.monotonic() - started,
-                rows_per_s=sum(r.rows for r in reports.values()) / encode_s,
+                rows_per_s=sum(r.rows for r in reports.values()) / encode_s if encode_s else 0.0,
             )
         finally:
             self._weights = {}  # a shard that comes back gets what the file holds

@@ -26,6 +26,7 @@ from hncse_ray.cluster.node_corpus import NodeCorpus
 from hncse_ray.cluster.placement import place, survey, without_orphaned_groups
 from hncse_ray.cluster.pool import negative_pool
 from hncse_ray.cluster.resources import PoolPlan, WorkerPlan, pool_advice
+from hncse_ray.cluster.shards import KeptShards
 from hncse_ray.cluster.worker import mark_folder, train_worker
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
@@ -45,6 +46,7 @@ def train_on_ray(
     reporter: Reporter,
     sentences: Sequence[str] | None,
     join_ray: Callable[[], None],
+    kept: KeptShards | None = None,
 ) -> RunFinished:
     """Check a run while Ray starts, and train it there.
 
@@ -54,6 +56,7 @@ def train_on_ray(
         reporter: receives the run's events.
         sentences: of a run whose ``corpus.source`` is ``memory``.
         join_ray: returns when there is Ray.
+        kept: see :func:`negative_pool`.
 
     Raises:
         HncseError: the run is refused, or fails for a known cause.
@@ -68,7 +71,7 @@ def train_on_ray(
         if settings.negatives.source == "pool" and pool is not None and (advice := pool_advice(plan, pool)):
             reporter.on(Notice(advice))
         begin_log()
-        finished = _run(settings, plan, pool, corpus, sets, folder, reporter)
+        finished = _run(settings, plan, pool, corpus, sets, folder, reporter, kept)
         reporter.on(finished)
         return finished
 
@@ -81,12 +84,13 @@ def _run(
     sets: EvaluationSets,
     folder: RunFolder,
     reporter: Reporter,
+    kept: KeptShards | None,
 ) -> RunFinished:
     starts, handles, path = Starts(), None, folder.path.absolute()
     with event_channel(reporter) as events, ExitStack() as stack:
         stack.callback(starts.forget)
         if pool is not None and settings.negatives.source == "pool":
-            handles = stack.enter_context(negative_pool(settings, pool, corpus, path / "index"))
+            handles = stack.enter_context(negative_pool(settings, pool, corpus, path / "index", kept=kept))
         config = {
             "settings": settings.model_dump(mode="json"),
             "corpus": NodeCorpus.of(corpus, settings),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from joblib import cpu_count
@@ -22,6 +23,9 @@ from hncse_ray.training.run_folder import RunFolder
 from hncse_ray.training.shard import in_process_source
 from hncse_ray.training.store import FolderStore, fetch_run
 
+if TYPE_CHECKING:
+    from hncse_ray.cluster.shards import KeptShards
+
 _PART_OF_MEMORY = 0.7  # that an index may take, as Ray reckons
 
 
@@ -32,6 +36,7 @@ def train_here(
     sentences: Sequence[str] | None,
     *,
     join_ray: Callable[[], None] | None = None,
+    kept: KeptShards | None = None,
 ) -> RunFinished:
     """Check a run and train it in this process, from its newest checkpoint if it has one.
 
@@ -41,6 +46,7 @@ def train_here(
         reporter: receives the run's events.
         sentences: of a run whose ``corpus.source`` is ``memory``.
         join_ray: returns when there is Ray, for the actors of a pool; None = a pool is an index in this process.
+        kept: shards of the run before, and later of this one; see :func:`~hncse_ray.cluster.pool.negative_pool`.
 
     Raises:
         HncseError: the run is refused, or fails for a known cause.
@@ -61,7 +67,7 @@ def train_here(
         if settings.negatives.source == "pool" and join_ray is not None:
             reporter.on(StageProgress("starting Ray", 0, None))
             join_ray()
-            plan, source = stack.enter_context(_pool(settings, corpus, encoder.dimension, folder, told))
+            plan, source = stack.enter_context(_pool(settings, corpus, encoder.dimension, folder, told, kept))
         elif settings.negatives.source != "none":
             source = _index_here(settings, corpus, encoder.dimension, machine, plan, device, told)
         stack.enter_context(_threads(plan.threads))
@@ -79,7 +85,7 @@ def train_here(
 
 @contextmanager
 def _pool(
-    settings: Settings, corpus: Corpus, dimension: int, folder: RunFolder, reporter: Reporter
+    settings: Settings, corpus: Corpus, dimension: int, folder: RunFolder, reporter: Reporter, kept: KeptShards | None
 ) -> Iterator[tuple[WorkerPlan, NegativeSource]]:
     """Have the actors of a pool beside this process; what is not theirs of the machine is its share."""
     from hncse_ray.cluster.placement import place, survey  # Ray, which other runs do without
@@ -90,7 +96,7 @@ def _pool(
     reporter.on(StageProgress(pool.describe(), 0, None))
     if advice := pool_advice(plan, pool):
         reporter.on(Notice(advice))
-    with negative_pool(settings, pool, corpus, folder.path.absolute() / "index") as handles:
+    with negative_pool(settings, pool, corpus, folder.path.absolute() / "index", kept=kept) as handles:
         handles.wait_until_ready(lambda text: reporter.on(StageProgress(text, 0, None)))
         client = PoolClient(handles, timeout_s=settings.negatives.timeout_s)
         yield plan, client

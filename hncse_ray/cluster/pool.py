@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,13 +15,11 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hncse_ray.cluster.coordinator import PoolCoordinator, PoolState
-from hncse_ray.cluster.node_corpus import NodeCorpus
 from hncse_ray.cluster.resources import PoolPlan
-from hncse_ray.cluster.shard_actor import ShardActor, ShardSpec
+from hncse_ray.cluster.shards import KeptShards, shard_actors
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
 from hncse_ray.errors import ClusterError
@@ -38,17 +35,14 @@ from hncse_ray.negatives import (
     merge_offers,
     share_anchors,
 )
-from hncse_ray.negatives.index_plan import size_text
 
 logger = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 300.0  # to load an encoder, once the corpus is there
 POLL_S, LONGEST_POLL_S = 0.25, 2.0  # of the rank that decides, and the longest of any other
-_PLACEMENT_NEWS_S = 10.0
 _LONG_START_S = 30.0
 _CONTROL_TIMEOUT_S = 10.0
 _PUBLISH_TIMEOUT_S = 120.0
-_GROUPS = {"search": 2, "build": 1, "control": 1}  # threads of a shard
 
 
 @dataclass(frozen=True)
@@ -86,7 +80,9 @@ class PoolHandles:
 
 
 @contextmanager
-def negative_pool(settings: Settings, plan: PoolPlan, corpus: Corpus, folder: Path) -> Iterator[PoolHandles]:
+def negative_pool(
+    settings: Settings, plan: PoolPlan, corpus: Corpus, folder: Path, *, kept: KeptShards | None = None
+) -> Iterator[PoolHandles]:
     """Reserve the pool's resources, start its actors and yield their handles; on leaving all of it is gone.
 
     The actors come up meanwhile; see :meth:`PoolHandles.wait_until_ready`.
@@ -96,74 +92,26 @@ def negative_pool(settings: Settings, plan: PoolPlan, corpus: Corpus, folder: Pa
         plan: how many shards there are and what each gets; see :func:`plan_pool`.
         corpus: the rows.
         folder: where published weights are kept.
+        kept: has shards of a run before, perhaps, and gets those of this one; default: they end with it.
 
     Raises:
         ClusterError: the resources are not free.
     """
-    group, shards, coordinator = None, [], None
-    pool = f"hncse-{settings.run.name}-{uuid.uuid4().hex[:8]}"
-    try:
-        group = placement_group(
-            [plan.each()] * plan.num_shards,
-            strategy=plan.strategy,
-            bundle_label_selector=[plan.labels] * plan.num_shards,
-        )
-        _wait_until_placed(group, _request(plan), settings.cluster.start_timeout_s)
-        for number in range(plan.num_shards):
-            spec = ShardSpec(
-                negatives=settings.negatives,
-                encoder=settings.encoder,
-                corpus=NodeCorpus.of(corpus, settings),
-                plan=plan.index,
-                number=number,
-                count=plan.num_shards,
-                threads=plan.threads,
-                use_gpu=plan.gpus > 0,
-            )
-            actor = ray.remote(concurrency_groups=_GROUPS)(ShardActor).options(
-                name=f"{pool}-shard-{number}",
-                num_cpus=plan.cpus,
-                num_gpus=plan.gpus,
-                memory=plan.memory or None,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number),
-                max_restarts=-1,
-            )
-            shards.append(actor.remote(spec))
+    with shard_actors(settings, plan, corpus, kept) as shards:
         # By name: handles among its arguments might be gone from the object store when it has to be restarted.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
         coordinator = ray.remote(PoolCoordinator).options(**options).remote(
-            [f"{pool}-shard-{number}" for number in range(plan.num_shards)],
+            shards.names,
             folder=str(folder.absolute()),
             corpus_digest=corpus.digest,
             rows=len(corpus),
             build_timeout_s=settings.negatives.build_timeout_s,
         )  # fmt: skip
-        yield PoolHandles(coordinator, tuple(shards))
-    finally:
-        for actor in (coordinator, *shards):
-            if actor is not None:
-                ray.kill(actor, no_restart=True)
-        if group is not None:
-            remove_placement_group(group)
-
-
-def _wait_until_placed(group: Any, what: str, timeout_s: float) -> None:
-    """Wait until a placement group is placed, saying so now and then: an autoscaler takes minutes to start nodes."""
-    end = time.monotonic() + timeout_s
-    while not group.wait(min(_PLACEMENT_NEWS_S, max(0.1, end - time.monotonic()))):
-        left = end - time.monotonic()
-        if left <= 0:
-            raise ClusterError(f"{what} are not free on the cluster, after {timeout_s:g} s",
-                               "negatives", "Wait for other jobs to end, ask for less, or raise"
-                               " cluster.start_timeout_s if nodes take longer to start")  # fmt: skip
-        logger.info("waiting until the negative pool fits on the cluster, %s; %.0f s more at most", what, left)
-
-
-def _request(plan: PoolPlan) -> str:
-    each = [f"{plan.cpus:g} CPUs"] * bool(plan.cpus) + [f"{plan.gpus:g} GPUs"] * bool(plan.gpus)
-    each += [f"{size_text(plan.memory)} of memory"] * bool(plan.memory)
-    return f"{plan.num_shards} shards x {' + '.join(each)}"
+        try:
+            yield PoolHandles(coordinator, shards.actors)
+        finally:
+            ray.kill(coordinator, no_restart=True)
 
 
 class PoolClient:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hncse_ray.cluster.session import is_connected, ray_meanwhile
 from hncse_ray.config import LOCAL_IS_ONE, Settings, leaves, load_settings
@@ -16,6 +17,9 @@ from hncse_ray.reporting import Event, LineReporter, Reporter, Reporters, RunFin
 from hncse_ray.reporting.trackers import chosen_trackers, tracking
 from hncse_ray.storage import is_job
 from hncse_ray.training.run_folder import RunFolder, claim_run
+
+if TYPE_CHECKING:
+    from hncse_ray.cluster.shards import KeptShards
 
 logger = logging.getLogger(__name__)
 
@@ -146,23 +150,33 @@ def train_here(
 
 
 def train_beside_pool(
-    settings: Settings, folder: RunFolder, reporter: Reporter, sentences: Sequence[str] | None
+    settings: Settings,
+    folder: RunFolder,
+    reporter: Reporter,
+    sentences: Sequence[str] | None,
+    *,
+    kept: KeptShards | None = None,
 ) -> RunFinished:
-    """The engine of one process, with the actors of a negative pool on a Ray that starts meanwhile."""
+    """The engine of one process, with the actors of a negative pool on a Ray that starts meanwhile, or kept ones."""
     with ray_meanwhile() as join_ray:
         from hncse_ray.cluster import local
 
-        return local.train_here(settings, folder, reporter, sentences, join_ray=join_ray)
+        return local.train_here(settings, folder, reporter, sentences, join_ray=join_ray, kept=kept)
 
 
 def train_on_ray(
-    settings: Settings, folder: RunFolder, reporter: Reporter, sentences: Sequence[str] | None
+    settings: Settings,
+    folder: RunFolder,
+    reporter: Reporter,
+    sentences: Sequence[str] | None,
+    *,
+    kept: KeptShards | None = None,
 ) -> RunFinished:
     """The engine of Ray Train: see :func:`hncse_ray.cluster.launch.train_on_ray`."""
     with ray_meanwhile() as join_ray:
         from hncse_ray.cluster import launch  # the encoder's libraries take seconds, as Ray does
 
-        return launch.train_on_ray(settings, folder, reporter, sentences, join_ray)
+        return launch.train_on_ray(settings, folder, reporter, sentences, join_ray, kept)
 
 
 def _with_sentences(settings: Settings, sentences: Sequence[str] | None) -> Settings:

@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 Found = tuple[np.ndarray, np.ndarray] | Offers  # scores and ids; or by words too
 
 
+# What a shard's index is made by; whom it serves how many of its rows is not its affair.
+_OF_A_SHARD = ("encode_batch_size", "gpus_per_shard", "index", "index_dir", "nprobe")
+
+
+def of_a_shard(negatives: NegativesSettings) -> NegativesSettings:
+    """Return the settings that a shard is made from, all others at their defaults."""
+    return NegativesSettings().model_copy(update={name: getattr(negatives, name) for name in _OF_A_SHARD})
+
+
 @dataclass(frozen=True)
 class ShardSpec:
     """What a shard actor is made from, again after every restart."""
@@ -108,6 +117,11 @@ class ShardActor:
     def retire(self, keep: Collection[IndexVersion]) -> None:
         """Drop every version but these."""
         self._shard().retire(keep)
+
+    def rest(self) -> None:
+        """Drop every version but those of untouched weights; called behind a build that is under way."""
+        if self._loaded is not None:
+            self._loaded.retire([version for version in self._loaded.versions() if version.step == 0])
 
     def vectors(self, version: IndexVersion, ids: np.ndarray) -> np.ndarray:
         """Return the vectors of rows that this shard owns."""

@@ -5,25 +5,31 @@ from __future__ import annotations
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray.tune
 
 from hncse_ray.cluster.metrics import RayMetrics
-from hncse_ray.cluster.run import train_beside_pool, train_by, train_here, train_on_ray
+from hncse_ray.cluster.run import Engine, train_beside_pool, train_by, train_here, train_on_ray
+from hncse_ray.cluster.shards import KeptShards
 from hncse_ray.config import Settings
 from hncse_ray.errors import HncseError
-from hncse_ray.reporting import Reporter, Reporters
+from hncse_ray.reporting import Reporters
 from hncse_ray.reporting.events import Evaluated, Event, RunStarted
 from hncse_ray.storage import is_locked
 
 _END_S = 60  # a run that is stopped may take so long to leave its files, or its process is not used again
 _LOCK_PATIENCE_S = 60.0  # what a killed sweep's processes may take to let go of a run
+_SHARDS = KeptShards()  # of this process, for its next trial
 
 
 def run_trial(config: dict[str, Any], *, in_one_process: bool) -> None:
-    """Train once, with a negative pool of its own, and report to Ray Tune, which ends a poor run by that call.
+    """Train once, and report to Ray Tune, which ends a poor run by that call.
+
+    A negative pool is of the run alone, but for the shards, which a run like it may have left.
+
 
     Reported are ``step`` and ``score`` of every evaluation on dev, with ``total_steps``, or 0 where the run had got
     beyond it before an interruption; and at the end ``outcome`` (``finished`` or ``failed``) with ``best_step`` and
@@ -35,10 +41,13 @@ def run_trial(config: dict[str, Any], *, in_one_process: bool) -> None:
     """
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(_END_S)
     settings = Settings.model_validate(config["job"]["settings"])
-    engine, metrics = train_on_ray, list[Reporter]()
-    if in_one_process:
-        metrics = [RayMetrics(settings.run.name)]
-        engine = train_beside_pool if settings.negatives.source == "pool" else train_here
+    has_pool = settings.negatives.source == "pool"
+    if not has_pool:
+        _SHARDS.end()
+    engine: Engine = partial(train_beside_pool if in_one_process else train_on_ray, kept=_SHARDS)
+    if in_one_process and not has_pool:
+        engine = train_here
+    metrics = [RayMetrics(settings.run.name)] if in_one_process else []
     metric = settings.evaluation.metric
     try:
         _wait_until_free(Path(settings.run_dir))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -62,12 +63,14 @@ class Publisher:
         Args:
             weights: gives them, once they are on the host.
             step: which they are of.
-            key: tells the version from others; default: a new one.
+            key: tells the version from others of that step; default: a new one, but before the first step what the
+                weights are, so that an index of them is known again.
         """
         assert self._under_way is None
 
         def hand_over() -> bool:
-            return self._source.publish(to_arrays(weights()), step=step, key=key or uuid.uuid4().hex)
+            arrays = to_arrays(weights())
+            return self._source.publish(arrays, step=step, key=key or (uuid.uuid4().hex if step else _content(arrays)))
 
         if self._source.builds_elsewhere:
             self._under_way = step, self._threads.submit(hand_over)
@@ -96,3 +99,11 @@ class Publisher:
     def close(self) -> None:
         """Hand nothing over any more."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _content(arrays: Mapping[str, NDArray[Any]]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

@@ -17,7 +17,7 @@ from waits import seconds, soon, within
 from hncse_ray.cluster import train
 from hncse_ray.cluster.network import _use_interface_of_node
 from hncse_ray.cluster.placement import survey
-from hncse_ray.cluster.pool import _wait_until_placed
+from hncse_ray.cluster.shards import wait_until_placed
 from hncse_ray.config import Settings
 from hncse_ray.errors import ClusterError
 
@@ -94,9 +94,9 @@ def test_room_that_comes_while_it_is_waited_for_is_used(cluster: Cluster) -> Non
     waiting = ray.util.placement_group(**bundle)
     try:
         with pytest.raises(ClusterError, match="are not free on the cluster, after 1 s"):
-            _wait_until_placed(waiting, "1 shard", 1.0)
+            wait_until_placed(waiting, "1 shard", 1.0)
         ray.util.remove_placement_group(holder)
-        _wait_until_placed(waiting, "1 shard", seconds(60.0))
+        wait_until_placed(waiting, "1 shard", seconds(60.0))
     finally:
         ray.util.remove_placement_group(waiting)
 

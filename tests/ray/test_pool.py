@@ -36,6 +36,7 @@ from waits import seconds, soon, within
 from hncse_ray.cluster.node_corpus import NodeCorpus
 from hncse_ray.cluster.pool import PoolClient, PoolHandles, negative_pool
 from hncse_ray.cluster.resources import plan_pool
+from hncse_ray.cluster.shards import KeptShards
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import load_encoder
@@ -137,11 +138,11 @@ def world(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @contextmanager
-def start_pool(world: World, name: str, **negatives: Any) -> Iterator[PoolHandles]:
+def start_pool(world: World, name: str, kept: KeptShards | None = None, **negatives: Any) -> Iterator[PoolHandles]:
     """A pool whose shards can be asked."""
     settings = world.settings.model_copy(update={"negatives": world.settings.negatives.model_copy(update=negatives)})
     plan = plan_pool(settings.negatives, [ray.cluster_resources()], rows=len(world.corpus), dimension=world.dimension)
-    with negative_pool(settings, plan, world.corpus, world.folder / name) as handles:
+    with negative_pool(settings, plan, world.corpus, world.folder / name, kept=kept) as handles:
         handles.wait_until_ready()
         yield handles
 
@@ -468,6 +469,33 @@ def test_a_build_that_hangs_is_given_up_and_an_error_in_the_body_leaves_nothing(
             1 / 0  # noqa: B018
     assert nothing_is_left()
     soon(lambda: ray.available_resources().get("CPU") == 8, within_s=20, what="all CPUs")
+
+
+def test_shards_are_kept_for_a_run_like_the_last_with_the_index_of_untouched_weights(world: World) -> None:
+    kept = KeptShards()
+
+    def use(name: str, *, steps: tuple[int, ...], **negatives: Any) -> tuple[int, SourceStatus]:
+        with start_pool(world, name, kept, num_shards=1, **negatives) as pool:
+            client = PoolClient(pool, timeout_s=60)
+            for step in steps:
+                weights = world.changed(step) if step else world.weights
+                assert client.publish(weights, step=step, key=str(step))
+                client.wait(seconds(BACK_S))
+                if name == "second" and not step:
+                    assert client.status().rows_per_s == 0  # there was nothing to encode
+            found = pid_of(pool.shards[0]), client.status()
+            assert not steps or client.search(QUERIES, k=K).complete
+            client.close()
+            return found
+
+    pid, status = use("first", steps=(0,), per_anchor=2)
+    assert status.rows_per_s > 0
+    again, status = use("second", steps=(0, 7), per_anchor=1, max_score=0.9)  # of which a shard knows nothing
+    assert again == pid and status.version is not None and status.version.step == 7
+    assert use("batches of 2", steps=(), encode_batch_size=2)[0] != pid
+    with pytest.raises(ZeroDivisionError), start_pool(world, "failed", kept, num_shards=1, encode_batch_size=2):
+        1 / 0  # noqa: B018
+    assert nothing_is_left()
 
 
 @pytest.mark.slow
