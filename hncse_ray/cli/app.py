@@ -20,6 +20,7 @@ from rich.logging import RichHandler
 from hncse_ray import __version__
 from hncse_ray.config import load_settings
 from hncse_ray.errors import HncseError, SettingsError
+from hncse_ray.reading.kinds import relative_hint
 from hncse_ray.recipe import shipped_folder
 
 if TYPE_CHECKING:
@@ -215,9 +216,10 @@ def corpus_tree(corpus: str, model: str) -> dict[str, Any]:
     path, max_length = Path(corpus), 128
     tree: dict[str, Any] = {"corpus": {"path": corpus}}
     if path.suffix in ("", ".yaml", ".yml") and not (path.suffix == "" and path.exists()):
-        if len(corpus.split()) > 1 and not path.exists():  # words to look for, where the corpus was forgotten
+        if path.suffix == "" and corpus not in complete_recipe(corpus):
             raise SettingsError("is no file, no folder and no recipe", repr(corpus),
-                                "The corpus comes before what is looked for: a file, a folder or a recipe")  # fmt: skip
+                                "The corpus comes behind the model, before what is looked for."
+                                f" {relative_hint(path)}; `hncse recipes` names recipes".strip())  # fmt: skip
         recipe = load_settings(corpus)
         tree = {"corpus": recipe.corpus.model_dump(), "run": {"seed": recipe.run.seed}}  # the seed chooses the sample
         max_length = recipe.encoder.max_length

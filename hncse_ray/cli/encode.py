@@ -56,13 +56,13 @@ def encode(
             raise DataError(f"is a table ({kind})", texts, "Write its texts to a text file, a sentence a line")
         lines = read_lines(None if texts == "-" else texts)
         if not lines:
-            raise DataError("holds no text", texts)
+            raise DataError("holds no text", "standard input" if texts == "-" else texts)
         options = encoder_tree(pooling, precision, revision, trust_remote_code)
         settings = load_settings({"corpus": {"source": "python-docs"}, "encoder": {"model": model} | options})
         encoder = load_encoder(model, settings.encoder, device=choose_device(device))
-        with console_reporter(console) as reporter:
+        with replacing(out) as partial, console_reporter(console) as reporter:
+            partial.touch()  # that it cannot be written should not show after an hour
             vectors = unit_rows(encoder.encode(lines, batch_size=batch_size, progress=counter(reporter, "encoding")))
-        with replacing(out) as partial:
             np.save(partial, vectors)
         console.print(f"{vectors.shape[0]:,} vectors of {vectors.shape[1]} dimensions -> {out}", markup=False)
         return {"out": str(out), "rows": int(vectors.shape[0]), "dimension": int(vectors.shape[1])}

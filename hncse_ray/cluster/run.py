@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,7 +55,7 @@ class RunResult:
     report: str | None = None
 
 
-def train(settings: Settings, *, sentences: Sequence[str] | None = None, reporter: Reporter | None = None) -> RunResult:
+def train(settings: Settings, *, sentences: Iterable[str] | None = None, reporter: Reporter | None = None) -> RunResult:
     """Train an encoder as the settings say; go on where an interrupted run of the same settings stopped.
 
     Everything that can be checked is checked before the training begins; a run that is refused leaves no folder.
@@ -72,6 +72,11 @@ def train(settings: Settings, *, sentences: Sequence[str] | None = None, reporte
     Raises:
         HncseError: bad settings, data, model, cluster or storage; or training failed for a known cause.
     """
+    if not isinstance(settings, Settings):  # a recipe's name, say
+        hint = "Make them by hncse_ray.load_settings(recipe, overrides)"
+        raise SettingsError(f"are no Settings, but of type {type(settings).__name__}", "settings", hint)
+    if sentences is not None and not isinstance(sentences, str):
+        sentences = list(sentences)  # they are read more than once
     return train_by(choose_engine(settings), settings, sentences=sentences, reporter=reporter)
 
 

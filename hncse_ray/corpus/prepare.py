@@ -281,5 +281,7 @@ def _nothing_left(settings: CorpusSettings, shape: Shape, counts: Counter[str]) 
     rows_of, hint = ("sentence", "lines"), "See corpus.min_words, corpus.max_chars and corpus.column"
     if shape.passages:
         rows_of, hint = ("passage", "documents"), "See corpus.min_words and corpus.column"
+    if counts["undecodable"] * 2 >= counts["read"] > 0:
+        hint = "Text is UTF-8: convert it, for example with iconv"
     what = f"no {rows_of[0]} is left of {counts['read']} {rows_of[1]} (dropped: {dropped or 'none'})"
     return DataError(what, settings.place, hint)

@@ -22,7 +22,7 @@ from hncse_ray.encoder.hardware import keep_large_blocks
 from hncse_ray.encoder.head import add_head
 from hncse_ray.encoder.layers import use_fast_layers
 from hncse_ray.encoder.quiet import quiet
-from hncse_ray.encoder.resolve import resolve_model
+from hncse_ray.encoder.resolve import check_weights, resolve_model
 from hncse_ray.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def has_dropout(encoder: SentenceEncoder) -> bool:
 
 
 def _load(folder: Path, settings: EncoderSettings, name: str) -> SentenceTransformer:
-    _check_weights(folder, name)
+    check_weights(folder, name)
     config: dict[str, Any] = {} if settings.dropout is None else _dropout_config(folder, settings, name)
     try:
         with quiet():
@@ -104,16 +104,6 @@ def _load(folder: Path, settings: EncoderSettings, name: str) -> SentenceTransfo
         elif (folder / "modules.json").is_file():
             hint = "Its JSON files must be whole, and every stage in modules.json have a folder and a known class"
         raise ModelError(f"cannot be loaded ({_first_line(error)})", name, hint) from error
-
-
-def _check_weights(folder: Path, name: str) -> None:
-    """Refuse what has no safetensors: the libraries would unpickle weights."""
-    if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
-        hint = f"Name {name.rstrip('/')}/model" if (folder / "model" / "modules.json").is_file() else ""
-        raise ModelError("the folder has no config.json and no modules.json, so it is not a model", name, hint)
-    for pickled in sorted(folder.rglob("pytorch_model*.bin")):
-        if not list(pickled.parent.glob("*.safetensors")):
-            raise ModelError("has weights as a pickle only", str(pickled), "Convert them to safetensors first")
 
 
 def _dropout_config(folder: Path, settings: EncoderSettings, name: str) -> dict[str, float | None]:

@@ -36,8 +36,30 @@ def resolve_model(model: str | Path, *, revision: str | None = None) -> Path:
     if path.is_file():
         raise ModelError("is a file; a model is a folder with config.json, weights and a tokenizer", name)
     if not path.is_dir():
-        raise ModelError("no such model folder", name, relative_hint(path))
+        raise ModelError("no such model folder", name, _unfinished(path.parent) or relative_hint(path))
     return path
+
+
+def check_weights(folder: Path, name: str) -> None:
+    """Refuse a folder that is no model, or has no safetensors: the libraries would unpickle weights.
+
+    Raises:
+        ModelError: it is one of these.
+    """
+    if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
+        hint = (
+            f"Name {name.rstrip('/')}/model" if (folder / "model" / "modules.json").is_file() else _unfinished(folder)
+        )
+        raise ModelError("the folder has no config.json and no modules.json, so it is not a model", name, hint)
+    for pickled in sorted(folder.rglob("pytorch_model*.bin")):
+        if not list(pickled.parent.glob("*.safetensors")):
+            raise ModelError("has weights as a pickle only", str(pickled), "Convert them to safetensors first")
+
+
+def _unfinished(run: Path) -> str:
+    """What to do where a folder is that of a run without a model; nothing if it is no run."""
+    is_run = (run / "settings.yaml").is_file() and (run / "checkpoints").is_dir()
+    return "It is a run that is not finished: the model is written at its end" if is_run else ""
 
 
 def hub_name(model: str) -> str | None:

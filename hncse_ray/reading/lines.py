@@ -20,6 +20,7 @@ from hncse_ray.reading.urls import File, UrlFile
 
 # Letters and signs that are drawn as nothing: Hangul fillers and the empty pattern of Braille.
 _BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800")
+_UTF_16 = ("\udcff\udcfe", "\udcfe\udcff")  # its byte order marks, read as UTF-8
 _CHUNK = 2**16
 Span = tuple[int, int]  # from, and up to
 _MOST = 2**31 - 2  # what a stream's readline takes on every platform
@@ -52,7 +53,7 @@ def text_lines(
         :func:`is_unicode`. None for a line above the limit, which is never held whole.
 
     Raises:
-        DataError: the file is missing, a folder, empty or cannot be read.
+        DataError: the file is missing, a folder, empty, UTF-16 or cannot be read.
     """
     if path is not None:
         check_file(path)
@@ -61,8 +62,13 @@ def text_lines(
         encoding = encoding.removesuffix("-sig")  # a mark within the text is a character
     with explained(path or Path("standard input")), opened(path, span) as stream:
         text = io.TextIOWrapper(stream, encoding=encoding, errors="surrogateescape", newline=None)
+        first = span is None or not span[0]
         try:
             while line := text.readline(most + 1):
+                if first and line.startswith(_UTF_16):
+                    hint = "Convert it, for example by iconv -f UTF-16 -t UTF-8"
+                    raise DataError("is UTF-16, not UTF-8", str(path or "standard input"), hint)
+                first = False
                 if line.endswith("\n"):
                     yield line[:-1]
                 elif len(line) <= most:

@@ -123,6 +123,8 @@ def require_column(column: str, known: Iterable[object], where: str) -> None:
     if _shown(column) not in names:
         near = difflib.get_close_matches(column, names, n=1, cutoff=0.4)
         hint = f"Did you mean {near[0]!r}? " if near else ""
+        if len(names) == 1 and (sign := next((sign for sign in ";\t|" if column in names[0].split(sign)), None)):
+            hint = f"Its columns are parted by {sign!r}: write it with commas, or with tabs as .tsv. "
         raise DataError(f"has no column {column!r}", where, f"{hint}It has: {', '.join(names[:50]) or 'none'}")
 
 

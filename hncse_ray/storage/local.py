@@ -126,6 +126,7 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
         write(partial)
+        _share(partial)
         if path.exists():
             os.replace(path, replaced)
         os.replace(partial, path)
@@ -138,6 +139,15 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
         # safetensors and torch report a full disk as errors of their own, not as OSError.
         raise StorageError(f"cannot be written ({error})", str(path), "Is the disk full?") from error
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _share(folder: Path) -> None:
+    """Let whoever may read a new folder read its files: safetensors makes them for their owner alone."""
+    rights = folder.stat().st_mode & 0o666
+    for file in filter(Path.is_file, folder.rglob("*")):
+        mode = file.stat().st_mode
+        if mode | rights != mode:
+            file.chmod(mode | rights)
 
 
 @contextmanager

@@ -7,13 +7,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hncse_ray.config import SUITE_METRICS, EncoderSettings, Settings, Side, load_settings
-from hncse_ray.encoder import Progress, choose_device, load_encoder, resolve_model
+from hncse_ray.encoder import Progress, check_weights, choose_device, load_encoder, resolve_model
 from hncse_ray.errors import SettingsError
 from hncse_ray.evaluation import (
     STS_TASKS,
@@ -35,6 +36,7 @@ SUITES = ("sts", "transfer", "geometry", "python-docs", "python-code", "pairs", 
 FULL = ("sts", "transfer", "geometry", "python-docs")
 
 Tell = Callable[[str, int, int | None], None]
+Named = str | Path | Sequence[str | Path]  # one, or several
 
 
 class BulkEncoder(Protocol):
@@ -120,12 +122,12 @@ def chosen_suites(names: Sequence[str], *, pairs: str | None, collection: Sequen
 
 
 def evaluate(
-    models: str | Sequence[str],
-    suites: Sequence[str] = (),
+    models: Named,
+    suites: Named = (),
     *,
-    pairs: str | None = None,
-    collection: Sequence[str] = (),
-    senteval: str | None = None,
+    pairs: str | Path | None = None,
+    collection: Named = (),
+    senteval: str | Path | None = None,
     encoder: Mapping[str, Any] | None = None,
     device: str = "auto",
     tell: Tell = lambda stage, done, total: None,
@@ -139,10 +141,10 @@ def evaluate(
         board.groups[1].runs[0]["test"]["retrieval/ndcg@10"]
 
     Args:
-        models: folders, hub names or ``package:NAME/FOLDER``; several joined by commas are seeds of one.
-        suites: of :data:`SUITES`, or ``full``.
+        models: one or several: folders, hub names or ``package:NAME/FOLDER``; joined by commas they are seeds of one.
+        suites: one or several of :data:`SUITES`, or ``full``.
         pairs: a file of query and answer; adds the suite ``pairs``.
-        collection: folders with corpus, queries and qrels; add the suite ``retrieval``.
+        collection: one or several folders with corpus, queries and qrels; add the suite ``retrieval``.
         senteval: the SentEval folder; default: ``$HNCSE_DATA/senteval``.
         encoder: settings of the section ``encoder``, such as ``{"pooling": "mean"}``; the rest is as the models say.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
@@ -152,11 +154,12 @@ def evaluate(
     Raises:
         HncseError: missing data, or a model that cannot be loaded or scored.
     """
-    groups, suites = [models] if isinstance(models, str) else models, list(suites)
-    suites = chosen_suites(suites, pairs=pairs, collection=collection)
+    groups, collections, pairs_dev = _names(models), _names(collection), None if pairs is None else str(pairs)
+    suites = chosen_suites(_names(suites), pairs=pairs_dev, collection=collections)
     scored = [suite for suite in suites if suite not in TEST_SUITES]
     evaluation: dict[str, Any] = {
-        "suites": scored, "senteval_path": senteval, "pairs_dev": pairs, "collection": list(collection),
+        "suites": scored, "senteval_path": None if senteval is None else str(senteval), "pairs_dev": pairs_dev,
+        "collection": collections,
     }  # fmt: skip
     if scored:
         evaluation["metric"] = f"{scored[0]}/{SUITE_METRICS[scored[0]][0]}"
@@ -165,6 +168,11 @@ def evaluate(
     )
     open_encoder = open_encoder or partial(load_encoder, device=choose_device(device))
     return score_models(groups, suites, settings, settings.encoder, tell=tell, open_encoder=open_encoder)
+
+
+def _names(given: Named) -> list[str]:
+    """One name or several, as a list."""
+    return [str(name) for name in ([given] if isinstance(given, str | Path) else given)]
 
 
 def split_seeds(group: str) -> tuple[str, ...]:
@@ -208,7 +216,8 @@ def score_models(
     """
     members = [split_seeds(group) for group in groups]
     for model in itertools.chain(*members):
-        resolve_model(model)  # the last one's absence should not show after an hour with the others
+        # That the last one is none should not show after an hour with the others.
+        check_weights(resolve_model(model, revision=encoder.revision), model)
     sets = load_evaluation_sets(settings.evaluation, settings.corpus, dev_needed=False)
     data_dir = senteval_folder(settings.evaluation) if set(suites) & set(TEST_SUITES) else ""
     found, encodes = [], []

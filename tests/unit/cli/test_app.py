@@ -42,6 +42,12 @@ def test_a_name_that_the_file_system_does_not_take_is_named(args: tuple[str, ...
     assert_refused(hncse(*args), "a" if args[0] == "tune" else "a" * 5000, "File name too long")
 
 
+@pytest.mark.parametrize("command", ["search", "mine"])
+def test_a_corpus_that_is_nowhere(command: str) -> None:
+    for corpus in ("articels", "mobile library"):
+        assert_refused(hncse(command, "m", corpus), f"'{corpus}': is no file, no folder and no recipe", "Paths are")
+
+
 def test_a_fault_that_is_about_no_path_keeps_its_traceback() -> None:
     def run(console: object) -> dict[str, object]:
         raise ConnectionResetError("by peer")

@@ -203,7 +203,7 @@ def test_sentences_are_trained_on_without_a_file(local: Tree) -> None:
 
 def test_sentences_take_the_place_of_a_recipes_corpus(local: Tree) -> None:
     settings, heard = load_settings(local), Heard()
-    hncse_ray.train(settings, sentences=make_sentences(80), reporter=heard)
+    hncse_ray.train(settings, sentences=iter(make_sentences(80)), reporter=heard)
     (started,) = heard.of(RunStarted)
     assert started.sentences == 80
     assert load_settings(Path(settings.run_dir) / "settings.yaml").corpus.source == "memory"
@@ -223,4 +223,8 @@ def test_what_is_no_list_of_texts_is_refused(local: Tree, sentences: Any) -> Non
     settings = load_settings(local)
     with pytest.raises(SettingsError, match="is no list of texts"):
         hncse_ray.train(settings, sentences=sentences)
+    with pytest.raises(
+        SettingsError, match=r"are no Settings, but of type str\. Make them by hncse_ray\.load_settings"
+    ):
+        hncse_ray.train("quickstart")  # type: ignore[arg-type]
     assert not Path(settings.run_dir).exists()

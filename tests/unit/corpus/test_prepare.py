@@ -194,6 +194,9 @@ def test_nothing_left_tells_the_counts(prepare, tmp_path):
     (tmp_path / "short.txt").write_text("one\ntwo words\n\n")
     with pytest.raises(DataError, match=r"short.txt: no sentence is left of 3 lines \(dropped: empty 1, too_short 2\)"):
         prepare(path=f"{tmp_path}/short.txt", min_words=3)
+    (tmp_path / "latin.txt").write_text("caf\u00e9 au lait\n" * 3, encoding="latin-1")
+    with pytest.raises(DataError, match=r"left of 3 lines \(dropped: undecodable 3\)\. Text is UTF-8: convert it"):
+        prepare(path=f"{tmp_path}/latin.txt")
     assert folders(tmp_path) == []
 
 

@@ -221,6 +221,11 @@ def test_a_wrong_column_names_the_right_ones(tmp_path, source):
         read(column="sentense", path=str(path))
 
 
+def test_a_csv_whose_columns_are_parted_by_something_else(tmp_path):
+    with pytest.raises(DataError, match=r"no column 'text'\. Its columns are parted by ';'.*It has: text;title"):
+        read(column="text", path=write(tmp_path / "a.csv", f"text;title\n{A};b\n"))
+
+
 @pytest.mark.parametrize("keep", [0.5, 0.99])
 def test_a_truncated_gz_is_an_error_that_names_it(tmp_path, keep):
     whole = gzip.compress("\n".join(f"{A} {i}" for i in range(5000)).encode())

@@ -318,6 +318,12 @@ class TestBadModels:
         (tmp_path / "model" / "modules.json").write_text("[]")
         assert f"Name {tmp_path}/model" in self.failure(tmp_path)  # the folder of a run
 
+    def test_a_run_that_is_not_finished(self, tmp_path: Path) -> None:
+        (tmp_path / "settings.yaml").write_text("{}")
+        (tmp_path / "checkpoints").mkdir()
+        for model in (tmp_path, tmp_path / "model"):
+            assert self.failure(model).endswith("It is a run that is not finished: the model is written at its end")
+
     def test_no_tokenizer(self, tmp_path: Path) -> None:
         make_model(tmp_path)
         (tmp_path / "tokenizer.json").unlink()

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from hncse_ray.errors import DataError
-from hncse_ray.reading import is_blank, read_lines, text_lines
+from hncse_ray.reading import is_blank, read_lines, read_records, text_lines
 
 
 def write(path, data):
@@ -35,6 +35,16 @@ def test_the_limit_counts_characters_without_the_end(tmp_path, end, length):
 def test_what_is_not_utf8_names_its_line(tmp_path):
     with pytest.raises(DataError, match=r"a\.txt:3: is not UTF-8"):
         read_lines(write(tmp_path / "a.txt", b"one\rtwo\r\n\xe9\nfour"))
+
+
+@pytest.mark.parametrize("mark", ["utf-16-le", "utf-16-be"])
+def test_utf16_is_named(tmp_path, mark):
+    data = "\ufefftext,title\nA sentence.,b\n".encode(mark)
+    for name, content in (("a.txt", data), ("a.txt.gz", gzip.compress(data))):
+        with pytest.raises(DataError, match=r"a\.txt.*: is UTF-16, not UTF-8\. Convert it"):
+            read_lines(write(tmp_path / name, content))
+    with pytest.raises(DataError, match=r"a\.csv: is UTF-16"):
+        [*read_records(write(tmp_path / "a.csv", data), ["text"])]
 
 
 def test_standard_input_stays_open(monkeypatch):

@@ -6,13 +6,27 @@ import mmap
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from invoke import assert_refused, hncse
+from safetensors.numpy import save_file
 
 from hncse_ray.errors import StorageError
-from hncse_ray.storage import BLOCK, check_outlasts_job, replacing, write_past_cache
+from hncse_ray.storage import BLOCK, check_outlasts_job, replacing, write_folder, write_past_cache
 
 REPOSITORY = Path(__file__).parents[3]
+
+
+def test_whoever_may_read_a_folder_may_read_its_files(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        (folder / "1_Dense").mkdir()
+        for path in (folder / "model.safetensors", folder / "1_Dense" / "model.safetensors"):
+            save_file({"a": np.ones(1)}, path)
+
+    write_folder(tmp_path / "model", write)
+    (tmp_path / "plain").write_text("with the rights that the umask leaves")
+    wanted = (tmp_path / "plain").stat().st_mode
+    assert [path.stat().st_mode for path in (tmp_path / "model").rglob("*.safetensors")] == [wanted] * 2
 
 
 @pytest.fixture
