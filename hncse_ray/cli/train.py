@@ -70,7 +70,8 @@ def run_training(settings: Settings, console: Console) -> dict[str, Any]:
             result = run_train(settings, reporter=reporter)
     else:  # the run's own lines go where the log goes
         result = run_train(settings)
-    console.print(score_table(result.before, result.after, result.whitened_base))
+    if any(result.after.values()):
+        console.print(score_table(result.before, result.after, result.whitened_base))
     console.print(f"model: {result.model}  (best on dev at step {result.best_step} of {result.steps})", markup=False)
     if result.seconds:  # earlier versions did not count them
         phases = [f"{name} {duration_text(seconds)}" for name, seconds in result.seconds.items() if seconds >= 0.5]

@@ -104,7 +104,8 @@ def _print_result(console: Console, result: SweepResult) -> None:
         for row in result.seeds:
             table.add_row(str(row.number), f"{row.mean:.4f}", f"{row.spread:.4f}", str(len(row.scores)))
         console.print(table)
-    console.print(score_table({"test": result.before}, {"test": result.after}))
+    if result.after:
+        console.print(score_table({"test": result.before}, {"test": result.after}))
     counts = ", ".join(f"{count} {state}" for state, count in result.trials.items())
     console.print(f"trials: {counts}; report: {result.folder}/report.html", markup=False, highlight=False)
     values = " ".join(f"{key}={value}" for key, value in result.values.items())

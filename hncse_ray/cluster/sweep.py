@@ -232,7 +232,7 @@ def _fit(
         with without_orphaned_groups():
             return Tuner(
                 ray.tune.with_resources(
-                    partial(run_trial, in_one_process=plan.in_one_process),
+                    partial(run_trial, in_one_process=plan.in_one_process, place=os.getcwd()),
                     {place: 0.001} | (share if plan.in_one_process else {}),
                 ),
                 param_space=None if param_space is None else dict(param_space),

@@ -25,7 +25,7 @@ _LOCK_PATIENCE_S = 60.0  # what a killed sweep's processes may take to let go of
 _SHARDS = KeptShards()  # of this process, for its next trial
 
 
-def run_trial(config: dict[str, Any], *, in_one_process: bool) -> None:
+def run_trial(config: dict[str, Any], *, in_one_process: bool, place: str) -> None:
     """Train once, and report to Ray Tune, which ends a poor run by that call.
 
     A negative pool is of the run alone, but for the shards, which a run like it may have left.
@@ -38,8 +38,10 @@ def run_trial(config: dict[str, Any], *, in_one_process: bool) -> None:
     Args:
         config: ``job`` with the run's ``settings`` as a tree.
         in_one_process: whether it trains in this one; else Ray Train starts workers.
+        place: the command's folder, which paths in the settings are relative to; Ray Tune has one for each trial.
     """
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(_END_S)
+    os.chdir(place)
     settings = Settings.model_validate(config["job"]["settings"])
     has_pool = settings.negatives.source == "pool"
     if not has_pool:

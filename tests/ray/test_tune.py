@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import signal
 import time
 from pathlib import Path
@@ -34,10 +35,11 @@ SPACE = {
 @pytest.fixture(scope="module")
 def recipe(tiny_model: Path, corpus_file: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tune")
+    corpus, pairs, model = map(os.path.relpath, (corpus_file, pairs_file, tiny_model))  # as they are named by hand
     tree = {
         "run": {"name": "small", "storage_path": str(folder / "runs"), "seed": 3},
-        "corpus": {"source": "text", "path": str(corpus_file), "cache_dir": str(folder / "cache")},
-        "encoder": {"model": str(tiny_model), "pooling": "mean", "max_length": 24, "precision": "fp32"},
+        "corpus": {"source": "text", "path": corpus, "cache_dir": str(folder / "cache")},
+        "encoder": {"model": model, "pooling": "mean", "max_length": 24, "precision": "fp32"},
         "train": {
             "batch_size": 16,
             "learning_rate": 1e-3,
@@ -49,8 +51,8 @@ def recipe(tiny_model: Path, corpus_file: Path, pairs_file: Path, tmp_path_facto
         "evaluation": {
             "suites": ["pairs"],
             "metric": "pairs/mrr",
-            "pairs_dev": str(pairs_file),
-            "pairs_test": str(pairs_file),
+            "pairs_dev": pairs,
+            "pairs_test": pairs,
         },
     }
     path = folder / "small.yaml"
