@@ -89,6 +89,8 @@ def search(
         with console_reporter(console) as reporter:
             texts = _Texts(settings, encoders[model], limit, reporter)
             searched = {name: _Searched(encoder, _index(encoder, options, texts)) for name, encoder in encoders.items()}
+        if limit < (rows := searched[model].index.rows):
+            logger.warning(f"{limit:,} of {rows:,} texts are searched; --limit sets how many")
         found: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for asked in [queries] if queries else _asked(console):
             new = {query: {name: its[i] for name, its in _nearest(searched, asked, top).items()}
@@ -142,8 +144,8 @@ class _Texts:
         return {"corpus": hashlib.sha256(source.encode()).hexdigest(), "tokenizer": self._encoder.tokenizer_digest()}
 
     @cached_property
-    def all(self) -> tuple[list[str], list[str] | None]:
-        """Each once; and what the document of each is called, where they are passages."""
+    def all(self) -> tuple[list[str], list[str] | None, int]:
+        """Each once; what the document of each is called, where they are passages; and of how many rows they are."""
         import numpy as np
 
         from hncse_ray.corpus.documents import document_labels
@@ -151,14 +153,12 @@ class _Texts:
 
         prepared = prepare_corpus(self.settings, self._encoder, self.reporter)
         chosen = np.random.default_rng(self.settings.run.seed).permutation(len(prepared))[: self.limit]
-        if len(chosen) < len(prepared):
-            logger.warning(f"{self.limit:,} of {len(prepared):,} texts are searched; --limit sets how many")
         texts = prepared.target_texts(chosen)  # of pairs what is looked for
         if not prepared.has_passages or prepared.documents is None:
-            return list(dict.fromkeys(texts)), None
+            return list(dict.fromkeys(texts)), None, len(prepared)
         documents = prepared.documents[chosen].tolist()
         labels = document_labels(self.settings.corpus, documents)
-        return texts, [labels[document] for document in documents]
+        return texts, [labels[document] for document in documents], len(prepared)
 
 
 def _index(encoder: SentenceEncoder, options: dict[str, Any], texts: _Texts) -> SavedIndex:
@@ -180,9 +180,10 @@ def _index(encoder: SentenceEncoder, options: dict[str, Any], texts: _Texts) -> 
             return kept
     except Outdated as reason:
         logger.warning("the index of %s is made anew: %s", name, reason)
-    searched, documents = texts.all
+    searched, documents, rows = texts.all
     progress = counter(texts.reporter, f"encoding {len(searched):,} texts with {name}")
-    index = SavedIndex(searched, unit_rows(encoder.encode(searched, side="document", progress=progress)), documents)
+    vectors = unit_rows(encoder.encode(searched, side="document", progress=progress))
+    index = SavedIndex(searched, vectors, documents, rows)
     try:
         index.write(folder, made_of)
     except StorageError as error:

@@ -13,7 +13,7 @@ import numpy as np
 from hncse_ray.evaluation.vectors import FloatArray
 from hncse_ray.storage import locked, write_folder
 
-_FORMAT = 2  # 1: no documents
+_FORMAT = 3  # 1: no documents; 2: not of how many rows
 _MANIFEST, _TEXTS, _VECTORS = "manifest.json", "texts.json", "vectors.npy"
 
 
@@ -40,11 +40,19 @@ class Hit:
 
 @dataclass(frozen=True)
 class SavedIndex:
-    """Texts and their vectors ``[N, D]`` of unit norm; of passages also what the document of each is called."""
+    """Texts and their vectors ``[N, D]`` of unit norm.
+
+    Attributes:
+        texts: what is searched.
+        vectors_ND: their vectors.
+        documents: of passages what the document of each is called.
+        rows: of the corpus; more than what was drawn where the texts are a sample.
+    """
 
     texts: Sequence[str]
     vectors_ND: FloatArray
     documents: Sequence[str] | None = None
+    rows: int = 0
 
     def nearest(self, queries_QD: FloatArray, top: int) -> list[list[Hit]]:
         """Return the ``top`` texts of the largest cosine of each query, best first; of a document the best alone."""
@@ -75,7 +83,7 @@ class SavedIndex:
 
         def fill(partial: Path) -> None:
             np.save(partial / _VECTORS, self.vectors_ND)
-            texts = {"texts": list(self.texts), "documents": self.documents}
+            texts = {"texts": list(self.texts), "documents": self.documents, "rows": self.rows}
             (partial / _TEXTS).write_text(json.dumps(texts), encoding="utf-8")
             files = {name: _digest(partial / name) for name in (_VECTORS, _TEXTS)}
             facts = {"format": _FORMAT, "made_of": dict(made_of), "files": files}
@@ -107,7 +115,8 @@ def read_index(folder: Path, made_of: Mapping[str, str]) -> SavedIndex | None:
             if facts["files"][name] != _digest(folder / name):
                 raise Outdated(f"it is damaged ({name} is not as it was written)")
         texts = json.loads((folder / _TEXTS).read_text(encoding="utf-8"))
-        return SavedIndex(texts["texts"], np.load(folder / _VECTORS, allow_pickle=False), texts["documents"])
+        vectors_ND = np.load(folder / _VECTORS, allow_pickle=False)
+        return SavedIndex(texts["texts"], vectors_ND, texts["documents"], texts["rows"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Outdated(f"it is damaged ({error})") from None
 

@@ -126,8 +126,9 @@ def test_settings_and_recipes_as_other_commands_take_them(
     few = hncse("search", tiny_model, texts, "corpus.max_sentences=7", "a river", "--top", 20, "--json")
     assert len(found(few)["a river"][str(tiny_model)]) == 7
     assert_refused(hncse("search", tiny_model, texts, "corpus.pth=x", "a river"), "did you mean 'corpus.path'?")
-    sampled = hncse("search", tiny_model, texts, "a river", "--limit", 5, "--top", 9, "--json")
-    assert "5 of 30 texts are searched" in sampled.stderr and len(found(sampled)["a river"][str(tiny_model)]) == 5
+    for _ in ("made", "kept"):
+        sampled = hncse("search", tiny_model, texts, "a river", "--limit", 5, "--top", 9, "--json")
+        assert "5 of 30 texts are searched" in sampled.stderr and len(found(sampled)["a river"][str(tiny_model)]) == 5
 
 
 def test_without_a_query_lines_are_asked_for(tiny_model: Path, texts: Path) -> None:

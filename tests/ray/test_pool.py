@@ -41,7 +41,7 @@ from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import load_encoder
 from hncse_ray.errors import ClusterError, ModelError
-from hncse_ray.negatives import Hits, IndexVersion, SourceUnavailable, Weights, WordQuery, plan_index
+from hncse_ray.negatives import Hits, IndexVersion, SourceStatus, SourceUnavailable, Weights, WordQuery, plan_index
 from hncse_ray.negatives.in_process import InProcessSource
 from hncse_ray.reporting import Reporters
 from hncse_ray.storage import locked
