@@ -36,9 +36,9 @@ PROCESS_VARIABLES = {
     # Batches have ever new numbers of tokens: blocks of PyTorch's allocator on a GPU grow then, and do not pile up.
     "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
     # On a CPU in bf16 oneDNN, and PyTorch's layer above it, keep what they made for the last 1,024 shapes, a megabyte
-    # or so each: more gigabytes than the model. A step has some hundred shapes, the next one others.
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
-    "LRU_CACHE_CAPACITY": "128",
+    # or so each: more gigabytes than the model. The layers of a step share a few dozen, the next step has others.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
+    "LRU_CACHE_CAPACITY": "32",
 }
 PROCESS_VARIABLES |= {name: os.environ.setdefault(name, value) for name, value in PROCESS_VARIABLES.items()}
 

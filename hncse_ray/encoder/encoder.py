@@ -28,7 +28,7 @@ from hncse_ray.encoder.attention import use_packed_attention
 from hncse_ray.encoder.first_token import drop_unpooled_tokens
 from hncse_ray.encoder.hardware import autocast_dtype, ready_for, to_device
 from hncse_ray.encoder.head import TrainingHead
-from hncse_ray.encoder.lengths import TokenRows, attention_reach, first_position, length_batches, length_limit
+from hncse_ray.encoder.lengths import TokenRows, attention_reach, first_position, length_batches, length_limit, passes
 from hncse_ray.encoder.quiet import quiet
 from hncse_ray.errors import DataError, ModelError
 
@@ -263,7 +263,7 @@ class SentenceEncoder(nn.Module):
         Args:
             texts: N strings, or one.
             side: whose prompt they get; see :meth:`prompt`.
-            batch_size: texts in one forward pass.
+            batch_size: texts in one forward pass, fewer of long ones.
             progress: called with (texts done, N) after each batch.
 
         Returns:
@@ -303,13 +303,14 @@ class SentenceEncoder(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            features = self.features(rows, side=side)
-            vectors_BD = (self(features) if unit_norm else self.embed(features)).cpu().numpy()
+            embed = self if unit_norm else self.embed
+            parts = [embed(self.features(rows[part], side=side)).cpu().numpy() for part in passes(rows)]
         finally:
             self.train(was_training)
+        vectors_BD = np.concatenate(parts)
         if not np.isfinite(vectors_BD).all():
             raise ModelError("its vectors are not numbers (NaN or infinite)", self.name, "Its weights are damaged")
-        return np.asarray(vectors_BD)
+        return vectors_BD
 
     def keep_head(self, always: bool = True) -> None:
         """Have a head for training work at inference too, as for an index that must see what the objective sees."""

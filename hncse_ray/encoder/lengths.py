@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 TokenRows = Sequence[NDArray[np.integer]]
 
 _ANY_LENGTH = 8192  # the limit of a model that has none
+_MOST_TOKENS = 8192  # of one forward pass without gradient: more are hardly faster, and take as much more memory
 
 
 def length_batches(rows: TokenRows, batch_size: int) -> Iterator[NDArray[np.int64]]:
@@ -24,6 +25,17 @@ def length_batches(rows: TokenRows, batch_size: int) -> Iterator[NDArray[np.int6
     order = np.argsort([-len(row) for row in rows], kind="stable")
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
+
+
+def passes(rows: TokenRows) -> Iterator[slice]:
+    """Divide a batch into runs of rows that one forward pass takes: of at most so many tokens, padding included."""
+    start = longest = 0
+    for end, row in enumerate(rows):
+        longest = max(longest, len(row))
+        if end > start and longest * (end + 1 - start) > _MOST_TOKENS:
+            yield slice(start, end)
+            start, longest = end, len(row)
+    yield slice(start, len(rows))
 
 
 def first_position(backbone: nn.Module) -> int:

@@ -189,6 +189,23 @@ def test_rows_for_the_index_are_of_unit_norm(tiny_model: Path) -> None:
     np.testing.assert_allclose(encoder.encode_rows(rows, unit_norm=True), vectors / norms, atol=1e-5)
 
 
+def test_a_batch_of_many_tokens_takes_several_passes(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = load_encoder(tiny_model, settings(tiny_model))
+    rows = sorted(encoder.tokenize(TEXTS), key=len, reverse=True)
+    whole, seen = encoder.encode_rows(rows), []
+    limit = 2 * len(rows[0])
+    monkeypatch.setattr("hncse_ray.encoder.lengths._MOST_TOKENS", limit)
+    layout = encoder.layout
+    monkeypatch.setattr(
+        encoder, "layout", lambda part, **k: seen.append([len(row) for row in part]) or layout(part, **k)
+    )
+    np.testing.assert_allclose(encoder.encode_rows(rows), whole, atol=1e-6)
+    assert [n for part in seen for n in part] == [len(row) for row in rows]
+    assert len(seen) > 1 and all(max(part) * len(part) <= limit for part in seen)
+    monkeypatch.setattr("hncse_ray.encoder.lengths._MOST_TOKENS", 1)  # one row is a pass, however long
+    np.testing.assert_allclose(encoder.encode_rows(rows), whole, atol=1e-6)
+
+
 def test_length_batches_are_sorted_and_complete() -> None:
     rows = [np.zeros(n) for n in (3, 9, 1, 9, 4)]
     batches = list(length_batches(rows, 2))
