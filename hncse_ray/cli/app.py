@@ -21,7 +21,7 @@ from hncse_ray import __version__
 from hncse_ray.config import load_settings
 from hncse_ray.errors import HncseError, SettingsError
 from hncse_ray.reading.kinds import relative_hint
-from hncse_ray.recipe import shipped_folder
+from hncse_ray.recipe import find_recipe, shipped_folder
 
 if TYPE_CHECKING:
     from hncse_ray.reporting import Reporter
@@ -216,10 +216,17 @@ def corpus_tree(corpus: str, model: str) -> dict[str, Any]:
     path, max_length = Path(corpus), 128
     tree: dict[str, Any] = {"corpus": {"path": corpus}}
     if path.suffix in ("", ".yaml", ".yml") and not (path.suffix == "" and path.exists()):
-        if path.suffix == "" and corpus not in complete_recipe(corpus):
-            raise SettingsError("is no file, no folder and no recipe", repr(corpus),
-                                "The corpus comes behind the model, before what is looked for."
-                                f" {relative_hint(path)}; `hncse recipes` names recipes".strip())  # fmt: skip
+        if path.suffix == "":
+            try:
+                find_recipe(corpus)
+            except SettingsError as error:
+                hints = (
+                    "The corpus comes behind the model, before what is looked for",
+                    relative_hint(path),
+                    error.hint,
+                )
+                raise SettingsError("is no file, no folder and no recipe", repr(corpus),
+                                    ". ".join(filter(None, hints))) from error  # fmt: skip
         recipe = load_settings(corpus)
         tree = {"corpus": recipe.corpus.model_dump(), "run": {"seed": recipe.run.seed}}  # the seed chooses the sample
         max_length = recipe.encoder.max_length

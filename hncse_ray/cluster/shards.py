@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -105,18 +106,17 @@ def shard_actors(settings: Settings, plan: PoolPlan, corpus: Corpus, kept: KeptS
         )
         for number in range(plan.num_shards)
     )
-    shards = kept and kept.take(specs, plan)
-    if shards is None:
-        shards = _start(specs, plan, settings)
+    shards = (None if kept is None else kept.take(specs, plan)) or _start(specs, plan, settings)
+    leave = shards.end if kept is None else partial(kept.keep, shards)
     try:
         yield shards
     except Exception:
         shards.end()
         raise
     except BaseException:  # the run is stopped: by Ray Tune, or by Ctrl-C
-        kept.keep(shards) if kept else shards.end()
+        leave()
         raise
-    kept.keep(shards) if kept else shards.end()
+    leave()
 
 
 def _start(specs: tuple[ShardSpec, ...], plan: PoolPlan, settings: Settings) -> Shards:
