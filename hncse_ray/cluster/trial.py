@@ -30,7 +30,6 @@ def run_trial(config: dict[str, Any], *, in_one_process: bool, place: str) -> No
 
     A negative pool is of the run alone, but for the shards, which a run like it may have left.
 
-
     Reported are ``step`` and ``score`` of every evaluation on dev, with ``total_steps``, or 0 where the run had got
     beyond it before an interruption; and at the end ``outcome`` (``finished`` or ``failed``) with ``best_step`` and
     ``exported_score``, or with ``reason``.
@@ -41,7 +40,8 @@ def run_trial(config: dict[str, Any], *, in_one_process: bool, place: str) -> No
         place: the command's folder, which paths in the settings are relative to; Ray Tune has one for each trial.
     """
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(_END_S)
-    os.chdir(place)
+    if os.path.isdir(place):  # a node of a cluster may not have it; a relative path is then said to be missing
+        os.chdir(place)
     settings = Settings.model_validate(config["job"]["settings"])
     has_pool = settings.negatives.source == "pool"
     if not has_pool:
