@@ -38,17 +38,19 @@ def find_space(space: str | Path) -> Path:
 
 
 def _find(name: str | Path, kind: str, noun: str) -> Path:
+    if not isinstance(name, str | Path):
+        raise SettingsError(f"is no {noun}, but of type {type(name).__name__}", repr(name), "Name one, or a YAML file")
     path = Path(name)
     if path.is_file():
         return path
-    if path.is_dir():
+    if path.is_dir() and str(name):
         raise SettingsError(f"is a directory, not a {noun}", str(name), "Name a YAML file")
     names = sorted(p.stem for p in shipped_folder(kind).glob("*.yaml"))
     if path.name in names and len(path.parts) == 1:
         return shipped_folder(kind) / f"{path.name}.yaml"
     near = difflib.get_close_matches(path.stem, names, n=1, cutoff=0.6)
     hint = f"Did you mean {near[0]!r}? " if near else ""
-    raise SettingsError(f"no such {noun}", str(name), f"{hint}Known by name: {', '.join(names)}")
+    raise SettingsError(f"no such {noun}", str(name) or repr(name), f"{hint}Known by name: {', '.join(names)}")
 
 
 YAML_NULLS = ("", "~", "null", "Null", "NULL")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,7 +76,7 @@ def train(settings: Settings, *, sentences: Iterable[str] | None = None, reporte
     if not isinstance(settings, Settings):  # a recipe's name, say
         hint = "Make them by hncse_ray.load_settings(recipe, overrides)"
         raise SettingsError(f"are no Settings, but of type {type(settings).__name__}", "settings", hint)
-    if sentences is not None and not isinstance(sentences, str):
+    if isinstance(sentences, Iterable) and not isinstance(sentences, str | Mapping | AbstractSet):  # in no order
         sentences = list(sentences)  # they are read more than once
     return train_by(choose_engine(settings), settings, sentences=sentences, reporter=reporter)
 
@@ -195,7 +196,7 @@ def _with_sentences(settings: Settings, sentences: Sequence[str] | None) -> Sett
             raise SettingsError("names no file: the sentences are handed to hncse_ray.train(settings, sentences=[...])",
                                 "corpus.source=memory", "Name files by corpus.path")  # fmt: skip
         return settings
-    if isinstance(sentences, str) or not all(isinstance(sentence, str) for sentence in sentences):
+    if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
         raise SettingsError("is no list of texts", "sentences", "Give a list such as ['One sentence.', 'Another.']")
     return load_settings(settings.model_dump(mode="json"), {"corpus.source": "memory", "corpus.path": []})
 

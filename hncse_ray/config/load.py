@@ -24,8 +24,8 @@ def load_settings(
 
     Args:
         recipe: a YAML file, the bare name of a recipe that comes with the package, or a mapping.
-        overrides: ``section.key=value`` strings, whose values are text, numbers or YAML as the setting says; or values
-            by ``section.key``.
+        overrides: ``section.key=value`` strings, or one, whose values are text, numbers or YAML as the setting says;
+            or values by ``section.key``.
 
     Raises:
         SettingsError: the recipe cannot be read, a key is unknown or a value is out of range.
@@ -34,10 +34,14 @@ def load_settings(
         where, tree = "settings", dict(recipe)
     else:
         where, tree = str(recipe), read_yaml(find_recipe(recipe))
-    given = overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides)
+    given: Iterable[tuple[str, Any]]
+    if isinstance(overrides, Mapping):
+        given = overrides.items()
+    else:
+        given = map(_parse_override, [overrides] if isinstance(overrides, str) else overrides)
     # The name first: another objective keeps of the section only what it knows, and then refuses the rest.
     for key, value in sorted(given, key=lambda item: item[0] != "objective.name"):
-        _set(tree, key, value)
+        _set(tree, str(key), value)
     objective = _mapping(tree.get("objective"), "objective", where)
     tree["objective"] = {"name": InfoNCE.model_fields["name"].default} | objective
     try:
@@ -80,9 +84,13 @@ def read_setting(path: str, value: Any) -> Any:
 
 
 def _parse_override(override: str) -> tuple[str, Typed]:
-    key, equals, text = override.partition("=")
+    key, equals, text = str(override).partition("=")
     if not equals or not all(key.strip().split(".")):
-        raise SettingsError("is not an override", override, "Write section.key=value, such as train.batch_size=128")
+        raise SettingsError(
+            "is not an override",
+            str(override) or repr(override),
+            "Write section.key=value, such as train.batch_size=128",
+        )
     return key.strip(), Typed(text.strip())
 
 

@@ -7,10 +7,9 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from hncse_ray.encoder.hardware import autocast_dtype, ready_for, to_device
 from hncse_ray.encoder.head import TrainingHead
 from hncse_ray.encoder.lengths import TokenRows, attention_reach, first_position, length_batches, length_limit, passes
 from hncse_ray.encoder.quiet import quiet
+from hncse_ray.encoder.texts import list_of_texts
 from hncse_ray.errors import DataError, ModelError
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,8 @@ class SentenceEncoder(nn.Module):
         precision: Precision = "auto",
         inference_precision: Precision = "fp32",
     ) -> None:
+        if not isinstance(model, SentenceTransformer):
+            raise TypeError(f"model is of type {type(model).__name__}; load one by its name with load_encoder")
         super().__init__()
         self.model = model
         self.name = name
@@ -192,6 +194,8 @@ class SentenceEncoder(nn.Module):
 
     def prompt(self, side: Side | None) -> str:
         """Return what is put before a text: of a side as ``encode_query`` and ``encode_document`` choose it."""
+        if side not in (None, *get_args(Side)):
+            raise ValueError(f"side is {side!r}; choose from {', '.join(map(repr, get_args(Side)))} and None")
         prompts = self.model.prompts
         names = {"query": ("query",), "document": ("document", "passage", "corpus"), None: ()}[side]
         for name in (*names, self.model.default_prompt_name):
@@ -218,9 +222,10 @@ class SentenceEncoder(nn.Module):
             side: whose prompt they get; None: the model's default, if it has one.
 
         Raises:
+            TypeError: ``texts`` is no list of texts.
             DataError: a text has no token.
         """
-        rows = self.token_rows(texts, max_length, side=side)
+        rows = self.token_rows(texts := list_of_texts(texts), max_length, side=side)
         if empty := [i for i, row in enumerate(rows) if not len(row)]:
             raise DataError(f"text {empty[0] + 1} of {len(rows)} has no token ({texts[empty[0]]!r})", self.name,
                             "Leave out empty texts, and those of characters that cannot be seen")  # fmt: skip
@@ -230,12 +235,15 @@ class SentenceEncoder(nn.Module):
         self, texts: Sequence[str], max_length: int | None = None, *, side: Side | None = None
     ) -> list[NDArray[np.int32]]:
         """Turn texts into token rows as :meth:`tokenize` does; those of a text without tokens are empty."""
-        max_length = min(max_length or self.max_length, self.length_limit)
+        texts, max_length = list_of_texts(texts), self.max_length if max_length is None else max_length
+        if max_length < 1:
+            raise ValueError(f"max_length is {max_length}; give 1 or more")
+        max_length = min(max_length, self.length_limit)
         rows: list[NDArray[np.int32]] = []
         leave_out: dict[str, Any] = dict.fromkeys(("padding", "return_attention_mask", "return_token_type_ids"), False)
         how: Any = {"common": {"return_tensors": None}, "text": leave_out | {"max_length": max_length}}
         for start in range(0, len(texts), _CHUNK):
-            chunk, prompt = list(texts[start : start + _CHUNK]), self.prompt(side) or None
+            chunk, prompt = texts[start : start + _CHUNK], self.prompt(side) or None
             with _TOKENISING:
                 encoded = self.model.preprocess(chunk, prompt=prompt, processing_kwargs=how, task=side)
             rows += [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
@@ -272,17 +280,13 @@ class SentenceEncoder(nn.Module):
 
         Raises:
             TypeError: ``texts`` is no text and no list of texts.
+            ValueError: there is no such side, or a batch is of no text.
             DataError: a text has no token.
             ModelError: the vectors are not numbers.
         """
         if isinstance(texts, str):
             vector_D: NDArray[np.float32] = self.encode([texts], side=side)[0]
             return vector_D
-        if isinstance(texts, Mapping | AbstractSet) or not isinstance(texts, Iterable):  # these are in no order
-            raise TypeError(f"encode takes a text or a list of texts, not a {type(texts).__name__}")
-        texts = list(texts)
-        if odd := [text for text in texts if not isinstance(text, str)]:
-            raise TypeError(f"encode takes a text or a list of texts, not one of {type(odd[0]).__name__}")
         rows = self.tokenize(texts, side=side)
         out_ND = np.zeros((len(rows), self.dimension), dtype=np.float32)
         done = 0
@@ -354,7 +358,7 @@ class SentenceEncoder(nn.Module):
             raise ModelError(f"does not have the weights {min([*unexpected, *missing])!r} that were to be loaded",
                              self.name, "They are of another model, other settings or another version")  # fmt: skip
 
-    def save(self, folder: Path, *, readme: str) -> None:
+    def save(self, folder: str | Path, *, readme: str) -> None:
         """Write the model as sentence-transformers does: adapters merged, and without what is for training only.
 
         Args:
@@ -368,7 +372,7 @@ class SentenceEncoder(nn.Module):
             exported[0].model = exported[0].model.merge_and_unload()
         with quiet():
             exported.save_pretrained(str(folder), create_model_card=False)
-        (folder / "README.md").write_text(readme, encoding="utf-8")
+        (Path(folder) / "README.md").write_text(readme, encoding="utf-8")
 
     @property
     def _modality(self) -> str:

@@ -18,19 +18,21 @@ _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # as malloc.h numbers them
 _LARGEST_KEPT = 2**30
 
 
-def choose_device(wanted: str) -> torch.device:
+def choose_device(wanted: str | torch.device) -> torch.device:
     """Return the device that is meant.
 
     Args:
-        wanted: ``cpu``, ``cuda``, ``cuda:N``, or ``auto``: a GPU where there is one.
+        wanted: ``cpu``, ``cuda``, ``cuda:N``, or ``auto``: a GPU where there is one; or a device, which it stays.
 
     Raises:
         ModelError: there is no such device.
     """
+    if isinstance(wanted, torch.device):
+        return wanted
     count = torch.cuda.device_count()
     if wanted == "auto":
         return torch.device("cuda" if count else "cpu")
-    if not re.fullmatch("cpu|cuda(:[0-9]+)?", wanted):
+    if not re.fullmatch("cpu|cuda(:[0-9]+)?", str(wanted)):
         raise ModelError("is no device", repr(wanted), "Choose auto, cpu, cuda or cuda:N")
     if wanted != "cpu" and int(wanted.partition(":")[2] or 0) >= count:
         raise ModelError(f"PyTorch sees {count} GPUs here", repr(wanted), "Choose auto or cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ def length_batches(rows: TokenRows, batch_size: int) -> Iterator[NDArray[np.int6
     The batches depend on the rows alone: however they are shared out over processes, each batch, and so each
     vector, comes out the same.
     """
+    if not isinstance(batch_size, Integral) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}; give a whole number, 1 or more")
     order = np.argsort([-len(row) for row in rows], kind="stable")
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from hncse_ray.config import EncoderSettings
 from hncse_ray.encoder.adapters import add_adapters
 from hncse_ray.encoder.encoder import SentenceEncoder
-from hncse_ray.encoder.hardware import keep_large_blocks
+from hncse_ray.encoder.hardware import choose_device, keep_large_blocks
 from hncse_ray.encoder.head import add_head
 from hncse_ray.encoder.layers import use_fast_layers
 from hncse_ray.encoder.quiet import quiet
@@ -39,15 +39,19 @@ def load_encoder(
     Args:
         model: see :func:`hncse_ray.encoder.resolve.resolve_model`.
         settings: pooling, prompts, head, dropout and precision; None = all as the model's folder says.
-        device: where to put the weights.
+        device: where to put the weights; see :func:`hncse_ray.encoder.choose_device`.
         seed: of a new head's initial weights.
 
     Raises:
         ModelError: the model is missing, incomplete, or not an encoder of text, or the settings do not fit it.
     """
-    settings = settings or EncoderSettings(model=str(model))
-    device, name = torch.device(device), str(model)
-    folder = resolve_model(model, revision=settings.revision)
+    if not isinstance(settings, EncoderSettings | None):
+        raise TypeError(
+            f"settings is of type {type(settings).__name__}; give EncoderSettings, such as settings.encoder"
+        )
+    device, name = choose_device(device), str(model)
+    folder = resolve_model(model, revision=settings.revision if settings else None)
+    settings = settings or EncoderSettings(model=name)
     loaded = _load(folder, settings, name)
     backbone: Any = loaded.transformers_model
     _check_stages(loaded, backbone, name)

@@ -27,6 +27,8 @@ def resolve_model(model: str | Path, *, revision: str | None = None) -> Path:
         ModelError: there is no such model, or the hub cannot be reached; the message names alternatives.
     """
     name, path = str(model), Path(os.path.expanduser(model))  # pathlib's raises where there is no such user
+    if not name.strip():
+        raise ModelError("names no model", repr(name), "Name a folder, a hub name or package:NAME")
     if hub_name(name) is not None:
         return _hub_folder(name, revision)
     if revision is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -154,8 +154,9 @@ def evaluate(
     Raises:
         HncseError: missing data, or a model that cannot be loaded or scored.
     """
-    groups, collections, pairs_dev = _names(models), _names(collection), None if pairs is None else str(pairs)
-    suites = chosen_suites(_names(suites), pairs=pairs_dev, collection=collections)
+    groups, collections = _names(models, "models"), _names(collection, "collection")
+    pairs_dev = None if pairs is None else str(pairs)
+    suites = chosen_suites(_names(suites, "suites"), pairs=pairs_dev, collection=collections)
     scored = [suite for suite in suites if suite not in TEST_SUITES]
     evaluation: dict[str, Any] = {
         "suites": scored, "senteval_path": None if senteval is None else str(senteval), "pairs_dev": pairs_dev,
@@ -163,16 +164,17 @@ def evaluate(
     }  # fmt: skip
     if scored:
         evaluation["metric"] = f"{scored[0]}/{SUITE_METRICS[scored[0]][0]}"
-    settings = load_settings(
-        {"corpus": {"source": "python-docs"}, "encoder": dict(encoder or {}), "evaluation": evaluation}
-    )
+    settings = load_settings({"corpus": {"source": "python-docs"}, "encoder": encoder or {}, "evaluation": evaluation})
     open_encoder = open_encoder or partial(load_encoder, device=choose_device(device))
     return score_models(groups, suites, settings, settings.encoder, tell=tell, open_encoder=open_encoder)
 
 
-def _names(given: Named) -> list[str]:
+def _names(given: Named, argument: str) -> list[str]:
     """One name or several, as a list."""
-    return [str(name) for name in ([given] if isinstance(given, str | Path) else given)]
+    names = [given] if isinstance(given, str | Path) else list(given) if isinstance(given, Iterable) else [given]
+    if odd := [name for name in names if not isinstance(name, str | Path)]:
+        raise SettingsError(f"{odd[0]!r} is no name", argument, "Give a text or a path, or a list of them")
+    return [str(name) for name in names]
 
 
 def split_seeds(group: str) -> tuple[str, ...]:
@@ -212,8 +214,10 @@ def score_models(
         open_encoder: loads a model; default: in this process.
 
     Raises:
-        HncseError: missing data, or a model that cannot be loaded or scored.
+        HncseError: no model, missing data, or a model that cannot be loaded or scored.
     """
+    if not groups:
+        raise SettingsError("no model is named", "models", "Name a folder, a hub name or package:NAME")
     members = [split_seeds(group) for group in groups]
     for model in itertools.chain(*members):
         # That the last one is none should not show after an hour with the others.

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -194,9 +195,23 @@ def test_a_key_of_a_recipe_with_dots_is_an_unknown_setting(key: str, tmp_path: P
 def test_a_binary_recipe_and_a_folder_are_refused(tmp_path: Path) -> None:
     binary = tmp_path / "x.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
-    for path, said in ((binary, "cannot be read"), (tmp_path, "is a directory")):
+    odd: tuple[Any, ...] = (binary, tmp_path, "", None, 3)
+    for path, said in zip(
+        odd, ("cannot be read", "is a directory", "'': no such", "of type NoneType", "of type int"), strict=True
+    ):
         with pytest.raises(SettingsError, match=said):
             load_settings(path)
+
+
+def test_one_override_may_stand_alone_and_what_is_none_is_named() -> None:
+    assert load_settings("quickstart", "train.max_steps=3").train.max_steps == 3
+    for odd, said in (
+        ([3], "3: is not an override"),
+        ([""], "'': is not an override"),
+        ({3: 4}, "unknown setting '3'"),
+    ):
+        with pytest.raises(SettingsError, match=said):
+            load_settings("quickstart", odd)  # type: ignore[arg-type]
 
 
 def test_recipes_resolve_by_bare_name_and_a_wrong_name_gets_the_nearest() -> None:

@@ -218,7 +218,7 @@ def test_other_sentences_do_not_go_on_with_a_run(local: Tree) -> None:
         hncse_ray.train(settings, sentences=make_sentences(81))
 
 
-@pytest.mark.parametrize("sentences", ["one text", [b"bytes"], [1]])
+@pytest.mark.parametrize("sentences", ["one text", [b"bytes"], [1], 1, {"one": 1}, {"one"}], ids=repr)
 def test_what_is_no_list_of_texts_is_refused(local: Tree, sentences: Any) -> None:
     settings = load_settings(local)
     with pytest.raises(SettingsError, match="is no list of texts"):

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,11 +128,34 @@ def test_a_text_gives_one_vector_and_what_is_no_text_is_refused(tiny_model: Path
     assert one.shape == (32,) and one.dtype == np.float32
     np.testing.assert_array_equal(one, encoder.encode(["one river"])[0])
     for odd, kind in ((1, "int"), (None, "NoneType"), (b"one", "bytes")):
-        with pytest.raises(TypeError, match=f"a list of texts, not one of {kind}"):
+        with pytest.raises(TypeError, match=f"one of the texts is of type {kind}"):
             encoder.encode(["one", odd])  # type: ignore[list-item]
     for odd, kind in ({"one": 1}, "dict"), ({"one"}, "set"), (None, "NoneType"):
-        with pytest.raises(TypeError, match=f"a list of texts, not a {kind}"):
+        with pytest.raises(TypeError, match=f"texts is of type {kind}; give a list of texts"):
             encoder.encode(odd)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="texts is of type str"):  # not a row for each letter
+        encoder.tokenize("one")
+
+
+def test_arguments_that_cannot_be_are_named_with_the_choices(tiny_model: Path) -> None:
+    encoder: Any = load_encoder(tiny_model, settings(tiny_model), device="auto")
+    for batch_size in (0, -1, 2.5, None, "2"):
+        with pytest.raises(ValueError, match=f"batch_size is {batch_size!r}; give a whole number, 1 or more"):
+            encoder.encode(["one"], batch_size=batch_size)
+    for call in (encoder.encode, encoder.tokenize):
+        with pytest.raises(ValueError, match="side is 'foo'; choose from 'query', 'document' and None"):
+            call(["one"], side="foo")
+    for max_length in (0, -1):
+        with pytest.raises(ValueError, match=f"max_length is {max_length}; give 1 or more"):
+            encoder.tokenize(["one"], max_length)
+    with pytest.raises(TypeError, match="model is of type str; load one by its name with load_encoder"):
+        SentenceEncoder(str(tiny_model), name="tiny")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="settings is of type dict; give EncoderSettings"):
+        load_encoder(tiny_model, {"pooling": "mean"})  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="'tpu': is no device. Choose auto, cpu, cuda or cuda:N"):
+        load_encoder(tiny_model, device="tpu")
+    with pytest.raises(ModelError, match="'': names no model"):
+        load_encoder("")
 
 
 def test_encode_is_without_dropout_and_leaves_the_mode_alone(tiny_model: Path) -> None:

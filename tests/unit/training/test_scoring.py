@@ -62,3 +62,12 @@ def test_evaluating_from_python_gives_what_the_command_gives(tiny_model: Path, p
     assert "pairs/mrr" in runs["dev"]
     with pytest.raises(SettingsError, match="pairs needs data"):
         hncse_ray.evaluate(str(tiny_model), ["pairs"])
+    for odd, said in (
+        ([], "models: no model is named"),
+        (None, "models: None is no name"),
+        ([3], "models: 3 is no name"),
+    ):
+        with pytest.raises(SettingsError, match=said):
+            hncse_ray.evaluate(odd)  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="encoder = 'mean'"):
+        hncse_ray.evaluate(tiny_model, encoder="mean")  # type: ignore[arg-type]
