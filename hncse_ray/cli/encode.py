@@ -24,7 +24,7 @@ from hncse_ray.cli.app import (
 )
 from hncse_ray.config import load_settings
 from hncse_ray.errors import DataError, StorageError
-from hncse_ray.storage import check_outlasts_job, replacing
+from hncse_ray.storage import check_outlasts_job, check_writable, replacing
 
 
 @app.command()
@@ -45,13 +45,14 @@ def encode(
     def run(console: Console) -> dict[str, Any]:
         import numpy as np
 
-        from hncse_ray.encoder import choose_device, load_encoder
+        from hncse_ray.encoder import load_encoder
         from hncse_ray.evaluation import unit_rows
         from hncse_ray.reading import kind_of, read_lines
 
         check_outlasts_job(out, "--out")
         if not out.parent.is_dir() or out.is_dir() or out.suffix != ".npy":
             raise StorageError("cannot be written: name a .npy file in an existing folder", str(out))
+        check_writable(out, "Choose another --out")
         if texts != "-" and (kind := kind_of(texts)) != "text":
             raise DataError(f"is a table ({kind})", texts, "Write its texts to a text file, a sentence a line")
         lines = read_lines(None if texts == "-" else texts)
@@ -59,9 +60,8 @@ def encode(
             raise DataError("holds no text", "standard input" if texts == "-" else texts)
         options = encoder_tree(pooling, precision, revision, trust_remote_code)
         settings = load_settings({"corpus": {"source": "python-docs"}, "encoder": {"model": model} | options})
-        encoder = load_encoder(model, settings.encoder, device=choose_device(device))
+        encoder = load_encoder(model, settings.encoder, device=device)
         with replacing(out) as partial, console_reporter(console) as reporter:
-            partial.touch()  # that it cannot be written should not show after an hour
             vectors = unit_rows(encoder.encode(lines, batch_size=batch_size, progress=counter(reporter, "encoding")))
             np.save(partial, vectors)
         console.print(f"{vectors.shape[0]:,} vectors of {vectors.shape[1]} dimensions -> {out}", markup=False)

@@ -23,8 +23,8 @@ from hncse_ray.cli.app import (
     console_reporter,
     encoder_tree,
 )
-from hncse_ray.errors import SettingsError, StorageError
-from hncse_ray.storage import check_outlasts_job
+from hncse_ray.errors import SettingsError
+from hncse_ray.storage import check_outlasts_job, check_writable
 
 if TYPE_CHECKING:
     from hncse_ray.reporting.similarity import Similarities
@@ -73,9 +73,11 @@ def evaluate(
         from hncse_ray.training.scoring import evaluate as score
 
         suites = chosen_suites(suite or [], pairs=pairs, collection=data or [])
-        if plots is not None:
-            check_outlasts_job(plots, "--plots")
-            _prepare_plots(plots, suites)
+        if (picture := None if plots is None else plots / "similarity.png") is not None:
+            check_outlasts_job(picture.parent, "--plots")
+            if "geometry" not in suites:
+                raise SettingsError("draws what the suite geometry finds", "--plots", "Add --suite geometry")
+            check_writable(picture, "Choose another --plots")
         if workers is not None and device not in ("auto", "cpu"):
             raise SettingsError("shares the work out over CPUs", "--workers", "Leave it out to encode on a GPU")
         open_encoder: OpenEncoder | None = None
@@ -99,11 +101,11 @@ def evaluate(
         _print_scoreboard(console, board)
         similarities = _similarities(board)
         _print_similarities(console, similarities)
-        if plots is not None:
+        if picture is not None:
             from hncse_ray.reporting.similarity import plot_similarities
 
-            plot_similarities(plots / "similarity.png", similarities)
-            console.print(f"cosines of positives and negatives -> {plots / 'similarity.png'}", markup=False)
+            plot_similarities(picture, similarities)
+            console.print(f"cosines of positives and negatives -> {picture}", markup=False)
         return _as_json(board)
 
     command(run, as_json)
@@ -116,16 +118,6 @@ def _as_json(board: Scoreboard) -> dict[str, Any]:
         return asdict(board)
     found: dict[str, Any] = {"model": first.models[0], **first.runs[0]}
     return found | ({"similarities": asdict(first.similarities[0])} if first.similarities else {})
-
-
-def _prepare_plots(folder: Path, suites: list[str]) -> None:
-    """Refuse before anything is scored what could not be drawn after it."""
-    if "geometry" not in suites:
-        raise SettingsError("draws what the suite geometry finds; ask for it too", "--plots", "Add --suite geometry")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot be written ({error.strerror})", str(folder), "Choose another --plots") from error
 
 
 def _similarities(board: Scoreboard) -> dict[str, Similarities]:

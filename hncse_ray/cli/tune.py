@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hncse_ray.cli.app import JsonOption, OverridesArgument, app, command, console_reporter
-from hncse_ray.errors import SettingsError, StorageError
+from hncse_ray.errors import SettingsError
 
 if TYPE_CHECKING:
     from hncse_ray.cluster.sweep import SweepResult
@@ -69,7 +69,7 @@ def _sweep(
     options: dict[str, Any],
     out: str | None,
     resume: Path | None,
-) -> tuple[Sweep, Path]:
+) -> tuple[Sweep, str | Path]:
     """Put together which sweep is asked for, and where it lies."""
     from hncse_ray.tuning import load_sweep, read_sweep
 
@@ -86,10 +86,7 @@ def _sweep(
     changes = [*(overrides or ()), *([f"evaluation.metric={metric}"] if metric else ())]
     sweep = load_sweep(recipe, space, changes, **options)
     run = sweep.settings.run
-    place = out or os.path.join(run.storage_path, f"{run.name}-{Path(space).stem}")
-    if "://" in place:
-        raise StorageError("a sweep is stored in a folder", place, "Name one by --out, local or a network mount")
-    return sweep, Path(place)
+    return sweep, os.path.join(run.storage_path, f"{run.name}-{Path(space).stem}") if out is None else out
 
 
 def _print_result(console: Console, result: SweepResult) -> None:

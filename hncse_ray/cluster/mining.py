@@ -36,7 +36,7 @@ from hncse_ray.negatives import (
     weights_digest,
 )
 from hncse_ray.reporting import LineReporter, Reporter, StageProgress
-from hncse_ray.storage import check_outlasts_job, locked, write_atomically
+from hncse_ray.storage import check_outlasts_job, check_writable, locked, write_atomically
 from hncse_ray.training.checks import prepare
 from hncse_ray.training.negatives import check_candidates
 from hncse_ray.training.publish import to_arrays
@@ -281,3 +281,4 @@ def _check_out(out: Path) -> None:
         raise StorageError("cannot be written: name a .parquet file in an existing folder", str(out))
     if out.exists():
         raise StorageError("exists already", str(out), "Delete it, or choose another --out")
+    check_writable(out, "Choose another --out")

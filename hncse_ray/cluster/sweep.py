@@ -33,7 +33,7 @@ from hncse_ray.cluster.sweep_report import write_sweep_report
 from hncse_ray.cluster.trial import run_trial
 from hncse_ray.config import LOCAL_IS_ONE, Settings
 from hncse_ray.encoder import load_encoder
-from hncse_ray.errors import ClusterError, HncseError, SettingsError, TrainingError
+from hncse_ray.errors import ClusterError, HncseError, SettingsError, StorageError, TrainingError
 from hncse_ray.reporting import LineReporter, Reporter, counted
 from hncse_ray.reporting.sweep import SweepLines, SweepReporter, TrialUpdate
 from hncse_ray.storage import check_outlasts_job, write_folder
@@ -114,9 +114,14 @@ def tune(
         HncseError: before anything is started, if the space, the data, the model or the cluster cannot be used;
             at the end, if no trial came to a score.
     """
+    if not isinstance(sweep, Sweep):
+        raise SettingsError(f"is no Sweep, but of type {type(sweep).__name__}", "sweep",
+                            "Make it by hncse_ray.load_sweep(recipe, space)")  # fmt: skip
+    if "://" in (place := os.fspath(folder)) or not place:
+        raise StorageError("is no folder", repr(place), "Name one by --out, local or a network mount")
+    check_outlasts_job(folder, "--out")
     reporter = reporter or SweepLines()
     folder, base, options = Path(folder), sweep.settings, sweep.options
-    check_outlasts_job(folder, "--out")
     sweep.space.check(base)
     extremes = [base, *(apply_values(base, values) for values, _ in sweep.space.extremes(base))]
     if any(settings.cluster.engine == "local" for settings in extremes):
@@ -124,9 +129,9 @@ def tune(
     if not ray.is_initialized() and named_cluster() is None:  # what Ray started here will have
         here = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
         plan_sweep(extremes, [here], max_concurrent=options.max_concurrent)
-    encoder, _, _ = check_run(base, progress or LineReporter())  # prepares the corpus that the trials share, too
-    check_objectives(extremes, model=base.encoder.model, dimension=encoder.dimension)
     with claim_sweep_folder(folder, sweep):
+        encoder, _, _ = check_run(base, progress or LineReporter())  # prepares the corpus that the trials share, too
+        check_objectives(extremes, model=base.encoder.model, dimension=encoder.dimension)
         study = SweepStudy(
             folder,
             sweep.space,

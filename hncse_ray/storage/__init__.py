@@ -3,8 +3,10 @@
 from hncse_ray.storage.local import (
     BLOCK,
     check_outlasts_job,
+    check_writable,
     is_job,
     is_locked,
+    leave_nothing,
     locked,
     replacing,
     write_atomically,
@@ -16,9 +18,11 @@ from hncse_ray.storage.remote import is_url, open_filesystem, reason_of, without
 __all__ = [
     "BLOCK",
     "check_outlasts_job",
+    "check_writable",
     "is_job",
     "is_locked",
     "is_url",
+    "leave_nothing",
     "locked",
     "open_filesystem",
     "reason_of",

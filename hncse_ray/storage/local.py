@@ -6,8 +6,9 @@ import errno
 import fcntl
 import os
 import shutil
+import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -44,6 +45,22 @@ def check_outlasts_job(path: str | Path, setting: str) -> None:
             f"{setting} {path}" if setting.startswith("-") else f"{setting}={path}",
             "Give an absolute path that the nodes keep, such as /mnt/runs, or for a run s3://BUCKET/runs",
         )
+
+
+def check_writable(file: Path, hint: str) -> None:
+    """Refuse a file that cannot be written, before there is work to lose; its folder is made if need be.
+
+    Raises:
+        StorageError: it is a folder, or nothing can be put into its own.
+    """
+    if file.is_dir():
+        raise StorageError("is a folder, not a file", str(file), hint)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise StorageError(f"cannot be written ({error.strerror})", str(file), hint) from error
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -151,7 +168,7 @@ def _share(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, *, hint: str, wait: bool = False, of: str | None = None) -> Iterator[None]:
+def locked(path: Path, *, hint: str, wait: bool = False, of: str | None = None) -> Iterator[list[Path]]:
     """Hold a lock file, made with its folder if need be, while the context lasts or until this process ends.
 
     Args:
@@ -160,10 +177,14 @@ def locked(path: Path, *, hint: str, wait: bool = False, of: str | None = None) 
         wait: whether to wait until whoever holds it is done.
         of: what it is the lock of, for messages; None = its folder.
 
+    Yields:
+        The folders that had to be made, the lowest first.
+
     Raises:
         StorageError: it cannot be written, or another process holds it.
     """
     folder = path.parent
+    made = [place for place in (folder, *folder.absolute().parents) if not os.path.exists(place)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = path.open("a")
@@ -175,7 +196,29 @@ def locked(path: Path, *, hint: str, wait: bool = False, of: str | None = None) 
         except OSError as error:
             ways = f"{hint}, or wait until that process has ended"
             raise StorageError("is in use by another process", of or str(folder), ways) from error
-        yield
+        yield made
+
+
+def leave_nothing(folder: Path, files: Collection[str], made: Collection[Path]) -> bool:
+    """Remove files from a folder that holds no others, then the folders that were made for it, where they are empty.
+
+    Args:
+        folder: of something that came to nothing.
+        files: the names of those that do not count.
+        made: what :func:`locked` yielded.
+
+    Returns:
+        Whether it was so; else nothing is removed.
+    """
+    entries = list(folder.iterdir())
+    if not {entry.name for entry in entries} <= set(files):
+        return False
+    for entry in entries:
+        entry.unlink()
+    for place in made:
+        if not any(place.iterdir()):
+            place.rmdir()
+    return True
 
 
 def is_locked(path: Path) -> bool:

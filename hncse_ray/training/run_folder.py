@@ -27,7 +27,7 @@ from hncse_ray.errors import StorageError
 from hncse_ray.reading.kinds import is_missing
 from hncse_ray.reporting.events import RunFinished
 from hncse_ray.reporting.records import METRICS, SAMPLES
-from hncse_ray.storage import check_outlasts_job, locked, write_atomically
+from hncse_ray.storage import check_outlasts_job, leave_nothing, locked, write_atomically
 from hncse_ray.storage.lease import LAST_LEASE, LEASES, Lease, leased
 from hncse_ray.storage.remote import Remote, is_url
 from hncse_ray.storage.sending import keep_trying
@@ -171,10 +171,9 @@ def claim_run(settings: Settings) -> Iterator[RunFolder]:
     store, path = Remote(settings.run_dir), working_folder(settings)
     _refuse(store, settings)
     hint = f"Choose another {'corpus.cache_dir' if is_url(store.url) else 'run.storage_path'} or run.name"
-    made = [place for place in (path, *path.absolute().parents) if not os.path.exists(place)]
     folder = RunFolder(path)
     with ExitStack() as stack:
-        stack.enter_context(locked(path / ".lock", hint=hint, of=store.url))
+        made = stack.enter_context(locked(path / ".lock", hint=hint, of=store.url))
         if is_url(store.url):
             folder.lease = stack.enter_context(leased(store, path, each_beat=partial(folder.send, "log.txt")))
         stored = _refuse(store, settings)  # again: another process may have been first
@@ -182,12 +181,7 @@ def claim_run(settings: Settings) -> Iterator[RunFolder]:
             _agree(folder, store, settings, stored)
             yield folder
         except BaseException:
-            if stored is None and {entry.name for entry in path.iterdir()} <= {*_OF_THE_CLAIM, "settings.yaml"}:
-                for entry in path.iterdir():
-                    entry.unlink()
-                for place in made:
-                    if not any(place.iterdir()):
-                        place.rmdir()
+            if stored is None and leave_nothing(path, (*_OF_THE_CLAIM, "settings.yaml"), made):
                 store.delete("settings.yaml")
             raise
         finally:

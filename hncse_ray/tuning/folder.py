@@ -28,7 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 from hncse_ray.config import Settings, changes, load_settings
 from hncse_ray.errors import SettingsError, StorageError
 from hncse_ray.recipe import find_space, read_yaml, write_yaml
-from hncse_ray.storage import locked, write_atomically
+from hncse_ray.storage import leave_nothing, locked, write_atomically
 from hncse_ray.tuning.space import SearchSpace, apply_values, parse_space
 from hncse_ray.tuning.study import Stopping
 
@@ -74,7 +74,11 @@ class SweepOptions:
                                 "--stopping")  # fmt: skip
         for name, (least, most) in _LIMITS.items():
             value = getattr(self, name)
-            if value is not None and not least <= value <= most:
+            if value is None and name in ("grace_steps", "max_concurrent"):
+                continue
+            if type(value) is not int:
+                raise SettingsError(f"{value!r} is no whole number", f"--{name.replace('_', '-')}")
+            if not least <= value <= most:
                 wrong = f"{value} is too few; give {least} or more" if value < least else f"{value} is more than {most}"
                 raise SettingsError(wrong, f"--{name.replace('_', '-')}")
 
@@ -157,14 +161,22 @@ def read_sweep(folder: Path) -> Sweep:
 def claim_sweep_folder(folder: Path, sweep: Sweep) -> Iterator[None]:
     """Hold a sweep's folder for as long as the context lasts, creating it if need be.
 
+    One that was created here is removed again if the context ends in an error before anything was put into it.
+
     Raises:
         StorageError: it cannot be written, is in use, or holds something else.
     """
     _refuse(folder, sweep)
-    with locked(folder / ".lock", hint="Choose another --out"):
+    with locked(folder / ".lock", hint="Choose another --out") as made:
         _refuse(folder, sweep)
-        write_atomically(folder / "sweep.yaml", sweep.to_yaml())
-        yield
+        is_new = not (folder / "sweep.yaml").exists()
+        try:
+            write_atomically(folder / "sweep.yaml", sweep.to_yaml())
+            yield
+        except BaseException:
+            if is_new:
+                leave_nothing(folder, (".lock", "sweep.yaml"), made)
+            raise
 
 
 def _refuse(folder: Path, sweep: Sweep) -> None:

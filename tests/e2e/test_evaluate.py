@@ -73,6 +73,7 @@ def test_two_models_side_by_side_have_one_each(model: Path, senteval: Path, tiny
     [
         (["--suite", "stsb", "--plots", "HERE/plots"], "Add --suite geometry"),
         (["--suite", "geometry", "--plots", "HERE/file/plots"], "cannot be written"),
+        (["--suite", "geometry", "--plots", "/proc"], "/proc/similarity.png: cannot be written"),  # also for root
         (["--suite", "geometry", "--senteval", "HERE/none"], "no such folder"),
         (["--suite", "geometry"], "hncse data sts"),
         (["--suite", "pairs"], "--pairs: the suite pairs needs data"),

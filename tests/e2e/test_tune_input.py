@@ -9,6 +9,9 @@ import pytest
 import yaml
 from invoke import assert_refused, hncse
 
+from hncse_ray import tune
+from hncse_ray.errors import SettingsError
+
 SPACE = {
     "parameters": {
         "objective.name": {"categorical": ["info_nce", "hybrid"]},
@@ -89,6 +92,12 @@ def test_the_folder_of_something_else(recipe: Path, space: Path, tmp_path: Path)
     (tmp_path / "out" / "letter.txt").write_text("dear")
     assert_refused(hncse("tune", recipe, "--space", space, "--out", tmp_path / "out"), "holds no sweep")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["letter.txt"]
+    for out in ("s3://bucket/sweep", ""):
+        assert_refused(hncse("tune", recipe, "--space", space, "--out", out), f"{out!r}: is no folder")
+    beneath = tmp_path / "out" / "letter.txt" / "sweep"
     assert_refused(
-        hncse("tune", recipe, "--space", space, "--out", "s3://bucket/sweep"), "a sweep is stored in a folder"
+        hncse("tune", recipe, "--space", space, "--out", beneath), "cannot be written", "Choose another --out"
     )
+    assert not (tmp_path / "cache").exists()  # no corpus was prepared before that was said
+    with pytest.raises(SettingsError, match="is no Sweep, but of type str"):
+        tune("quickstart", tmp_path / "sweep")  # type: ignore[arg-type]

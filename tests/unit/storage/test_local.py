@@ -12,7 +12,7 @@ from invoke import assert_refused, hncse
 from safetensors.numpy import save_file
 
 from hncse_ray.errors import StorageError
-from hncse_ray.storage import BLOCK, check_outlasts_job, replacing, write_folder, write_past_cache
+from hncse_ray.storage import BLOCK, check_outlasts_job, check_writable, replacing, write_folder, write_past_cache
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -65,6 +65,14 @@ def test_of_a_file_that_is_not_finished_nothing_is_left(tmp_path: Path, error: B
         assert str(caught.value) == f"{path}: cannot be written (No space left on device). Free some"
     with pytest.raises(StorageError, match="cannot be written"), replacing(path / "below"):
         (path / "below").write_text("x")
+
+
+def test_whether_a_file_can_be_written_is_seen_before_it_is(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "file", "")
+    assert list((tmp_path / "new").iterdir()) == []
+    for path, said in ((tmp_path / "new", "is a folder, not a file"), (Path("/proc/file"), "cannot be written")):
+        with pytest.raises(StorageError, match=said):
+            check_writable(path, "Choose another")
 
 
 @pytest.mark.parametrize("path", ["runs", "./runs", "../runs", "~/runs", "file://runs"])

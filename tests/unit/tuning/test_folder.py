@@ -107,6 +107,19 @@ def test_a_folder_in_use_or_with_something_else_is_refused(tmp_path: Path) -> No
     assert [p.name for p in (tmp_path / "letters").iterdir()] == ["a.txt"]
 
 
+def test_a_sweep_that_came_to_nothing_leaves_nothing_and_one_that_began_stays(tmp_path: Path) -> None:
+    for made in (False, True):
+        with pytest.raises(KeyboardInterrupt), claim_sweep_folder(tmp_path / "new" / "s", make_sweep()):
+            if made:
+                (tmp_path / "new" / "s" / "study.db").touch()
+            raise KeyboardInterrupt
+        assert (tmp_path / "new").exists() == made
+    with pytest.raises(KeyboardInterrupt), claim_sweep_folder(tmp_path / "new" / "s", make_sweep()):
+        (tmp_path / "new" / "s" / "study.db").unlink()  # of a sweep that was there before nothing is removed
+        raise KeyboardInterrupt
+    assert (tmp_path / "new" / "s" / "sweep.yaml").exists()
+
+
 @pytest.mark.parametrize(
     "text", ["", "options: 3", "options: {trials: 3}", "a: [", "options: {}\nspace: {}\nsettings: {}"]
 )
@@ -122,6 +135,9 @@ def test_a_damaged_sweep_file_is_an_error(tmp_path: Path, text: str) -> None:
 def test_zero_of_anything_is_refused(option: str) -> None:
     with pytest.raises(SettingsError, match="too few"):
         SweepOptions(**{option: 0})
+    for value in ("3", 2.5, True, *([None] if option in ("trials", "top") else [])):
+        with pytest.raises(SettingsError, match=f"{value!r} is no whole number"):
+            SweepOptions(**{option: value})  # type: ignore[arg-type]
 
 
 def test_what_a_sweep_leaves(tmp_path: Path) -> None:
