@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import chdir
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,8 +11,10 @@ import typer
 from rich.console import Console
 
 from hncse_ray.cli.app import JsonOption, app, command, plain_console
-from hncse_ray.config import LOCAL_IS_ONE
+from hncse_ray.cli.tune import sweep_of
+from hncse_ray.config import LOCAL_IS_ONE, load_settings
 from hncse_ray.errors import SettingsError
+from hncse_ray.storage import check_outlasts_job
 
 
 @app.command(
@@ -45,6 +48,7 @@ def submit(
     def run(console: Console) -> dict[str, Any]:
         nonlocal status
         _check_command(job, args or [])
+        _check_arguments(job, args or [], working_dir)
         _use_token()
         from hncse_ray.cluster.submit import JobRequest, submit_job
 
@@ -107,3 +111,32 @@ def _check_command(job: str, args: list[str]) -> None:
     }
     if misplaced := [arg for arg in args if arg.partition("=")[0] in mine]:
         raise SettingsError(f"is an option of submit, not of {job}", misplaced[0], f"Write it before {job!r}")
+
+
+def _check_arguments(job: str, args: list[str], folder: Path) -> None:
+    """Refuse what the command would refuse wherever it runs: its options, and settings of recipes that are uploaded."""
+    commands: Any = typer.main.get_command(app)
+    given = commands.commands[job].make_context(f"hncse {job}", list(args)).params
+    files = (given.get("recipe"), given.get("space"))
+    theirs = any(os.path.isabs(file or "") for file in files) or given.get("resume") is not None
+    package = folder / "hncse_ray"  # another version, if it is uploaded, knows other settings
+    theirs = theirs or (package.is_dir() and not package.samefile(Path(__file__).parents[1]))
+    if job not in ("prepare", "train", "tune") or theirs or not folder.is_dir():
+        return
+
+    def read(overrides: list[str]) -> tuple[str | Path, str]:
+        if job == "tune":
+            return sweep_of(**given | {"overrides": overrides})[1], "--out"
+        return load_settings(given["recipe"], overrides).run.storage_path, "run.storage_path"
+
+    overrides = given["overrides"] or []
+    with chdir(folder):
+        try:
+            place, setting = read(overrides)
+        except SettingsError as error:
+            try:  # `auto` is documents where a folder lies that only the cluster sees
+                place, setting = read([*overrides, "corpus.source=documents"])
+            except SettingsError:
+                raise error from None
+    if job != "prepare":
+        check_outlasts_job(place, setting, in_job=True)

@@ -40,12 +40,10 @@ def tune(
     as_json: JsonOption = False,
 ) -> None:
     """Search the settings of a recipe: many short runs, the poor ones stopped early."""
-    given = {"trials": trials, "max_concurrent": max_concurrent, "stopping": stopping, "grace_steps": grace_steps,
-             "seeds": seeds, "top": top}  # fmt: skip
-    options = {name: value for name, value in given.items() if value is not None}
+    given = locals()
 
     def run(console: Console) -> dict[str, Any]:
-        sweep, folder = _sweep(recipe, overrides, space, metric, options, out, resume)
+        sweep, folder = sweep_of(**given)
         from hncse_ray.cluster.sweep import tune as run_tune
         from hncse_ray.reporting.sweep import SweepLines, SweepTable
 
@@ -61,18 +59,21 @@ def tune(
     command(run, as_json, resumes=True)
 
 
-def _sweep(
+def sweep_of(
+    *,
     recipe: str | None,
     overrides: list[str] | None,
     space: str | None,
     metric: str | None,
-    options: dict[str, Any],
     out: str | None,
     resume: Path | None,
+    as_json: bool,
+    **options: Any,
 ) -> tuple[Sweep, str | Path]:
-    """Put together which sweep is asked for, and where it lies."""
+    """Put together which sweep is asked for by the arguments of the command, and where it lies."""
     from hncse_ray.tuning import load_sweep, read_sweep
 
+    options = {name: value for name, value in options.items() if value is not None}
     if resume is not None:
         for name, value in (("a recipe", recipe), ("--space", space), ("--metric", metric), ("--out", out)):
             if value is not None:

@@ -24,7 +24,7 @@ def is_job() -> bool:
     return _OF_A_JOB in os.environ
 
 
-def check_outlasts_job(path: str | Path, setting: str) -> None:
+def check_outlasts_job(path: str | Path, setting: str, *, in_job: bool | None = None) -> None:
     """Refuse a place for results that is gone when this process, a job that was submitted to a cluster, has ended.
 
     Such a job starts in a copy of the folder that was uploaded, which Ray removes after it.
@@ -32,12 +32,13 @@ def check_outlasts_job(path: str | Path, setting: str) -> None:
     Args:
         path: a path, or a URL.
         setting: what names it, for the message.
+        in_job: whether it is one; default: whether this process is.
 
     Raises:
         StorageError: it is relative, or within that copy.
     """
     scheme, separator, below = str(path).rpartition("://")
-    if not is_job() or (separator and scheme not in ("file", "local")):
+    if not (is_job() if in_job is None else in_job) or (separator and scheme not in ("file", "local")):
         return
     if not Path(below).is_absolute() or "working_dir_files" in Path(below).parts:
         raise StorageError(
