@@ -19,11 +19,11 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hncse_ray.config import Settings, load_settings
 from hncse_ray.errors import HncseError
 
 if TYPE_CHECKING:
     from hncse_ray.cluster import RunResult, SweepResult, train, tune
+    from hncse_ray.config import Settings, load_settings
     from hncse_ray.encoder import SentenceEncoder, load_encoder
     from hncse_ray.training.scoring import Scoreboard, evaluate
     from hncse_ray.tuning import Sweep, load_sweep
@@ -65,6 +65,8 @@ _LAZY = {
     "SweepResult": "hncse_ray.cluster",
     "train": "hncse_ray.cluster",
     "tune": "hncse_ray.cluster",
+    "Settings": "hncse_ray.config",
+    "load_settings": "hncse_ray.config",
     "SentenceEncoder": "hncse_ray.encoder",
     "load_encoder": "hncse_ray.encoder",
     "Scoreboard": "hncse_ray.training.scoring",
@@ -78,3 +80,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'hncse_ray' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -61,8 +61,9 @@ def encode(
         options = encoder_tree(pooling, precision, revision, trust_remote_code)
         settings = load_settings({"corpus": {"source": "python-docs"}, "encoder": {"model": model} | options})
         encoder = load_encoder(model, settings.encoder, device=device)
-        with replacing(out) as partial, console_reporter(console) as reporter:
+        with console_reporter(console) as reporter:
             vectors = unit_rows(encoder.encode(lines, batch_size=batch_size, progress=counter(reporter, "encoding")))
+        with replacing(out) as partial:
             np.save(partial, vectors)
         console.print(f"{vectors.shape[0]:,} vectors of {vectors.shape[1]} dimensions -> {out}", markup=False)
         return {"out": str(out), "rows": int(vectors.shape[0]), "dimension": int(vectors.shape[1])}

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from hncse_ray import PROCESS_VARIABLES
 from hncse_ray.errors import ClusterError
@@ -76,11 +77,12 @@ def ray_meanwhile() -> Iterator[Callable[[], None]]:
     # Runs report through their own channel; Ray's usage pings and console banners add nothing.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = named_cluster()
-    with _leaving_on_sigterm(), ExitStack() as stack:
+    with _leaving_on_sigterm() as leave_on_sigterm, ExitStack() as stack:
         started = None if address else stack.enter_context(_local_head())
 
         def join() -> None:
             _connect(started() if started else str(address), named=address is not None)
+            leave_on_sigterm()  # ray.init has set a handler of its own, which aborts
             stack.callback(_disconnect)
 
         yield join
@@ -150,13 +152,17 @@ def _disconnect() -> None:
 
 
 @contextmanager
-def _leaving_on_sigterm() -> Iterator[None]:
-    """Have a command that is terminated leave its contexts."""
+def _leaving_on_sigterm() -> Iterator[Callable[[], None]]:
+    """Have a command that is terminated leave its contexts; yield what sees to it again."""
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+    def see_to_it() -> Any:
+        return signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+    before = see_to_it()
     try:
-        yield
+        yield see_to_it
     finally:
         signal.signal(signal.SIGTERM, before)

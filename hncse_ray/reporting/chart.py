@@ -145,7 +145,10 @@ def _axis(layout: dict[str, Any], values: Sequence[Any], *, bars: bool, most: in
         texts = layout.get("ticktext") or positions
         ticks = tuple((float(at), _lines(text)) for at, text in zip(positions, texts, strict=False))
     else:
-        ticks = tuple((at, (_plain(10**at if log else at),)) for at in _nice(low, high, log, max(most, 2)))
+        places = _nice(low, high, log, max(most, 2))
+        if not log and all(number.is_integer() for number in numbers):  # such as steps: there is nothing between two
+            places = [at for at in places if math.isclose(at, round(at))] or places
+        ticks = tuple((at, (_plain(10**at if log else at),)) for at in places)
     return _Axis(low, high, log, (), ticks)
 
 

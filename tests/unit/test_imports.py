@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,16 @@ except SystemExit as left:
     assert not left.code, left.code
 """
 
+INTERRUPTED = """
+import signal, sys
+class Interrupt:
+    def find_spec(name, *others):
+        if name == "hncse_ray.cli.submit":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupt)
+import hncse_ray.cli
+"""
+
 
 def imported(code: str, *arguments: object) -> set[str]:
     done = subprocess.run(
@@ -42,6 +53,17 @@ def imported(code: str, *arguments: object) -> set[str]:
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert imported(COMMAND, *arguments) == set()
+
+
+def test_ctrl_c_while_the_commands_are_imported_shows_no_traceback() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=seconds(60))
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_what_the_package_offers_is_listed_before_it_is_imported() -> None:
+    code = "import hncse_ray, sys; print(set(hncse_ray.__all__) <= set(dir(hncse_ray)), 'pydantic' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=seconds(60))
+    assert done.stdout == "True False\n", done.stderr
 
 
 def test_encode_imports_the_encoder_alone(tiny_model: Path, corpus_file: Path, tmp_path: Path) -> None:

@@ -78,7 +78,12 @@ def test_a_ray_that_does_not_start_is_said_by_whoever_waits_for_it(
         pass  # nobody waits: it is no matter
 
 
-def test_a_command_that_is_terminated_leaves_its_contexts(head: Head) -> None:
+def test_a_command_that_is_terminated_leaves_its_contexts(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(address: str, named: bool) -> None:  # ray.init sets a handler too
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        head.joined.append(address)
+
+    monkeypatch.setattr(session, "_connect", connect)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit), session.ray_meanwhile() as join_ray:
         join_ray()

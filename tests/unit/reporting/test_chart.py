@@ -38,6 +38,12 @@ def test_points_are_where_their_numbers_put_them() -> None:
     assert {"step", "loss", "0", "10", "1", "2", "3"} <= set(texts(svg))
 
 
+@pytest.mark.parametrize("steps", [[7], [6, 7]])
+def test_between_two_steps_there_is_none(steps: list[int]) -> None:
+    svg = drawn(line_figure({"a": (steps, [0.5] * len(steps))}, x_title="step", y_title="loss"))
+    assert [text for text in texts(svg) if re.fullmatch(r"[678][.\d]*", text)] == list(map(str, steps))
+
+
 def test_what_is_no_number_is_a_gap() -> None:
     svg = drawn(line_figure({"a": ([0, 1, 2, 3], [1.0, 2.0, math.nan, 4.0])}, x_title="x", y_title="y"))
     (path,) = [p.attrib["d"] for p in svg.iter(f"{SVG}path")]
