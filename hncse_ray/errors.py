@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 
+def counted(count: float, noun: str) -> str:
+    """Return how many of something there are: "1 shard", "2 shards"."""
+    number = f"{count:,}" if isinstance(count, int) else f"{count:,g}"
+    return f"{number} {noun}{'' if count == 1 else 's'}"
+
+
 class HncseError(Exception):
     """An expected failure, shown to the user as one message without a traceback.
 

@@ -23,7 +23,7 @@ from hncse_ray.cli.app import (
     encoder_tree,
 )
 from hncse_ray.config import load_settings
-from hncse_ray.errors import DataError, StorageError
+from hncse_ray.errors import DataError, StorageError, counted
 from hncse_ray.storage import check_outlasts_job, check_writable, replacing
 
 
@@ -65,7 +65,7 @@ def encode(
             vectors = unit_rows(encoder.encode(lines, batch_size=batch_size, progress=counter(reporter, "encoding")))
         with replacing(out) as partial:
             np.save(partial, vectors)
-        console.print(f"{vectors.shape[0]:,} vectors of {vectors.shape[1]} dimensions -> {out}", markup=False)
+        console.print(f"{counted(len(vectors), 'vector')} of {vectors.shape[1]} dimensions -> {out}", markup=False)
         return {"out": str(out), "rows": int(vectors.shape[0]), "dimension": int(vectors.shape[1])}
 
     command(run, as_json)

@@ -25,7 +25,7 @@ from hncse_ray.cli.app import (
     corpus_tree,
 )
 from hncse_ray.config import load_settings
-from hncse_ray.errors import SettingsError
+from hncse_ray.errors import SettingsError, counted
 
 
 @app.command()
@@ -64,8 +64,8 @@ def mine(
             table.add_row(f"removed: {rule.replace('_', ' ')}", f"{count:,}")
         console.print(table)
         console.print(
-            f"{report.rows:,} rows, mean similarity of negatives {report.mean_similarity:.3f};"
-            f" {report.without:,} sentences had too few; {report.seconds:.0f} s -> {report.out}",
+            f"{counted(report.rows, 'row')}, mean similarity of negatives {report.mean_similarity:.3f};"
+            f" {counted(report.without, 'sentence')} had too few; {report.seconds:.0f} s -> {report.out}",
             markup=False,
         )
         return asdict(report)

@@ -35,7 +35,7 @@ from hncse_ray.cli.app import (
     encoder_tree,
 )
 from hncse_ray.config import Settings, load_settings
-from hncse_ray.errors import DataError, StorageError
+from hncse_ray.errors import DataError, StorageError, counted
 
 if TYPE_CHECKING:
     from hncse_ray.encoder import SentenceEncoder
@@ -181,7 +181,7 @@ def _index(encoder: SentenceEncoder, options: dict[str, Any], texts: _Texts) -> 
     except Outdated as reason:
         logger.warning("the index of %s is made anew: %s", name, reason)
     searched, documents, rows = texts.all
-    progress = counter(texts.reporter, f"encoding {len(searched):,} texts with {name}")
+    progress = counter(texts.reporter, f"encoding {counted(len(searched), 'text')} with {name}")
     vectors = unit_rows(encoder.encode(searched, side="document", progress=progress))
     index = SavedIndex(searched, vectors, documents, rows)
     try:

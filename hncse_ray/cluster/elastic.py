@@ -19,7 +19,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from hncse_ray.cluster.resources import WorkerPlan
 from hncse_ray.config import ClusterSettings
-from hncse_ray.errors import ClusterError
+from hncse_ray.errors import ClusterError, counted
 from hncse_ray.reporting import RunFinished
 
 START_TIMEOUT_S = 30.0  # Ray Train may need so long to place workers that fit
@@ -145,7 +145,7 @@ def _fitting(plan: WorkerPlan, cluster: ClusterSettings, least: int) -> int:
                 break
             if waited > cluster.start_timeout_s:
                 raise ClusterError(
-                    f"{n} workers fitted after {waited:.0f} s, fewer than the least of {least}",
+                    f"{counted(n, 'worker')} fitted after {waited:.0f} s, fewer than the least of {least}",
                     "cluster.min_workers", "Start the same command again when nodes are back, or lower it",
                 )  # fmt: skip
             time.sleep(_POLL_S)

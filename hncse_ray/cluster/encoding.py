@@ -18,7 +18,7 @@ from hncse_ray.cluster.resources import largest_share
 from hncse_ray.cluster.session import ray_session
 from hncse_ray.config import EncoderSettings, Side
 from hncse_ray.encoder import Progress, SentenceEncoder, length_batches, load_encoder
-from hncse_ray.errors import ClusterError, HncseError
+from hncse_ray.errors import ClusterError, HncseError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +98,9 @@ class EncodingPool:
         try:
             ray.get([actor.ready.remote() for actor in actors], timeout=_START_TIMEOUT_S)
         except GetTimeoutError as error:
-            raise ClusterError(f"{self._workers} workers x {share} CPUs did not become free on the cluster",
-                               "--workers", "Wait for other jobs to end, or ask for fewer") from error  # fmt: skip
+            asked = f"{counted(self._workers, 'worker')} x {counted(share, 'CPU')}"
+            raise ClusterError(f"{asked} did not become free on the cluster", "--workers",
+                               "Wait for other jobs to end, or ask for fewer") from error  # fmt: skip
         except RayError as error:
             raise ClusterError(f"the workers did not come up ({_first_line(error)})", "--workers") from error
         self._actors = tuple(actors)

@@ -18,7 +18,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from hncse_ray.cluster.resources import PoolPlan, WorkerPlan, plan_pool, plan_workers
 from hncse_ray.config import ClusterSettings, Settings
 from hncse_ray.config.sections import ACCELERATOR_LABEL
-from hncse_ray.errors import ClusterError
+from hncse_ray.errors import ClusterError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def check_workers(workers: int) -> float:
     """
     cpus = sum(node.resources.get("CPU", 0.0) for node in survey().alive)
     if workers > cpus:
-        raise ClusterError(f"{workers} workers x 1 CPU = {workers}, but the cluster has {cpus:g}",
+        raise ClusterError(f"{counted(workers, 'worker')} x 1 CPU = {workers}, but the cluster has {cpus:g}",
                            "--workers", "Ask for fewer")  # fmt: skip
     return cpus
 

@@ -9,7 +9,7 @@ import ray.train
 from ray.util.placement_group import PlacementGroup
 
 from hncse_ray.cluster.elastic import Bundles, placed
-from hncse_ray.reporting import counted
+from hncse_ray.errors import counted
 from hncse_ray.training.checkpoint import Request
 from hncse_ray.training.distributed import from_first, rank, world_size
 

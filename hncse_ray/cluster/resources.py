@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from hncse_ray.config import ClusterSettings, NegativesSettings, Settings
-from hncse_ray.errors import ClusterError
+from hncse_ray.errors import ClusterError, counted
 from hncse_ray.negatives import IndexPlan, plan_index
-from hncse_ray.reporting import counted
 
 Resources = Mapping[str, float]
 
@@ -99,15 +98,16 @@ def plan_pool(
         ClusterError: it does not fit; the message does the sum.
     """
     n, cpus, gpus = settings.num_shards, settings.cpus_per_shard, settings.gpus_per_shard
+    shards = counted(n, "shard")
     if n > rows:
-        raise ClusterError(f"{n} shards for a corpus of {rows} rows", "negatives.num_shards", "Ask for fewer")
+        raise ClusterError(f"{shards} for a corpus of {counted(rows, 'row')}", "negatives.num_shards", "Ask for fewer")
     for name, asked in (("CPU", cpus), ("GPU", gpus)):
         there, setting = sum(node.get(name, 0.0) for node in nodes), f"negatives.{name.lower()}s_per_shard"
         if _counted(asked * n) > there and not growing:
-            raise ClusterError(f"{n} shards x {asked:g} {name}s = {asked * n:g}, but the cluster has {there:g}",
+            raise ClusterError(f"{shards} x {counted(asked, name)} = {asked * n:g}, but the cluster has {there:g}",
                                setting, "Lower it, or ask for fewer shards")  # fmt: skip
         if count_bundles(nodes, {name: asked}) < n and not growing:
-            raise _split(f"{n} shards", asked, name, nodes, setting)
+            raise _split(shards, asked, name, nodes, setting)
     if settings.index == "ivf_pq":
         plan_index("ivf_pq", rows=rows // n, dimension=dimension, memory_bytes=None)  # the smallest can be trained too
     computing = _bundle(CPU=cpus, GPU=gpus)
@@ -165,7 +165,7 @@ def _bundle(**amounts: float) -> dict[str, float]:
 def _split(many: str, each: float, name: str, nodes: Sequence[Resources], setting: str) -> ClusterError:
     """Return the refusal of what is there in sum, but not in one piece."""
     there = ", ".join(f"{amount:g}" for amount in sorted(node.get(name, 0.0) for node in nodes))
-    return ClusterError(f"{many} x {each:g} {name}s do not fit nodes of {there} {name}s", setting,
+    return ClusterError(f"{many} x {counted(each, name)} do not fit nodes of {there} {name}s", setting,
                         "Lower it, or ask for fewer")  # fmt: skip
 
 
@@ -197,8 +197,8 @@ def plan_workers(
     use_gpu = settings.use_gpu is True or (settings.use_gpu == "auto" and gpus_fit)
     gpus_each = settings.gpus_per_worker if use_gpu else 0.0
     if growing and not (use_gpu or settings.use_gpu is False):
-        raise ClusterError(f"the cluster has {gpus:g} GPUs now and may grow, so 'auto' cannot tell what is wanted",
-                           "cluster.use_gpu", "Set it to true or false")  # fmt: skip
+        what = f"the cluster has {counted(gpus, 'GPU')} now and may grow, so 'auto' cannot tell what is wanted"
+        raise ClusterError(what, "cluster.use_gpu", "Set it to true or false")  # fmt: skip
     if growing:
         share = settings.cpus_per_worker or 1.0
         return WorkerPlan(num_workers=n, cpus=share, threads=max(1, int(share)), gpus=gpus_each)
@@ -209,23 +209,23 @@ def plan_workers(
         hint = "Ask for fewer workers, or set cluster.use_gpu=false"
         if free_gpus > 0 and pool is not None and pool.gpus:
             hint += "; cluster.gpus_per_worker=0.6 negatives.gpus_per_shard=0.4 lets both share a GPU"
-        workers = f"{n} workers x {settings.gpus_per_worker:g} GPU"
+        workers = f"{counted(n, 'worker')} x {counted(settings.gpus_per_worker, 'GPU')}"
         raise ClusterError(_sum(workers, gpus_asked, pool, "gpus", gpus), "cluster.num_workers", hint)
     if use_gpu and not gpus_fit:
-        raise _split(f"{n} workers", gpus_each, "GPU", nodes or (), "cluster.num_workers")
+        raise _split(counted(n, "worker"), gpus_each, "GPU", nodes or (), "cluster.num_workers")
     share = settings.cpus_per_worker
     if share is None:
         if n > free_cpus:
             raise ClusterError(
-                _sum(f"{n} workers x 1 CPU", n, pool, "cpus", cpus), "cluster.num_workers",
+                _sum(f"{counted(n, 'worker')} x 1 CPU", n, pool, "cpus", cpus), "cluster.num_workers",
                 "Ask for fewer workers, or set cluster.cpus_per_worker below 1 to let them share",
             )  # fmt: skip
         share = largest_share(n, int(free_cpus // n), nodes, gpus=gpus_each)
     elif _counted(share * n) > free_cpus:
-        raise ClusterError(_sum(f"{n} workers x {share:g} CPUs", share * n, pool, "cpus", cpus),
+        raise ClusterError(_sum(f"{counted(n, 'worker')} x {counted(share, 'CPU')}", share * n, pool, "cpus", cpus),
                            "cluster.cpus_per_worker", "Lower it, or ask for fewer workers")  # fmt: skip
     if nodes and count_bundles(nodes, {"CPU": share, "GPU": gpus_each}) < n:
-        raise _split(f"{n} workers", share, "CPU", nodes, "cluster.cpus_per_worker")
+        raise _split(counted(n, "worker"), share, "CPU", nodes, "cluster.cpus_per_worker")
     return WorkerPlan(num_workers=n, cpus=share, threads=max(1, int(share)), gpus=gpus_each)
 
 
@@ -267,7 +267,7 @@ def _sum(workers: str, asked: float, pool: PoolPlan | None, what: Literal["cpus"
         return f"{workers} = {asked:g}, but the cluster has {there:g}"
     total = asked + shards * pool.num_shards
     return (
-        f"{workers} + {pool.num_shards} shards x {shards:g} {what[:-1].upper()}s = {total:g},"
+        f"{workers} + {counted(pool.num_shards, 'shard')} x {counted(shards, what[:-1].upper())} = {total:g},"
         f" but the cluster has {there:g}"
     )
 
@@ -323,9 +323,9 @@ def plan_sweep(trials: Sequence[Settings], nodes: Sequence[Resources], *, max_co
             each = (given or 1.0) if name == "CPU" else gpus_each
             pool = pool_cpus if name == "CPU" else pool_gpus
             raise ClusterError(
-                f"{max(1, concurrent)} trials x ({workers} workers x {each:g} {name}s"
+                f"{counted(max(1, concurrent), 'trial')} x ({counted(workers, 'worker')} x {counted(each, name)}"
                 + (f" + a pool with {pool:g}" if pool else "")
-                + f") = {need * max(1, concurrent):g} {name}s, but the cluster has {there:g}",
+                + f") = {counted(need * max(1, concurrent), name)}, but the cluster has {there:g}",
                 "--max-concurrent" if max_concurrent else "cluster",
                 "Ask for fewer trials side by side, fewer workers or fewer shards",
             )

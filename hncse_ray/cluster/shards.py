@@ -21,7 +21,7 @@ from hncse_ray.cluster.resources import PoolPlan
 from hncse_ray.cluster.shard_actor import ShardActor, ShardSpec, of_a_shard
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
-from hncse_ray.errors import ClusterError
+from hncse_ray.errors import ClusterError, counted
 from hncse_ray.negatives.index_plan import size_text
 
 logger = logging.getLogger(__name__)
@@ -156,13 +156,13 @@ def wait_until_placed(group: Any, what: str, timeout_s: float) -> None:
     while not group.wait(min(_PLACEMENT_NEWS_S, max(0.1, end - time.monotonic()))):
         left = end - time.monotonic()
         if left <= 0:
-            raise ClusterError(f"{what} are not free on the cluster, after {timeout_s:g} s",
+            raise ClusterError(f"the cluster has not had room for {what} for {timeout_s:g} s",
                                "negatives", "Wait for other jobs to end, ask for less, or raise"
                                " cluster.start_timeout_s if nodes take longer to start")  # fmt: skip
         logger.info("waiting until the negative pool fits on the cluster, %s; %.0f s more at most", what, left)
 
 
 def _request(plan: PoolPlan) -> str:
-    each = [f"{plan.cpus:g} CPUs"] * bool(plan.cpus) + [f"{plan.gpus:g} GPUs"] * bool(plan.gpus)
+    each = [counted(plan.cpus, "CPU")] * bool(plan.cpus) + [counted(plan.gpus, "GPU")] * bool(plan.gpus)
     each += [f"{size_text(plan.memory)} of memory"] * bool(plan.memory)
-    return f"{plan.num_shards} shards x {' + '.join(each)}"
+    return f"{counted(plan.num_shards, 'shard')} x {' + '.join(each)}"

@@ -33,8 +33,8 @@ from hncse_ray.cluster.sweep_report import write_sweep_report
 from hncse_ray.cluster.trial import run_trial
 from hncse_ray.config import LOCAL_IS_ONE, Settings
 from hncse_ray.encoder import load_encoder
-from hncse_ray.errors import ClusterError, HncseError, SettingsError, StorageError, TrainingError
-from hncse_ray.reporting import LineReporter, Reporter, counted
+from hncse_ray.errors import ClusterError, HncseError, SettingsError, StorageError, TrainingError, counted
+from hncse_ray.reporting import LineReporter, Reporter
 from hncse_ray.reporting.sweep import SweepLines, SweepReporter, TrialUpdate
 from hncse_ray.storage import check_outlasts_job, write_folder
 from hncse_ray.training import load_evaluation_sets
@@ -142,7 +142,7 @@ def tune(
         )
         left = study.unfinished(options.trials)
         if left < options.trials:
-            reporter.tell(f"{options.trials - left} of {options.trials} trials are done")
+            reporter.tell(f"trials done: {options.trials - left} of {options.trials}")
         if left or options.seeds:
             with ray_session():
                 there = [node.resources for node in survey().alive]
@@ -195,7 +195,7 @@ def _run_seeds(
             settings = _run_settings(sweep, values | {"run.seed": seed}, plan, folder / "seeds", name)
             jobs.append({"name": f"{trial.number} seed {seed}", "values": values, "settings": settings})
     if jobs:
-        reporter.tell(f"training the best {len(top)} with {sweep.options.seeds} further seeds each")
+        reporter.tell(f"training the best {len(top)} with {counted(sweep.options.seeds, 'further seed')} each")
         _fit(sweep, plan, _Watcher(reporter), {"job": ray.tune.grid_search(jobs)})
         for run in (folder / "seeds").iterdir():  # the models stay: with more seeds another may turn out the best
             _free_space([run], but_the_model_of=run)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hncse_ray.corpus.order import Shuffled
-from hncse_ray.errors import DataError
+from hncse_ray.errors import DataError, counted
 
 Int64 = npt.NDArray[np.int64]
 
@@ -147,7 +147,7 @@ class BatchPlan:
         self.batches_per_epoch = self._full + (rest >= min_batch)
         if self.batches_per_epoch == 0:
             raise DataError(
-                f"the corpus has {self.rows} rows, fewer than the {min_batch} of the smallest batch",
+                f"the corpus has {counted(self.rows, 'row')}, fewer than the {min_batch} of the smallest batch",
                 hint="Lower train.batch_size or use a larger corpus",
             )
         self._windows = -(-self._full // WINDOW_BATCHES)

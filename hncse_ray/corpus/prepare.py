@@ -39,7 +39,7 @@ from hncse_ray.corpus.files import (
 from hncse_ray.corpus.rows import Row, RowMaker, Tokenize
 from hncse_ray.corpus.sampling import sample
 from hncse_ray.corpus.sources import DROP_REASONS, Shape, read_examples, shape_of, source_identity
-from hncse_ray.errors import DataError
+from hncse_ray.errors import DataError, counted
 
 log = logging.getLogger(__name__)
 
@@ -278,10 +278,10 @@ class _InProcess:
 
 def _nothing_left(settings: CorpusSettings, shape: Shape, counts: Counter[str]) -> DataError:
     dropped = ", ".join(f"{reason} {counts[reason]}" for reason in DROP_REASONS if counts[reason])
-    rows_of, hint = ("sentence", "lines"), "See corpus.min_words, corpus.max_chars and corpus.column"
+    rows_of, hint = ("sentence", "line"), "See corpus.min_words, corpus.max_chars and corpus.column"
     if shape.passages:
-        rows_of, hint = ("passage", "documents"), "See corpus.min_words and corpus.column"
+        rows_of, hint = ("passage", "document"), "See corpus.min_words and corpus.column"
     if counts["undecodable"] * 2 >= counts["read"] > 0:
         hint = "Text is UTF-8: convert it, for example with iconv"
-    what = f"no {rows_of[0]} is left of {counts['read']} {rows_of[1]} (dropped: {dropped or 'none'})"
+    what = f"no {rows_of[0]} is left of {counted(counts['read'], rows_of[1])} (dropped: {dropped or 'none'})"
     return DataError(what, settings.place, hint)

@@ -23,7 +23,7 @@ from hncse_ray.corpus.python_docs import (
     read_sources,
     sources_in,
 )
-from hncse_ray.errors import DataError
+from hncse_ray.errors import DataError, counted
 from hncse_ray.reading import UrlFile, check_file, expand_path, explained, is_unicode
 
 # What is scored on. Like those trained on by default, dependencies of this project or of its dependencies.
@@ -94,7 +94,7 @@ def scored_code_pairs(
         pairs = _package_pairs(packages, CODE_PACKAGES[split], corpus, setting=place)
     pairs = [pair for pair in pairs if is_unicode(pair.summary)]
     if len(pairs) < 2:
-        raise DataError(f"only {len(pairs)} functions have a docstring that begins with a sentence", place,
+        raise DataError(f"only {counted(len(pairs), 'function')} with a docstring that begins with a sentence", place,
                         "Name more packages, or hold out more")  # fmt: skip
     chosen = sorted(range(len(pairs)), key=lambda i: _draw("\0".join(pairs[i])))[:most]
     return [pairs[i] for i in sorted(chosen)]
@@ -125,7 +125,10 @@ def _training_files(settings: CorpusSettings) -> list[tuple[str, str]]:
     files = _files(settings)
     kept = [(module, file) for module, file in files if _fate(module, settings.held_out) == "train"]
     if not kept:
-        raise DataError(f"corpus.held_out = {settings.held_out} holds out all of {len(files)} modules", settings.place)
+        raise DataError(
+            f"corpus.held_out = {settings.held_out} holds out all there is, {counted(len(files), 'module')}",
+            settings.place,
+        )
     return kept
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hncse_ray.config import Precision
-from hncse_ray.errors import ModelError
+from hncse_ray.errors import ModelError, counted
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # as malloc.h numbers them
 _LARGEST_KEPT = 2**30
@@ -35,7 +35,7 @@ def choose_device(wanted: str | torch.device) -> torch.device:
     if not re.fullmatch("cpu|cuda(:[0-9]+)?", str(wanted)):
         raise ModelError("is no device", repr(wanted), "Choose auto, cpu, cuda or cuda:N")
     if wanted != "cpu" and int(wanted.partition(":")[2] or 0) >= count:
-        raise ModelError(f"PyTorch sees {count} GPUs here", repr(wanted), "Choose auto or cpu")
+        raise ModelError(f"PyTorch sees {counted(count, 'GPU')} here", repr(wanted), "Choose auto or cpu")
     return torch.device(wanted)
 
 

@@ -23,7 +23,7 @@ from hncse_ray.encoder.head import add_head
 from hncse_ray.encoder.layers import use_fast_layers
 from hncse_ray.encoder.quiet import quiet
 from hncse_ray.encoder.resolve import check_weights, resolve_model
-from hncse_ray.errors import ModelError
+from hncse_ray.errors import ModelError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def _check_complete(model: SentenceTransformer, backbone: Any, name: str) -> Non
     }
     used = _used(model) if drawn else set()
     if lacking := sorted(key for key, value in drawn.items() if value in used):
-        raise ModelError(f"its weights lack {len(lacking)} tensors, first {lacking[0]!r}", name,
+        raise ModelError(f"its weights lack {counted(len(lacking), 'tensor')}, first {lacking[0]!r}", name,
                          "Its config.json is of another model, or its weights are not whole")  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hncse_ray.config import RETRIEVAL_METRICS
-from hncse_ray.errors import DataError
+from hncse_ray.errors import DataError, counted
 from hncse_ray.evaluation.retrieval import RetrievalSet
 
 Int64 = NDArray[np.int64]
@@ -85,8 +85,8 @@ def draw_gaps(
     sentences = dict(gap for gap, _ in zip(turns, range(count), strict=False))
     if len(sentences) < _FEWEST:
         raise DataError(
-            f"only {len(sentences)} sentences can ask for the document that they are of, and a score without labels"
-            f" needs {_FEWEST}: from documents of two sentences and more, and of a fifth of the corpus",
+            f"only {counted(len(sentences), 'sentence')} can ask for the document that they are of, and a score"
+            f" without labels needs {_FEWEST}: from documents of two sentences and more, and of a fifth of the corpus",
             where,
             "Give more documents, or set evaluation.suites",
         )

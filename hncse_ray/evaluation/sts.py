@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hncse_ray.errors import DataError
+from hncse_ray.errors import DataError, counted
 from hncse_ray.evaluation.senteval_files import GET_THE_DATA, read_lines
 from hncse_ray.evaluation.vectors import Encode, FloatArray, encode_unit
 
@@ -198,7 +198,7 @@ def _read_file(path: Path, sts_set: _StsSet) -> Iterator[StsPair]:
         where = f"{path}:{number}"
         if len(row) < columns:
             hint = "Is the file truncated? Fetch it again"
-            raise DataError(f"has {len(row)} tab-separated columns where {columns} are needed", where, hint)
+            raise DataError(f"has {counted(len(row), 'tab-separated column')} where {columns} are needed", where, hint)
         if golds is None:
             assert sts_set.gold_column is not None
             gold = _parse_gold(row[sts_set.gold_column], where)
@@ -221,7 +221,7 @@ def _gold_lines(path: Path, *, rows: int) -> list[str]:
     gold_path = _gold_path(path)
     golds = read_lines(gold_path)
     if len(golds) != rows:
-        what = f"has {len(golds)} scores for the {rows} pairs of {path.name}"
+        what = f"has {counted(len(golds), 'score')} for {counted(rows, 'pair')} of {path.name}"
         raise DataError(what, str(gold_path), "One of the two is truncated; fetch both again")
     return golds
 

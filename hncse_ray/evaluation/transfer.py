@@ -33,7 +33,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hncse_ray.errors import DataError
+from hncse_ray.errors import DataError, counted
 from hncse_ray.evaluation.logistic import logistic_regressions, principal_axes
 from hncse_ray.evaluation.senteval_files import GET_THE_DATA, read_lines
 from hncse_ray.evaluation.vectors import Encode, FloatArray, encode_checked
@@ -339,5 +339,6 @@ def _columns(line: str, format: str, where: str) -> tuple[str, list[str]]:
     columns = line.split("\t")
     needed = 2 if format == "sst" else 5
     if len(columns) < needed:
-        raise DataError(f"has {len(columns)} tab-separated columns where {needed} are needed", where, _TRUNCATED)
+        found = counted(len(columns), "tab-separated column")
+        raise DataError(f"has {found} where {needed} are needed", where, _TRUNCATED)
     return (columns[1], [columns[0]]) if format == "sst" else (columns[0], columns[3:5])

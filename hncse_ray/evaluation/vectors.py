@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hncse_ray.config import Side
-from hncse_ray.errors import DataError
+from hncse_ray.errors import DataError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def _check_values(rows_ND: FloatArray, texts: list[str]) -> None:
 
 def _unusable(found: str, rows: int) -> DataError:
     return DataError(
-        f"the encoder returned {found} for {rows} sentences",
+        f"the encoder returned {found} for {counted(rows, 'sentence')}",
         hint=f"It must return one vector a sentence: a float array of shape [{rows}, D]",
     )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from hncse_ray.errors import counted
+
 MODES = ("async", "sync")
 _RETRY_STEPS = 100
 
@@ -126,7 +128,7 @@ def _too_old(facts: RefreshFacts, *, limit: int | None) -> str:
     """Say by how much the served version is over the limit; empty if it is not."""
     if facts.served_step is None or limit is None or (age := facts.step - facts.served_step) <= limit:
         return ""
-    return f"the index is {age} steps old (limit {limit})"
+    return f"the index is {counted(age, 'step')} old (limit {limit})"
 
 
 def _from_later(facts: RefreshFacts) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Literal
 
-from hncse_ray.errors import DataError
+from hncse_ray.errors import DataError, counted
 from hncse_ray.reading.kinds import ending_of
 from hncse_ray.reading.lines import explained, is_blank, opened
 from hncse_ray.reading.urls import File, UrlFile, files_at
@@ -116,7 +116,7 @@ def documents_in(folder: Path | str) -> list[File]:
     )
     if not documents:
         hint = "A folder's .txt, .md and .html files are read; of JSONL, CSV and Parquet name the file itself"
-        raise DataError(f"has no documents among its {len(found)} files", str(folder), hint)
+        raise DataError(f"has no documents: {counted(len(found), 'file')} of other kinds", str(folder), hint)
     return documents
 
 

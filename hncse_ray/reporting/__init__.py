@@ -7,7 +7,6 @@ from hncse_ray.reporting.reporters import (
     Reporter,
     Reporters,
     TensorBoard,
-    counted,
     duration_text,
 )
 from hncse_ray.reporting.terminal import TerminalReporter, score_table, scoreboard_table
@@ -26,7 +25,6 @@ __all__ = [
     "TensorBoard",
     "TerminalReporter",
     "Verdict",
-    "counted",
     "describe_verdict",
     "duration_text",
     "score_table",

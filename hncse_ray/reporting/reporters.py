@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from hncse_ray.errors import StorageError
+from hncse_ray.errors import StorageError, counted
 from hncse_ray.reporting.events import (
     CheckpointSaved,
     Evaluated,
@@ -211,11 +211,6 @@ def duration_text(seconds: float | None) -> str:
     return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
-def counted(count: float, noun: str) -> str:
-    """Return how many of something there are: "1 shard", "2 shards"."""
-    return f"{count:,g} {noun}{'' if count == 1 else 's'}"
-
-
 def describe(event: Event, run: RunStarted | None = None) -> str:
     """Return an event as one line of text.
 
@@ -228,9 +223,10 @@ def describe(event: Event, run: RunStarted | None = None) -> str:
             return f"{event.stage} {event.done:,}" + (f" of {event.total:,}" if event.total else "")
         case RunStarted():
             verb = f"resumes at step {event.step}" if event.resumed else "starts"
+            rows = counted(event.sentences, event.rows_are.removesuffix("s"))
             return (
-                f"run {event.run} {verb}: {event.total_steps} steps of {event.batch_size} from {event.sentences:,}"
-                f" {event.rows_are}, {counted(event.num_workers, 'worker')} on {event.device}, {event.precision}"
+                f"run {event.run} {verb}: {counted(event.total_steps, 'step')} of {event.batch_size} from {rows},"
+                f" {counted(event.num_workers, 'worker')} on {event.device}, {event.precision}"
             )
         case StepsLogged():
             assert run is not None
@@ -252,7 +248,7 @@ def describe(event: Event, run: RunStarted | None = None) -> str:
             return describe_verdict(event)
         case RunFinished():
             early = ", stopped early" if event.stopped_early else ""
-            return f"finished after {event.step} steps{early}; best on dev at step {event.best_step}"
+            return f"finished after {counted(event.step, 'step')}{early}; best on dev at step {event.best_step}"
 
 
 def _describe_index(metrics: dict[str, float], *, renewed: bool) -> str:

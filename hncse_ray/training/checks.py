@@ -9,7 +9,7 @@ import torch
 from hncse_ray.config import InstanceSmoothing, Settings, Side
 from hncse_ray.corpus import Corpus, WriteRows, prepare_corpus
 from hncse_ray.encoder import SentenceEncoder, has_dropout, load_encoder
-from hncse_ray.errors import DataError, ModelError
+from hncse_ray.errors import DataError, ModelError, counted
 from hncse_ray.reporting.events import Notice, StageProgress
 from hncse_ray.reporting.reporters import Reporter
 from hncse_ray.training.evaluator import EvaluationSets, load_evaluation_sets
@@ -92,7 +92,7 @@ def check_run(
             "Set encoder.prompts, such as encoder.prompts={query: '', document: ''}",
         )
     if corpus.report.without_positive:
-        without = f"{corpus.report.without_positive:,} rows have no positive"
+        without = f"{counted(corpus.report.without_positive, 'row')} without a positive"
         _check_dropout(encoder, f"{without}, and ")
         reporter.on(Notice(f"{without}: they are trained on in two dropout views"))
     gaps = hold_out(settings, corpus)
@@ -100,7 +100,7 @@ def check_run(
     if (rows := len(corpus) - (0 if left_out is None else len(left_out))) < batch_size:
         held = "" if left_out is None else f" beside the {len(left_out)} that are held out"
         raise DataError(
-            f"has {rows} {corpus.rows_are}{held}, fewer than train.batch_size = {batch_size}",
+            f"has {counted(rows, corpus.rows_are.removesuffix('s'))}{held}, fewer than train.batch_size = {batch_size}",
             f"corpus {settings.corpus.place}",
             "Lower train.batch_size or give a larger corpus",
         )
@@ -124,11 +124,11 @@ def _too_late(settings: Settings, steps: int) -> Iterator[str]:
         and settings.negatives.source == "none"
         and objective.buffer_size > rows
     ):
-        yield (f"objective.buffer_size = {objective.buffer_size} is more than the {rows} anchors of this run:"
-               " nothing is smoothed")  # fmt: skip
+        yield (f"objective.buffer_size = {objective.buffer_size} is more than the {counted(rows, 'anchor')} of this"
+               " run: nothing is smoothed")  # fmt: skip
     if views.active and views.agreement is not None and views.agreement_after_steps >= steps:
-        yield (f"views.agreement_after_steps = {views.agreement_after_steps} is not less than the {steps} steps of"
-               " this run: the index is never asked")  # fmt: skip
+        yield (f"views.agreement_after_steps = {views.agreement_after_steps} is not less than the"
+               f" {counted(steps, 'step')} of this run: the index is never asked")  # fmt: skip
 
 
 def _check_dropout(encoder: SentenceEncoder, why: str = "") -> None:

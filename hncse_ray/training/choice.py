@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import SentenceEncoder
+from hncse_ray.errors import counted
 from hncse_ray.evaluation import Encode
 from hncse_ray.training.checkpoint import TrainState, Weights
 from hncse_ray.training.distributed import KnownEncode, ShardedEncode
@@ -117,7 +118,7 @@ class ExportChoice:
     def _scored_on_dev(self, encode: Encode) -> Measured:
         if not self._judged:
             return _NOTHING
-        stage = f"scoring {self.to_score} candidates for export on dev"
+        stage = f"scoring {counted(self.to_score, 'candidate')} for export on dev"
         self._progress(stage, self._scored, self.to_score)
         measured = self._measure(encode)
         self._scored += 1

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from hncse_ray.config import Settings, TrainSettings
 from hncse_ray.corpus import BatchPlan, RowLengths
-from hncse_ray.errors import SettingsError
+from hncse_ray.errors import SettingsError, counted
 
 
 def plan_batches(
@@ -39,7 +39,7 @@ def count_steps(settings: TrainSettings, plan: BatchPlan) -> int:
     steps = settings.max_steps or max(1, math.ceil(round(epoch_steps, 6)))  # 25 * 0.28 is a little over 7
     if settings.warmup_steps >= steps:
         raise SettingsError(
-            f"{settings.warmup_steps} is not less than the {steps} steps of this run",
+            f"{settings.warmup_steps} is not less than the {counted(steps, 'step')} of this run",
             "train.warmup_steps",
             "Lower it, or raise train.epochs",
         )

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from hncse_ray.config import EvaluationSettings
 from hncse_ray.corpus.cache import cache_folder
-from hncse_ray.errors import DataError, StorageError
+from hncse_ray.errors import DataError, StorageError, counted
 from hncse_ray.evaluation import STS_TASKS, TRANSFER_TASKS
 from hncse_ray.evaluation.sts import sts_files
 from hncse_ray.evaluation.transfer import transfer_files
@@ -101,8 +101,8 @@ def fetch_senteval(out: Path | None = None, *, tell: Tell = lambda stage, done, 
         if not missing:
             return Fetched(str(folder), (*STS_TASKS, *TRANSFER_TASKS), False, len(files))
         if not folder.is_dir() or any(folder.iterdir()):
-            raise StorageError(f"is there already and lacks {len(missing)} files of the sets, such as {missing[0]}",
-                               str(folder), "Remove it, or choose another --out")  # fmt: skip
+            what = f"is there already and lacks {counted(len(missing), 'file')} of the sets, such as {missing[0]}"
+            raise StorageError(what, str(folder), "Remove it, or choose another --out")
     with fetched(ARCHIVE, elsewhere=_ELSEWHERE, tell=tell) as archive:
         make_folder(folder.absolute().parent)
         tell("unpacking", 0, None)

@@ -85,11 +85,11 @@ BAD_RUNS: dict[str, Case] = {
     "a directory": (overrides("corpus.path=HERE", "corpus.source=text"), ("is a directory", "Name its files")),
     "a folder without documents": (
         lambda folder: [*text_file("tables/a.jsonl", b"{}\n")(folder), f"corpus.path={folder}/tables"],
-        ("tables: has no documents among its 1 files", ".txt, .md and .html"),
+        ("tables: has no documents: 1 file of other kinds", ".txt, .md and .html"),
     ),
     "an empty document": (
         lambda folder: [*text_file("docs/a.txt", b"")(folder), f"corpus.path={folder}/docs"],
-        ("docs: no passage is left of 1 documents (dropped: empty 1)",),
+        ("docs: no passage is left of 1 document (dropped: empty 1)",),
     ),
     "HTML that is none": (
         lambda folder: [*text_file("a.html", b"plain words")(folder), "corpus.source=documents"],

@@ -41,8 +41,8 @@ def space(tmp_path: Path) -> Path:
     [
         (["--trials", "0"], "--trials: 0 is too few"),
         (["--metric", "pairs/f1"], "metric 'pairs/f1' is not measured"),
-        (["--max-concurrent", "500"], "500 trials x (1 workers x 1 CPUs) = 500 CPUs, but the cluster has"),
-        (["cluster.num_workers=400", "train.batch_size=400"], "1 trials x (400 workers x 1 CPUs) = 400 CPUs"),
+        (["--max-concurrent", "500"], "500 trials x (1 worker x 1 CPU) = 500 CPUs, but the cluster has"),
+        (["cluster.num_workers=400", "train.batch_size=400"], "1 trial x (400 workers x 1 CPU) = 400 CPUs"),
         (["cluster.use_gpu=true", "cluster.num_workers=99", "train.batch_size=99"], "but the cluster has"),
         (["--stopping", "hyperband"], "choose from asha, median, none"),
         (["--seeds", "-1"], "--seeds: -1 is too few"),

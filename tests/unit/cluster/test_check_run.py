@@ -50,8 +50,8 @@ def unpooled(model: str, folder: Path) -> str:
 def test_dropout_is_asked_for_where_a_row_has_no_positive(tree: Tree, tmp_path: Path) -> None:
     heard, without = Heard(), ["encoder.dropout=0"]
     check_run(load_settings(tree), heard)  # type: ignore[arg-type]
-    assert Notice("6 rows have no positive: they are trained on in two dropout views") in heard
-    with pytest.raises(ModelError, match=r"6 rows have no positive, and it has no dropout.*encoder\.dropout=0\.1"):
+    assert Notice("6 rows without a positive: they are trained on in two dropout views") in heard
+    with pytest.raises(ModelError, match=r"6 rows without a positive, and it has no dropout.*encoder\.dropout=0\.1"):
         checked(load_settings(tree, without))
     with pytest.raises(ModelError, match=r"it has no dropout, so both views"):
         checked(load_settings(tree, [*without, "corpus.positive_column=null", "corpus.negative_columns=[]"]))

@@ -167,7 +167,7 @@ def test_a_worker_and_a_shard_can_share_one_gpu() -> None:
     assert pool_advice(plan_workers(ClusterSettings(use_gpu=False), total), plan(total)) is None
     with pytest.raises(ClusterError) as caught:
         plan_workers(ClusterSettings(use_gpu=True), total, pool)
-    assert "1 workers x 1 GPU + 1 shards x 0.4 GPUs = 1.4, but the cluster has 1" in str(caught.value)
+    assert "1 worker x 1 GPU + 1 shard x 0.4 GPUs = 1.4, but the cluster has 1" in str(caught.value)
     three = plan(total, num_shards=3, gpus_per_shard=0.2)  # 1 - 3 x 0.2 is less than 0.4 in floating point
     assert plan_workers(ClusterSettings(gpus_per_worker=0.4, use_gpu=True), total, three).gpus == 0.4
     assert "cluster.gpus_per_worker=0.6 negatives.gpus_per_shard=0.4" in caught.value.hint

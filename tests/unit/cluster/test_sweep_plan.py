@@ -54,15 +54,15 @@ def test_the_largest_trial_counts() -> None:
 @pytest.mark.parametrize(
     ("overrides", "cpus", "gpus", "asked", "said"),
     [
-        (["cluster.num_workers=4"], 2, 0, None, "1 trials x (4 workers x 1 CPUs) = 4 CPUs, but the cluster has 2"),
-        ([], 2, 0, 3, "3 trials x (1 workers x 1 CPUs) = 3 CPUs, but the cluster has 2"),
+        (["cluster.num_workers=4"], 2, 0, None, "1 trial x (4 workers x 1 CPU) = 4 CPUs, but the cluster has 2"),
+        ([], 2, 0, 3, "3 trials x (1 worker x 1 CPU) = 3 CPUs, but the cluster has 2"),
         (["cluster.use_gpu=true", "cluster.gpus_per_worker=0.5"], 8, 2, 5,
-         "5 trials x (1 workers x 0.5 GPUs) = 2.5 GPUs, but the cluster has 2"),
-        (["cluster.use_gpu=true"], 8, 0, None, "1 trials x (1 workers x 1 GPUs) = 1 GPUs, but the cluster has 0"),
-        (["cluster.use_gpu=true"], 8, 2, 4, "4 trials x (1 workers x 1 GPUs) = 4 GPUs, but the cluster has 2"),
+         "5 trials x (1 worker x 0.5 GPUs) = 2.5 GPUs, but the cluster has 2"),
+        (["cluster.use_gpu=true"], 8, 0, None, "1 trial x (1 worker x 1 GPU) = 1 GPU, but the cluster has 0"),
+        (["cluster.use_gpu=true"], 8, 2, 4, "4 trials x (1 worker x 1 GPU) = 4 GPUs, but the cluster has 2"),
         (
             ["negatives.source=pool", "negatives.cpus_per_shard=3"], 3, 0, None,
-            "1 trials x (1 workers x 1 CPUs + a pool with 3) = 4 CPUs, but the cluster has 3",
+            "1 trial x (1 worker x 1 CPU + a pool with 3) = 4 CPUs, but the cluster has 3",
         ),
     ],
 )  # fmt: skip

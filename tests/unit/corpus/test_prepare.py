@@ -107,7 +107,7 @@ def test_rows_without_a_token_of_their_own_are_dropped_and_counted(prepare, tmp_
     assert corpus.report.dropped == {"empty": 2, "no_token": 2}
     assert corpus.texts([0]) == ["the cat sat"] and corpus.lengths.min() > 2 * special
     (tmp_path / "b.txt").write_text("~~~\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"b.txt: no sentence is left of 1 lines \(dropped: no_token 1\)"):
+    with pytest.raises(DataError, match=r"b.txt: no sentence is left of 1 line \(dropped: no_token 1\)"):
         prepare(path=f"{tmp_path}/b.txt", tokenizer=bare)
 
 

@@ -140,7 +140,7 @@ def test_held_out_modules_are_scored_on_and_not_trained_on(tree):
         scored_code_pairs(
             "dev", (), CorpusSettings(source="python-code", path=str(tree / "own" / "part1"), held_out=0.01)
         )
-    with pytest.raises(DataError, match="holds out all of"):
+    with pytest.raises(DataError, match="holds out all there is, "):
         read(path=str(tree / "own"), held_out=0.999)
 
 

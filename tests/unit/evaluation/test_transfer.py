@@ -235,7 +235,7 @@ SST, TREC, MRPC = "SST/binary/sentiment-dev", "TREC/train_5500.label", "MRPC/msr
 @pytest.mark.parametrize(
     ("file", "line", "text", "message"),
     [
-        (SST, 3, "good film", r"sentiment-dev:3: has 1 tab-separated columns where 2 are needed.*truncated"),
+        (SST, 3, "good film", r"sentiment-dev:3: has 1 tab-separated column where 2 are needed.*truncated"),
         (SST, 3, "good film\t", r"sentiment-dev:3: the label '' is not one of 0, 1"),
         (SST, 3, "good film\t2", r"sentiment-dev:3: the label '2'"),
         (SST, 3, " \t1", r"sentiment-dev:3: has an empty sentence"),

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from hncse_ray.errors import counted
 from hncse_ray.reporting import (
     Event,
     LineReporter,
@@ -30,7 +31,7 @@ from hncse_ray.reporting import (
 )
 from hncse_ray.reporting.events import CheckpointSaved, Evaluated, StepsLogged, Verdict
 from hncse_ray.reporting.records import run_log
-from hncse_ray.reporting.reporters import Pace, counted, describe
+from hncse_ray.reporting.reporters import Pace, describe
 
 METRIC = "pairs/recall@1"
 
@@ -140,7 +141,7 @@ def test_rows_are_called_what_they_are_and_an_index_is_named_where_there_are_sev
     missing = "  (25% of batches without neighbours)"
     assert describe(event, alone) == f"step 4/12  loss 0.5000  99.0 passages/s{missing}"
     assert describe(event, replace(alone, renews_index=True)).endswith(f"  index of step 0{missing}")
-    assert [counted(n, "CPU") for n in (0.5, 1, 2.0)] == ["0.5 CPUs", "1 CPU", "2 CPUs"]
+    assert [counted(n, "CPU") for n in (0.5, 1, 2.0, 1234567)] == ["0.5 CPUs", "1 CPU", "2 CPUs", "1,234,567 CPUs"]
 
 
 def test_the_log_begins_with_what_was_said_before_it_had_a_file(tmp_path: Path) -> None:
