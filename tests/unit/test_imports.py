@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import signal
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 from waits import seconds
+
+import hncse_ray.encoder
 
 # Slow to import, and each needed by some commands only. What sentence-transformers itself brings is not among them:
 # torch, transformers, scikit-learn, datasets.
@@ -101,3 +105,15 @@ def test_a_run_is_claimed_and_refused_before_anything_heavy_is_imported(
 )
 def test_a_process_of_a_run_imports_what_it_uses(process: str, allowed: set[str]) -> None:
     assert imported(f"import {process}") == allowed
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_the_encoder_leaves_the_collection_of_garbage_as_it_was(collects: bool) -> None:
+    try:
+        if not collects:
+            gc.disable()
+        importlib.reload(hncse_ray.encoder)
+        assert gc.isenabled() is collects
+        assert gc.get_freeze_count() == 0  # what was garbage before can still be collected
+    finally:
+        gc.enable()
