@@ -38,6 +38,7 @@ from hncse_ray.negatives import (
 from hncse_ray.reporting import LineReporter, Reporter, StageProgress
 from hncse_ray.storage import check_outlasts_job, check_writable, locked, write_atomically
 from hncse_ray.training.checks import prepare
+from hncse_ray.training.lookup import own_scores
 from hncse_ray.training.negatives import check_candidates
 from hncse_ray.training.publish import to_arrays
 
@@ -213,13 +214,17 @@ def _mine_blocks(source: NegativeSource, parts: _Parts, settings: Settings, repo
 def _mine_block(source: NegativeSource, parts: _Parts, settings: Settings, first: int) -> int:
     negatives, corpus, ids_B = settings.negatives, parts.corpus, parts.ids(first)
     hits = _search(source, ids_B, corpus, settings)
+    positive_B = np.ones(len(ids_B), np.float32)  # a row that is its own positive
+    if corpus.has_pairs:
+        own_B, last_B = own_scores(hits.ids_Bk, hits.scores_Bk, corpus.target_hashes, ids_B)
+        positive_B = np.where(np.isfinite(own_B), own_B, last_B)
     selection = select(
         hits.ids_Bk,
         hits.scores_Bk,
         row_ids_B=ids_B,
         contents=corpus.contents,
         documents=corpus.kept_apart(settings.corpus),
-        positive_score=1.0,
+        positive_score=positive_B,
         rules=SelectionRules.of(negatives, per_anchor=negatives.per_anchor, exclude_batch=False),
         seed=(settings.run.seed, first),
     )

@@ -366,8 +366,11 @@ def test_sentence_transformers_takes_the_columns_as_they_are(
 def test_pairs_are_mined_with_their_positives(tiny_model: Path, tmp_path: Path) -> None:
     rows = make_pairs(ROWS)
     world = World(tiny_model, write_pairs(tmp_path / "pairs.jsonl", rows), tmp_path / "cache", **COLUMNS)
-    facts, columns = world.mine(tmp_path / "mined.parquet", "per_anchor=2", "candidates=200")
+    every = ("per_anchor=2", f"candidates={ROWS - 1}")
+    facts, columns = world.mine(tmp_path / "mined.parquet", *every)
     assert list(columns) == ["anchor", "positive", "negative_1", "negative_2"] and facts["rows"] == ROWS
+    margin = world.mine(tmp_path / "margin.parquet", *every, "relative_margin=0.1")[1]
+    limits, by_text = {}, {}
     targets = [row["answer"] or row["question"] for row in rows]
     questions = world.encoder.encode([row["question"] for row in rows], batch_size=1).astype(np.float64)
     questions /= np.linalg.norm(questions, axis=1, keepdims=True)
@@ -380,7 +383,13 @@ def test_pairs_are_mined_with_their_positives(tiny_model: Path, tmp_path: Path) 
             and (row["document"] is None or other["document"] != row["document"])
             for other, target in zip(rows, targets, strict=True)
         ])  # fmt: skip
-        nearest = np.sort(np.where(allowed, world.vectors @ questions[i], -2))[::-1][:2]
+        scores = world.vectors @ questions[i]
+        nearest = np.sort(np.where(allowed, scores, -2))[::-1][:2]
         chosen = [columns[name][i] for name in ("negative_1", "negative_2")]
-        found = [max((world.vectors @ questions[i])[[t == text for t in targets]]) for text in chosen]
+        found = [max(scores[[t == text for t in targets]]) for text in chosen]
         np.testing.assert_allclose(found, nearest, atol=1e-6)
+        limits[row["question"], targets[i]] = 0.9 * scores[i]
+        by_text |= {(row["question"], target): score for target, score in zip(targets, scores, strict=True)}
+    assert 100 < len(margin["anchor"]) < ROWS
+    for anchor, positive, *negatives in zip(*margin.values(), strict=True):
+        assert all(by_text[anchor, text] <= limits[anchor, positive] + 1e-6 for text in negatives)
