@@ -106,17 +106,27 @@ def _local_head() -> Iterator[Callable[[], str]]:
         start_new_session=True,  # Ctrl-C is this process's affair
     )
     assert head.stdin is not None and head.stdout is not None
-    says = head.stdout
+    says, wanted = head.stdout, True
 
     def address() -> str:
         said = json.loads(says.readline() or b'{"error": "its process ended"}')
         if "error" in said:
             raise ClusterError(f"a local Ray could not be started ({said['error']})")
+        threading.Thread(target=watch, daemon=True).start()
         return str(said["address"])
+
+    def watch() -> None:
+        head.wait()
+        if wanted:  # Ray would wait a minute for it, and then end this process in the same way, with status 1
+            hint = "Is memory short? A run goes on with the same command"
+            sys.stderr.write(f"error: {ClusterError('the process of the local Ray was killed', hint=hint)}\n")
+            sys.stderr.flush()
+            os._exit(2)
 
     try:
         yield address
     finally:
+        wanted = False
         head.stdin.close()
         head.wait()
         says.close()

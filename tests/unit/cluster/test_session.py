@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from waits import seconds
 
 from hncse_ray.cluster import ray_session, session
 from hncse_ray.errors import ClusterError, HncseError
@@ -90,3 +94,18 @@ def test_a_command_that_is_terminated_leaves_its_contexts(head: Head, monkeypatc
         signal.raise_signal(signal.SIGTERM)
     assert head.joined == ["127.0.0.1:1", "left"] and head.has_ended
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_ray_whose_process_is_killed_ends_the_command_at_once_and_is_said(tmp_path: Path) -> None:
+    program = tmp_path / "head.py"
+    program.write_text(f"{_SAY}say(address='127.0.0.1:1')\nos.kill(os.getpid(), 9)\n")
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom hncse_ray.cluster import session\n"
+        "session._HEAD, session._connect = Path(sys.argv[1]), lambda address, named: None\n"
+        "with session.ray_meanwhile() as join_ray:\n    join_ray()\n    time.sleep(600)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", code, str(program)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds(60), check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: the process of the local Ray was killed.") and ended.stderr.count("\n") == 1
