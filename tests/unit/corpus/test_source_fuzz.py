@@ -1,8 +1,9 @@
-"""Whatever stands in a document or a Python file: it is read, passed over, or refused in the project's own words."""
+"""Whatever stands in a document or a Python file: clean text is read of it, or it is refused in the project's words."""
 
 from __future__ import annotations
 
 import gzip
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from hncse_ray.config import CorpusSettings
 from hncse_ray.corpus.docstrings import read_files
 from hncse_ray.corpus.documents import read_passages
 from hncse_ray.corpus.sources import read_examples
+from hncse_ray.corpus.text import normalise
 from hncse_ray.errors import HncseError
+from hncse_ray.reading import is_unicode
 
 EXAMPLES = [100, pytest.param(2_000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
 MARKUP = [
@@ -41,7 +44,9 @@ def read(settings: CorpusSettings) -> None:
     rows = read_passages if settings.source == "documents" else read_examples
     try:
         for row in rows(settings, Counter()):
-            str(row).encode()
+            for text in filter(None, (row.text, row.title, row.body, getattr(row, "positive", None))):
+                assert text == normalise(text) and is_unicode(text) and "\0" not in text, text
+            assert row.text
     except HncseError as error:
         str(error).encode()
 
@@ -66,6 +71,7 @@ def test_python_source(examples: int, tmp_path: Path) -> None:
         path.write_bytes(data)
         read(CorpusSettings(source="python-code", path=str(tmp_path)))
         for what in ("summaries", "sentences"):
-            read_files([str(path)], what)
+            (found,) = read_files([str(path)], what)
+            assert json.loads(json.dumps(found)) == [list(one) if isinstance(one, tuple) else one for one in found]
 
     try_out(check, examples, made_of(PYTHON))
