@@ -36,8 +36,13 @@ def load_encoder(
 ) -> SentenceEncoder:
     """Load an encoder, ready to encode.
 
+    Example::
+
+        encoder = hncse_ray.load_encoder("runs/mine/model")
+        vectors = encoder.encode(["A query."], side="query")  # [1, D]; the side decides the prompt
+
     Args:
-        model: see :func:`hncse_ray.encoder.resolve.resolve_model`.
+        model: a folder, a name on the hub, or ``package:NAME/FOLDER``.
         settings: pooling, prompts, head, dropout and precision; None = all as the model's folder says.
         device: where to put the weights; see :func:`hncse_ray.encoder.choose_device`.
         seed: of a new head's initial weights.

@@ -75,7 +75,12 @@ class GroupScores:
 
 @dataclass(frozen=True)
 class Scoreboard:
-    """Everything that was scored; ``differences`` if two single models were compared."""
+    """Everything that was scored.
+
+    Attributes:
+        groups: one a model, in the order asked for: ``groups[0].runs[0]["test"]["sts/avg"]`` is a score.
+        differences: second model less first, with interval and p, if two single models were compared.
+    """
 
     groups: tuple[GroupScores, ...]
     differences: tuple[Difference, ...] = field(default=())
@@ -142,7 +147,8 @@ def evaluate(
 
     Args:
         models: one or several: folders, hub names or ``package:NAME/FOLDER``; joined by commas they are seeds of one.
-        suites: one or several of :data:`SUITES`, or ``full``.
+        suites: one or several of ``sts``, ``transfer``, ``geometry``, ``python-docs``, ``python-code``, ``stsb``, or
+            ``full``; default: those of the data given, without any ``python-docs``.
         pairs: a file of query and answer; adds the suite ``pairs``.
         collection: one or several folders with corpus, queries and qrels; add the suite ``retrieval``.
         senteval: the SentEval folder; default: ``$HNCSE_DATA/senteval``.

@@ -17,7 +17,7 @@ import shlex
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -125,15 +125,24 @@ def load_sweep(
 ) -> Sweep:
     """Put together a recipe, a search space and options.
 
+    Example::
+
+        sweep = hncse_ray.load_sweep("quickstart", "hncse_full", ["train.max_steps=20"], trials=8, seeds=3)
+        found = hncse_ray.tune(sweep, "runs/mine")
+
     Args:
         recipe: as for :func:`hncse_ray.load_settings`.
         space: a YAML file, or the bare name of a search space that comes with the package.
         overrides: ``section.key=value`` strings that change the recipe.
-        options: fields of :class:`SweepOptions`.
+        options: ``trials`` (20), ``stopping`` (asha, median or none), ``grace_steps``, ``max_concurrent``, ``seeds``
+            (0), ``top`` (3): what ``hncse tune --help`` says of them.
 
     Raises:
-        SettingsError: one of them cannot be read or does not fit the settings.
+        SettingsError: one of them cannot be read or does not fit the settings, or there is no such option.
     """
+    known = [option.name for option in fields(SweepOptions)]
+    if unknown := [name for name in options if name not in known]:
+        raise SettingsError("is no option of a sweep", unknown[0], f"Choose from {', '.join(known)}")
     settings, path = load_settings(recipe, overrides), find_space(space)
     sweep = Sweep(settings, parse_space(read_yaml(path), str(path)), SweepOptions(**options))
     sweep.space.check(settings)

@@ -18,6 +18,7 @@ from hncse_ray.tuning import (
     SweepStudy,
     best_settings,
     claim_sweep_folder,
+    load_sweep,
     parse_space,
     rank_trials,
     read_sweep,
@@ -138,6 +139,11 @@ def test_zero_of_anything_is_refused(option: str) -> None:
     for value in ("3", 2.5, True, *([None] if option in ("trials", "top") else [])):
         with pytest.raises(SettingsError, match=f"{value!r} is no whole number"):
             SweepOptions(**{option: value})  # type: ignore[arg-type]
+
+
+def test_an_option_that_there_is_not_is_refused() -> None:
+    with pytest.raises(SettingsError, match="^trial: is no option of a sweep. Choose from trials, stopping, "):
+        load_sweep("quickstart", "info_nce", trial=8)
 
 
 def test_what_a_sweep_leaves(tmp_path: Path) -> None:
