@@ -145,5 +145,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"cannot be read ({error})", str(path)) from None
     if not isinstance(tree, dict):
-        raise SettingsError("holds no mapping", str(path), "A recipe has sections: corpus, encoder, ...")
+        raise SettingsError(
+            "holds no mapping",
+            str(path),
+            "A recipe has sections such as corpus and encoder, a search space has parameters",
+        )
     return tree

@@ -215,7 +215,7 @@ def corpus_tree(corpus: str, model: str) -> dict[str, Any]:
     """
     path, max_length = Path(corpus), 128
     tree: dict[str, Any] = {"corpus": {"path": corpus}}
-    if path.suffix in ("", ".yaml", ".yml") and not (path.suffix == "" and path.exists()):
+    if path.suffix in ("", ".yaml", ".yml") and not (path.suffix == "" and corpus and path.exists()):
         if path.suffix == "":
             try:
                 find_recipe(corpus)

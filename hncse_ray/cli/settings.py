@@ -38,7 +38,7 @@ def settings(
                 raise SettingsError("prints all settings, for people", "--markdown", "Give it alone")
             typer.echo(reference_page(), nl=False)
             return {}
-        sections, one = _find(name) if name else (list(reference()), False)
+        sections, one = _find(name) if name is not None else (list(reference()), False)
         for section in sections:
             _print_one(console, section.settings[0]) if one else _print_section(console, section)
         if not one:
@@ -118,7 +118,7 @@ def _find(name: str) -> tuple[list[SectionFacts], bool]:
     found = named(name) or [section for path in meant(name) for section in named(path)]
     if not found:
         sections = ", ".join(section.key for section in reference())
-        raise SettingsError("is neither a section nor a setting", name, f"Sections are {sections}")
+        raise SettingsError("is neither a section nor a setting", name or repr(name), f"Sections are {sections}")
     return found, all(len(section.settings) == 1 for section in found)
 
 

@@ -97,7 +97,7 @@ def _check_command(job: str, args: list[str]) -> None:
     names = [c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands]
     if job not in names or job == "submit":
         jobs = ", ".join(name for name in names if name != "submit")
-        raise SettingsError("is not a command that can be submitted", job, f"Choose from {jobs}")
+        raise SettingsError("is not a command that can be submitted", job or repr(job), f"Choose from {jobs}")
     if "cluster.engine=local" in args:  # one in a recipe is refused where the job runs
         raise SettingsError(f"{LOCAL_IS_ONE}, and a job is on a cluster", "cluster.engine", "Leave it out")
     mine = {

@@ -84,7 +84,7 @@ def sweep_of(
         raise SettingsError(
             "name a recipe and a search space", "hncse tune", "hncse tune quickstart --space hncse_full"
         )
-    changes = [*(overrides or ()), *([f"evaluation.metric={metric}"] if metric else ())]
+    changes = [*(overrides or ()), *([] if metric is None else [f"evaluation.metric={metric}"])]
     sweep = load_sweep(recipe, space, changes, **options)
     run = sweep.settings.run
     return sweep, os.path.join(run.storage_path, f"{run.name}-{Path(space).stem}") if out is None else out

@@ -205,6 +205,9 @@ def submit_job(request: JobRequest, *, address: str | None = None) -> Job:
         ClusterError: the cluster is not reached, or does not accept the job.
     """
     variables = _environment(request.environment)
+    if not request.working_dir.is_dir():
+        hint = "Name the folder to upload with --working-dir"
+        raise StorageError("is not a folder", str(request.working_dir), hint)
     client = _connect(address)
     _check_size(request.working_dir)
     end = time.monotonic() + _AGENT_S
@@ -247,8 +250,6 @@ def _environment(names: Sequence[str]) -> dict[str, str]:
 
 def _check_size(folder: Path) -> None:
     """Refuse a folder larger than Ray takes, before it is packed."""
-    if not folder.is_dir():
-        raise StorageError("is not a folder", str(folder), "Name the folder to upload with --working-dir")
     if (size := sum(_sizes(folder).values())) >= GCS_STORAGE_MAX_SIZE:
         limit = GCS_STORAGE_MAX_SIZE / 2**20
         raise _too_large(folder, f"{size / 2**20:,.0f} MiB are too large to upload, Ray takes {limit:,.0f}")
@@ -278,7 +279,9 @@ def _sizes(folder: Path) -> dict[Path, int]:
 
 
 def _connect(address: str | None) -> JobSubmissionClient:
-    asked = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    asked = address
+    if asked is None:
+        asked = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     if not asked:
         raise ClusterError("no cluster is named", "",
                            "Give --address http://127.0.0.1:8265, or set RAY_API_SERVER_ADDRESS; `ray dashboard"

@@ -116,7 +116,8 @@ def documents_in(folder: Path | str) -> list[File]:
     )
     if not documents:
         hint = "A folder's .txt, .md and .html files are read; of JSONL, CSV and Parquet name the file itself"
-        raise DataError(f"has no documents: {counted(len(found), 'file')} of other kinds", str(folder), hint)
+        others = f", only {counted(len(found), 'file')} of other kinds" if found else ""
+        raise DataError(f"has no documents{others}", str(folder), hint)
     return documents
 
 

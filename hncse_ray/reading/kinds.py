@@ -124,7 +124,7 @@ def check_file(path: File) -> None:
             raise DataError(
                 "is a directory, not a file",
                 str(path),
-                f"Name its files, such as {path}/*.txt, or set corpus.source=documents",
+                f"Name a file; of a corpus its files, such as {path}/*.txt, or set corpus.source=documents",
             )
         if not path.exists():
             raise DataError("no such file", str(path), relative_hint(path))

@@ -125,7 +125,7 @@ def read_lines(path: str | Path | None, *, encoding: str = "utf-8-sig") -> list[
     """
     lines = []
     for number, line in enumerate(
-        text_lines(Path(os.path.expanduser(path)) if path else None, encoding=encoding), start=1
+        text_lines(None if path is None else Path(os.path.expanduser(path)), encoding=encoding), start=1
     ):
         if line is None or not is_unicode(line):
             where = f"{path or 'standard input'}:{number}"

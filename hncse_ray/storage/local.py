@@ -56,6 +56,8 @@ def check_writable(file: Path, hint: str) -> None:
     """
     if file.is_dir():
         raise StorageError("is a folder, not a file", str(file), hint)
+    if file.parent.exists() and not file.parent.is_dir():
+        raise StorageError("is a file, not a folder", str(file.parent), hint)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=file.parent):

@@ -119,9 +119,9 @@ def chosen_suites(names: Sequence[str], *, pairs: str | None, collection: Sequen
     Raises:
         SettingsError: there is no such suite, or one lacks its data.
     """
-    named = {"pairs": ("--pairs", pairs), "retrieval": ("--data", collection)}
+    named = {"pairs": ("--pairs", [] if pairs is None else [pairs]), "retrieval": ("--data", collection)}
     suites = resolve_suites([*names, *(s for s, (_, given) in named.items() if given)] or ["python-docs"])
-    for needed in (s for s in suites if s in named and not named[s][1]):
+    for needed in (s for s in suites if s in named and not all(named[s][1] or [""])):
         raise SettingsError(f"the suite {needed} needs data", named[needed][0], "Name them with this option")
     return suites
 

@@ -67,7 +67,7 @@ def senteval_folder(settings: EvaluationSettings) -> str:
     data = os.environ.get("HNCSE_DATA")
     if settings.senteval_path is not None:
         if not os.path.isdir(settings.senteval_path):
-            raise DataError("no such folder", settings.senteval_path, hint)
+            raise DataError("no such folder", settings.senteval_path or repr(settings.senteval_path), hint)
         return settings.senteval_path
     places = [*([Path(data) / "senteval"] if data else []), default_folder()]
     for place in places:

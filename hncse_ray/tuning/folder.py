@@ -194,7 +194,9 @@ def _refuse(folder: Path, sweep: Sweep) -> None:
         if changed := _differences(stored, sweep):
             raise StorageError(f"holds another sweep: {'; '.join(changed)}", str(folder),
                                "Choose another --out, or go on with it by --resume")  # fmt: skip
-    elif folder.exists() and (not folder.is_dir() or any(entry.name != ".lock" for entry in folder.iterdir())):
+    elif folder.exists() and not folder.is_dir():
+        raise StorageError("is a file, not a folder", str(folder), "Choose another --out")
+    elif folder.exists() and any(entry.name != ".lock" for entry in folder.iterdir()):
         raise StorageError("is not empty and holds no sweep", str(folder), "Choose another --out")
 
 

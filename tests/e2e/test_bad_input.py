@@ -82,10 +82,13 @@ LINES = "".join(f"{s}\n" for s in SENTENCES).encode()
 BAD_RUNS: dict[str, Case] = {
     "missing corpus": (overrides("corpus.path=HERE/none.txt"), ("none.txt: no such file",)),
     "missing corpus beside": (overrides("corpus.path=none.txt"), ("none.txt: no such file", "Paths are relative to")),
-    "a directory": (overrides("corpus.path=HERE", "corpus.source=text"), ("is a directory", "Name its files")),
+    "a directory": (
+        overrides("corpus.path=HERE", "corpus.source=text"),
+        ("is a directory", "its files, such as"),
+    ),
     "a folder without documents": (
         lambda folder: [*text_file("tables/a.jsonl", b"{}\n")(folder), f"corpus.path={folder}/tables"],
-        ("tables: has no documents: 1 file of other kinds", ".txt, .md and .html"),
+        ("tables: has no documents, only 1 file of other kinds", ".txt, .md and .html"),
     ),
     "an empty document": (
         lambda folder: [*text_file("docs/a.txt", b"")(folder), f"corpus.path={folder}/docs"],
@@ -536,6 +539,35 @@ class TestMine:
         (tmp_path / "y.parquet").write_text("kept")
         assert_refused(hncse("mine", saved_model, texts, "--out", tmp_path / "y.parquet"), "exists already")
         assert (tmp_path / "y.parquet").read_text() == "kept"
+
+
+EMPTY = [  # as a variable of the shell that is not set
+    (["train", ""], "'': no such recipe"),
+    (["tune", "quickstart", "--space", ""], "'': no such search space"),
+    (["tune", "quickstart", "--space", "info_nce", "--metric", ""], "evaluation.metric = ''"),
+    (["evaluate", "MODEL", "--pairs", ""], "--pairs: the suite pairs needs data"),
+    (["evaluate", "MODEL", "--data", ""], "--data: the suite retrieval needs data"),
+    (["evaluate", "MODEL", "--suite", "sts", "--senteval", ""], "'': no such folder"),
+    (["encode", "MODEL", "", "--out", "x.npy"], "is a directory, not a file. Name a file"),
+    (["encode", "", "TEXTS", "--out", "x.npy"], "encoder.model = ''"),
+    (["search", "MODEL", "", "river"], "'': is no file, no folder and no recipe"),
+    (["search", "MODEL", "TEXTS", "river", "--compare", ""], "encoder.model = ''"),
+    (["settings", ""], "'': is neither a section nor a setting"),
+    (["submit", ""], "'': is not a command that can be submitted"),
+    (["submit", "--address", "", "train", "quickstart", "run.storage_path=/x"], "no cluster is named"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), EMPTY, ids=[" ".join(arguments) for arguments, _ in EMPTY])
+def test_an_empty_text_is_not_taken_for_none(
+    saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("one river\n")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+    meant = {"MODEL": str(saved_model), "TEXTS": str(tmp_path / "t.txt")}
+    assert_refused(hncse(*(meant.get(argument, argument) for argument in arguments)), said)
+    assert not (tmp_path / "x.npy").exists()
 
 
 # ------------------------------------------------------------------------------------------------ as a process

@@ -95,8 +95,8 @@ def test_a_folder_is_measured_without_what_is_left_out(tmp_path: Path, monkeypat
     assert ".rayignore" in str(caught.value)
     (tmp_path / ".rayignore").write_text("data\n")
     submit._check_size(tmp_path)
-    with pytest.raises(StorageError, match="is not a folder"):
-        submit._check_size(tmp_path / "none")
+    with pytest.raises(StorageError, match="is not a folder"):  # said without a cluster
+        submit.submit_job(submit.JobRequest(("train",), tmp_path / "none"))
 
 
 @pytest.mark.parametrize(

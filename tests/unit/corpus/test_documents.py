@@ -247,7 +247,7 @@ def test_a_file_that_is_no_document_is_refused_by_name_and_counted_in_a_folder(t
 
 
 def test_what_is_not_there_and_what_does_not_fit(tmp_path, prepare):
-    with pytest.raises(DataError, match="has no documents: 1 file of other kinds. A folder's .txt, .md and .html"):
+    with pytest.raises(DataError, match="has no documents, only 1 file of other kinds. A folder's .txt, .md and .html"):
         read(write(tmp_path / "tables", {"corpus.jsonl": "{}"}))
     with pytest.raises(DataError, match=r"no passage is left of 1 document \(dropped: empty 1\)"):
         prepare(path=str(write(tmp_path / "empty", {"a.txt": ""})))
