@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 Stopping = Literal["asha", "median", "none"]
 _MOST_MISFITS = 200  # combinations in a row that no settings allow, before the space is called impossible
+_MOST_REPEATS = 10  # of combinations that were tried already; a small space has no others
 _STARTUP_TRIALS = 8  # sampled at random before TPE has something to go by
 _MISFIT = "misfit"  # attribute of what was sampled but never run; it says why
 _ASKED = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
@@ -98,10 +99,12 @@ class SweepStudy:
         """
         if self._interrupted:
             return self._interrupted.pop(0)
-        for _ in range(_MOST_MISFITS):
+        for attempt in range(_MOST_MISFITS):
             trial = self._ask()
             values = self._space.suggest(trial)
             reason = self._accepts(values)
+            if reason is None and attempt < _MOST_REPEATS and self._has_tried(values):
+                reason = "another trial has the same values, and all have the same seed"
             if reason is None:
                 trial.set_user_attr("values", values)
                 return TrialTask(trial.number, values)
@@ -168,6 +171,10 @@ class SweepStudy:
                 seed=(self._seed * 1_000_003 + number) % 2**32,
             )
         return self.study.ask()
+
+    def _has_tried(self, values: Values) -> bool:
+        trials = self.study.get_trials(deepcopy=False, states=[state for state in _ASKED if state != TrialState.FAIL])
+        return any(trial.user_attrs.get("values") == values for trial in trials)
 
     def _frozen(self, number: int) -> FrozenTrial:
         return self.study.get_trials(deepcopy=False)[number]

@@ -69,6 +69,16 @@ def test_first_points_come_first_then_sampled_ones_and_the_best_is_ranked_first(
     assert sum(late) / len(late) > sum(early) / len(early)  # it learns: the later ones are nearer to the optimum
 
 
+def test_values_are_tried_once_as_long_as_there_are_others(tmp_path: Path) -> None:
+    space = parse_space({"parameters": {"train.batch_size": {"categorical": [8, 16, 32]}}}, "space")
+    study = SweepStudy(tmp_path, space, seed=0, stopping="none", grace=10, accepts=lambda values: None)
+    tried = [study.next() for _ in range(3)]
+    assert sorted(task.values["train.batch_size"] for task in tried) == [8, 16, 32]
+    study.fail(tried[1].number, "a node was lost", {})
+    assert study.next().values == tried[1].values  # it may do better another time
+    assert study.next().values in [task.values for task in tried] and study.unfinished(5) == 4
+
+
 def test_suggestions_depend_on_the_seed_and_the_past_not_on_interruptions(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("whole", "cut", "other")]
     for folder in folders:
