@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import io
 import json
@@ -25,6 +26,8 @@ from hncse_ray.recipe import find_recipe, shipped_folder
 
 if TYPE_CHECKING:
     from hncse_ray.reporting import Reporter
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -113,15 +116,21 @@ def command(run: Callable[[Console], dict[str, Any]], as_json: bool, *, resumes:
         as_json: whether that was asked for.
         resumes: whether the same command goes on where it was interrupted.
     """
-    _write_any_text()
+    _make_streams_usable()
     console = plain_console(stderr=as_json)
     _configure_logging(console)
     try:
-        _check_home()
+        _check_surroundings()
         result = run(console)
+        if as_json:
+            typer.echo(json.dumps(result))
+        sys.stdout.flush()
     except HncseError as error:
         raise _refusal(error) from None
     except OSError as error:
+        if error.errno in _NO_ROOM:
+            _give_up_what_cannot_be_written()
+            raise _refusal(HncseError(f"a file or standard output cannot be written ({error.strerror})")) from None
         if error.filename is None:  # not about a path that someone gave
             raise
         hint = "See that the path is right and yours to use"
@@ -130,8 +139,6 @@ def command(run: Callable[[Console], dict[str, Any]], as_json: bool, *, resumes:
         advice = "; the same command again goes on where it stopped" if resumes else ""
         plain_console(stderr=True).print(f"stopped{advice}", style="yellow")
         raise typer.Exit(130) from None
-    if as_json:
-        typer.echo(json.dumps(result))
 
 
 def plain_console(*, stderr: bool) -> Console:
@@ -144,14 +151,28 @@ def _refusal(error: HncseError) -> typer.Exit:
     return typer.Exit(2)
 
 
-def _check_home() -> None:
-    """Refuse to begin without a home directory, which Ray and others need as soon as they are imported."""
+def _check_surroundings() -> None:
+    """Refuse to begin without what Ray and others need as soon as they are imported: a home, and a present folder."""
     if os.path.expanduser("~") == "~":
         raise HncseError("this user has no home directory", "HOME", "Set HOME to a folder that can be written")
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise HncseError(f"the present folder is gone ({error.strerror})", hint="Change to another") from None
 
 
-def _write_any_text() -> None:
-    """Have characters that a terminal or a pipe cannot take written as escapes instead of ending the command."""
+def _give_up_what_cannot_be_written() -> None:
+    """Write nothing more to a standard output that is full: Python would try it again at its end, and say that."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _make_streams_usable() -> None:
+    """Have characters that a stream cannot take written as escapes, and a standard input that is closed be empty."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -73,3 +74,24 @@ def test_what_a_stream_cannot_take_is_written_as_escapes(monkeypatch: pytest.Mon
     command(run, as_json=False)
     sys.stdout.flush()
     assert raw.getvalue().rstrip() == b"\xe9 \\u5317\\u4eac \\udce9"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device here")
+@pytest.mark.parametrize("options", ["", " --json"])
+def test_a_standard_output_that_is_full_is_said(options: str) -> None:
+    command = f"{sys.executable} -m hncse_ray.cli recipes{options} > /dev/full"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    said = "error: a file or standard output cannot be written (No space left on device)"
+    assert done.stderr.splitlines()[-1] == said and "Traceback" not in done.stderr
+
+
+def test_a_folder_that_is_gone_and_a_standard_input_that_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    command(lambda console: {"read": sys.stdin.read()}, as_json=False)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert_refused(hncse("train", "quickstart"), "the present folder is gone", "Change to another")
