@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 from hncse_ray.config import InstanceSmoothing, Settings, Side
-from hncse_ray.corpus import Corpus, WriteRows, prepare_corpus
+from hncse_ray.corpus import Corpus, WriteRows, prepare_corpus, row_hash
 from hncse_ray.encoder import SentenceEncoder, has_dropout, load_encoder
 from hncse_ray.errors import DataError, ModelError, counted
+from hncse_ray.evaluation import RetrievalSet
 from hncse_ray.reporting.events import Notice, StageProgress
 from hncse_ray.reporting.reporters import Reporter
 from hncse_ray.training.evaluator import EvaluationSets, load_evaluation_sets
@@ -18,6 +20,8 @@ from hncse_ray.training.negatives import check_candidates
 from hncse_ray.training.objective_check import check_objective
 from hncse_ray.training.schedule import count_steps, plan_batches
 from hncse_ray.training.views import check_views
+
+_BLOCK = 1 << 20  # rows looked at at a time
 
 
 def prepare(
@@ -95,6 +99,8 @@ def check_run(
         without = f"{counted(corpus.report.without_positive, 'row')} without a positive"
         _check_dropout(encoder, f"{without}, and ")
         reporter.on(Notice(f"{without}: they are trained on in two dropout views"))
+    for text in _trained_on(settings, encoder, sets, corpus):
+        reporter.on(Notice(text))
     gaps = hold_out(settings, corpus)
     left_out = None if gaps is None else gaps.rows
     if (rows := len(corpus) - (0 if left_out is None else len(left_out))) < batch_size:
@@ -113,6 +119,23 @@ def check_run(
     if (last_batch := plan.rows % batch_size) >= settings.smallest_batch:
         check_objective(settings, dimension=encoder.dimension, batch_size=last_batch)
     return encoder, sets, corpus
+
+
+def _trained_on(settings: Settings, encoder: SentenceEncoder, sets: EvaluationSets, corpus: Corpus) -> Iterator[str]:
+    """Say how many queries of a file of pairs are anchors of the corpus too."""
+    for (name, split), data in sets.sets.items():
+        if not corpus.has_pairs or name != "pairs" or not isinstance(data, RetrievalSet):
+            continue
+        rows = encoder.token_rows(data.queries, settings.encoder.max_length, side="query")
+        asked = np.unique([row_hash(row) for row in rows])
+        seen = np.zeros(len(asked), np.bool_)
+        for first in range(0, len(corpus), _BLOCK):  # of hashes that are mapped, not read
+            block = corpus.hashes[first : first + _BLOCK]
+            places = np.searchsorted(asked, block).clip(max=len(asked) - 1)
+            seen[places[asked[places] == block]] = True
+        if count := int(seen.sum()):
+            yield (f"queries of evaluation.pairs_{split} that are trained on too: {count:,} of {len(asked):,};"
+                   " its score flatters the trained model")  # fmt: skip
 
 
 def _too_late(settings: Settings, steps: int) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pair_tables import COLUMNS, make_pairs, write_pairs
 from passages import documents_section, make_documents
-from tiny import make_topics
+from tiny import make_sentences, make_topics
 
 from hncse_ray.config import Settings, load_settings
 from hncse_ray.corpus import Corpus
@@ -57,6 +57,19 @@ def test_dropout_is_asked_for_where_a_row_has_no_positive(tree: Tree, tmp_path: 
         checked(load_settings(tree, [*without, "corpus.positive_column=null", "corpus.negative_columns=[]"]))
     write_pairs(tmp_path / "pairs.jsonl", [row for row in make_pairs(40) if row["answer"]])
     assert len(checked(load_settings(tree, without))) == 34
+
+
+def test_queries_of_dev_that_are_trained_on_are_said(tree: Tree, tmp_path: Path) -> None:
+    questions = list(dict.fromkeys(row["question"] for row in make_pairs(40)))[:5]
+    dev = tmp_path / "dev.tsv"
+    section = {"suites": ["pairs"], "metric": "pairs/mrr", "pairs_dev": str(dev)}
+    said = "queries of evaluation.pairs_dev that are trained on too: 5 of 8; its score flatters the trained model"
+    for asked, notices in ((questions, [said]), ([], [])):
+        others = make_sentences(3, seed=99)
+        dev.write_text("query\tanswer\n" + "".join(f"{text}\ta {text}\n" for text in (*asked, *others)))
+        heard = Heard()
+        check_run(load_settings(tree | {"evaluation": section}), heard)  # type: ignore[arg-type]
+        assert [event.text for event in heard if isinstance(event, Notice) and "flatters" in event.text] == notices
 
 
 def test_prompts_of_unlike_length_that_are_not_pooled_are_refused(tree: Tree, tmp_path: Path) -> None:
