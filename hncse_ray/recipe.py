@@ -143,7 +143,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"cannot be read ({error})", str(path)) from None
+        raise SettingsError(f"cannot be read ({getattr(error, 'strerror', error)})", str(path)) from None
     if not isinstance(tree, dict):
         raise SettingsError(
             "holds no mapping",
