@@ -148,7 +148,7 @@ def tune(
                 there = [node.resources for node in survey().alive]
                 plan = plan_sweep(extremes, there, max_concurrent=options.max_concurrent)
                 reporter.tell(
-                    f"{counted(plan.concurrent, 'trial')} side by side, {counted(plan.cpus_per_worker, 'CPU')} a worker"
+                    f"{counted(plan.concurrent, 'trial')} at a time, {counted(plan.cpus_per_worker, 'CPU')} a worker"
                 )
                 if left:
                     _run_trials(sweep, folder, study, plan, left, reporter)
