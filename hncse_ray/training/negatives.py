@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from hncse_ray.config import Settings
 from hncse_ray.corpus import BatchPlan, Corpus
-from hncse_ray.errors import DataError, HncseError, TrainingError
+from hncse_ray.errors import DataError, HncseError, TrainingError, counted
 from hncse_ray.negatives import (
     IndexVersion,
     NegativeSource,
@@ -47,8 +47,8 @@ def check_candidates(settings: Settings, corpus: Corpus) -> None:
     """
     if settings.negatives.source != "none" and settings.negatives.candidates >= len(corpus):
         raise DataError(
-            f"has {len(corpus)} {corpus.rows_are}, so an anchor has {len(corpus) - 1} neighbours, fewer than"
-            f" negatives.candidates = {settings.negatives.candidates}",
+            f"has {counted(len(corpus), corpus.rows_are.removesuffix('s'))}, so an anchor has"
+            f" {counted(len(corpus) - 1, 'neighbour')}, fewer than negatives.candidates = {settings.negatives.candidates}",
             f"corpus {settings.corpus.place}",
             "Lower negatives.candidates or give a larger corpus",
         )
