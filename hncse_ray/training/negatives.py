@@ -45,10 +45,11 @@ def check_candidates(settings: Settings, corpus: Corpus) -> None:
     Raises:
         DataError: the corpus is too small.
     """
-    if settings.negatives.source != "none" and settings.negatives.candidates >= len(corpus):
+    rows, candidates = len(corpus), settings.negatives.candidates
+    if settings.negatives.source != "none" and candidates >= rows:
         raise DataError(
-            f"has {counted(len(corpus), corpus.rows_are.removesuffix('s'))}, so an anchor has"
-            f" {counted(len(corpus) - 1, 'neighbour')}, fewer than negatives.candidates = {settings.negatives.candidates}",
+            f"has {counted(rows, corpus.rows_are.removesuffix('s'))}, so an anchor has {counted(rows - 1, 'neighbour')},"
+            f" fewer than negatives.candidates = {candidates}",
             f"corpus {settings.corpus.place}",
             "Lower negatives.candidates or give a larger corpus",
         )
