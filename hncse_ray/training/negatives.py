@@ -48,8 +48,8 @@ def check_candidates(settings: Settings, corpus: Corpus) -> None:
     rows, candidates = len(corpus), settings.negatives.candidates
     if settings.negatives.source != "none" and candidates >= rows:
         raise DataError(
-            f"has {counted(rows, corpus.rows_are.removesuffix('s'))}, so an anchor has {counted(rows - 1, 'neighbour')},"
-            f" fewer than negatives.candidates = {candidates}",
+            f"has {counted(rows, corpus.rows_are.removesuffix('s'))}, so an anchor has {counted(rows - 1, 'neighbour')}"
+            f", fewer than negatives.candidates = {candidates}",
             f"corpus {settings.corpus.place}",
             "Lower negatives.candidates or give a larger corpus",
         )
