@@ -596,19 +596,29 @@ def test_training_survives_the_loss_of_shards_and_coordinator(small_run: dict[st
         training.line(is_whole, within_s=120, what="an index")
         # one shard
         actors("ShardActor")[0].kill()
-        line = training.line(lambda row: row.get("negatives/partial", 0) > 0, within_s=30, what="partial answers")
-        training.line(lambda row: row["negatives/shards_alive"] == 1, within_s=10, what="one shard left")
-        line = training.line(is_whole, within_s=BACK_S, what=whole)
+        training.line(
+            lambda row: row.get("negatives/partial", 0) > 0 and row["negatives/shards_alive"] == 1,
+            within_s=40,
+            what="partial answers, of the shard that is left",
+        )
+        training.line(is_whole, within_s=BACK_S, what=whole)
         # both
         for shard in actors("ShardActor"):
             shard.kill()
-        training.line(lambda row: row["negatives/missing"] == 1, within_s=30, what="steps without global negatives")
-        training.line(lambda row: row["negatives/shards_alive"] == 0, within_s=10, what="no shard left")
-        line = training.line(is_whole, within_s=2 * BACK_S, what=whole)
+        training.line(
+            lambda row: row["negatives/missing"] == 1 and row["negatives/shards_alive"] == 0,
+            within_s=40,
+            what="steps without global negatives, and no shard left",
+        )
+        training.line(is_whole, within_s=2 * BACK_S, what=whole)
         # the coordinator
         (coordinator,) = actors("PoolCoordinator")
         coordinator.kill()
-        soon(lambda: "cannot be renewed for now" in training.log(), within_s=30, what="a notice of it")
+        soon(
+            lambda: any(actor.pid != coordinator.pid for actor in actors("PoolCoordinator")),
+            within_s=BACK_S,
+            what="another coordinator",
+        )
         line = training.line(lambda row: True, within_s=10, what="a step")
         assert line["negatives/missing"] == 0 and line["negatives/partial"] == 0
         renewed = line["step"]
@@ -623,7 +633,7 @@ def test_training_survives_the_loss_of_shards_and_coordinator(small_run: dict[st
     assert any(is_whole(line) for line in lines[-20:])
     assert all(line["negatives/failed_builds"] == 0 for line in lines)
     assert "no global negatives for now" in log and "the negative pool answers again" in log
-    assert log.count("the index cannot be renewed for now") == 1
+    assert log.count("the index cannot be renewed for now") <= 1  # if it was asked while there was no coordinator
     assert "resumes at step" not in log  # no trainer was restarted for the sake of the pool
     assert nothing_is_left()
 
