@@ -156,7 +156,7 @@ def wait_until_placed(group: Any, what: str, timeout_s: float) -> None:
     while not group.wait(min(_PLACEMENT_NEWS_S, max(0.1, end - time.monotonic()))):
         left = end - time.monotonic()
         if left <= 0:
-            raise ClusterError(f"the cluster has not had room for {what} for {timeout_s:g} s",
+            raise ClusterError(f"{what} could not be placed on the cluster within {timeout_s:g} s",
                                "negatives", "Wait for other jobs to end, ask for less, or raise"
                                " cluster.start_timeout_s if nodes take longer to start")  # fmt: skip
         logger.info("waiting until the negative pool fits on the cluster, %s; %.0f s more at most", what, left)
