@@ -235,7 +235,7 @@ class SentenceEncoder(nn.Module):
         self, texts: Sequence[str], max_length: int | None = None, *, side: Side | None = None
     ) -> list[NDArray[np.int32]]:
         """Turn texts into token rows as :meth:`tokenize` does; those of a text without tokens are empty."""
-        texts, max_length = list_of_texts(texts), self.max_length if max_length is None else max_length
+        max_length = self.max_length if max_length is None else max_length
         if max_length < 1:
             raise ValueError(f"max_length is {max_length}; give 1 or more")
         max_length = min(max_length, self.length_limit)
@@ -243,7 +243,7 @@ class SentenceEncoder(nn.Module):
         leave_out: dict[str, Any] = dict.fromkeys(("padding", "return_attention_mask", "return_token_type_ids"), False)
         how: Any = {"common": {"return_tensors": None}, "text": leave_out | {"max_length": max_length}}
         for start in range(0, len(texts), _CHUNK):
-            chunk, prompt = texts[start : start + _CHUNK], self.prompt(side) or None
+            chunk, prompt = list(texts[start : start + _CHUNK]), self.prompt(side) or None
             with _TOKENISING:
                 encoded = self.model.preprocess(chunk, prompt=prompt, processing_kwargs=how, task=side)
             rows += [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
