@@ -12,8 +12,7 @@ random, which changes no speed. The contestants take turns; warm-up steps are no
 Batches above ``--chunk-size`` rows go by gradient caching, everyone's. Where the time of a packed step goes is written
 beside the result: ``gpu_profile_512.txt`` and so on, PyTorch's profiler and where the host waited for the GPU.
 
-Model FLOPs utilisation counts what the tokens without padding need, 6 FLOPs a weight and token for forward and backward
-(Chowdhery et al. 2022, arXiv 2204.02311, appendix B; attention's products among them), over the GPU's dense bf16 peak.
+Model FLOPs utilisation is what a run logs too, see ``hncse_ray.training.model_flops``.
 
     HNCSE_DATA=/path/to/data python benchmarks/gpu_encoder.py --tokenizer /path/to/bert_base_uncased_tokenizer \
         --out benchmarks/results
@@ -35,7 +34,8 @@ from torch.profiler import ProfilerActivity, profile
 from training_throughput import Ours, Theirs, make_corpus, quiet
 from transformers import BertConfig, BertModel
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, from NVIDIA's data sheets
+from hncse_ray.encoder import load_encoder
+from hncse_ray.training.model_flops import ModelFlops, peak_of
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     torch.manual_seed(0)
     on_gpu = args.device.type == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else "no GPU"
-    peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+    peak = peak_of(name)
     with tempfile.TemporaryDirectory() as folder:
         config = BertConfig(num_hidden_layers=args.layers)
         shutil.copytree(args.tokenizer, f"{folder}/bert")
@@ -52,8 +52,9 @@ def main() -> None:
         args.model = f"{folder}/bert"
         corpus, about = make_corpus(args, Path(folder))
         texts = corpus.texts(range(len(corpus)))
-        tokens = 2 * corpus.report.mean_tokens  # two views
-        flops = tokens * flops_of_token(config, float((corpus.lengths.astype(float) ** 2).sum() / corpus.lengths.sum()))
+        needed = ModelFlops.count(load_encoder(args.model))
+        lengths = corpus.lengths.astype(float)
+        flops = 2 * (needed.token * lengths.mean() + needed.pair * (lengths**2).mean())  # two views
         result: dict[str, Any] = {
             "question": "How fast does a GPU train BERT-base, packed, padded, and by sentence-transformers?",
             **provenance(args.device, "sentence-transformers", "accelerate"),
@@ -174,13 +175,6 @@ def where_time_goes(contestant: Any, args: argparse.Namespace) -> str:
     args.steps = steps
     waits = [f"{count:8} {place}" for place, count in places.most_common()]
     return "\n".join([*tables, "calls of CUDA:", *calls, "where the host waits:", *waits])
-
-
-def flops_of_token(config: BertConfig, attended: float) -> float:
-    """FLOPs of forward and backward of one token that attends to so many on the mean over tokens."""
-    width, layers = config.hidden_size, config.num_hidden_layers
-    weights = layers * (4 * width**2 + 2 * width * config.intermediate_size)
-    return 6 * weights + 12 * layers * width * attended
 
 
 if __name__ == "__main__":

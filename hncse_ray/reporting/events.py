@@ -47,12 +47,22 @@ class StepsLogged:
         metrics: ``loss``, ``grad_norm``, the objective's own metrics, ``uniformity``.
         learning_rate: of the last step.
         sentences_per_s: anchors trained on a second, over all workers; evaluation and waits for an index are left out.
+        model_flops_utilisation: share of the GPUs' peak that training's products have; None where that is not known.
     """
 
     step: int
     metrics: dict[str, float]
     learning_rate: float
     sentences_per_s: float
+    model_flops_utilisation: float | None = None
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """All of its numbers by name."""
+        speeds = {"sentences_per_s": self.sentences_per_s}
+        if self.model_flops_utilisation is not None:
+            speeds["model_flops_utilisation"] = self.model_flops_utilisation
+        return self.metrics | {"learning_rate": self.learning_rate} | speeds
 
 
 @dataclass(frozen=True)
@@ -184,8 +194,7 @@ def scalars(event: Event) -> dict[str, float]:
     """Return the numbers of an event by name, ``train/loss`` or ``dev/stsb/spearman``; none of most events."""
     match event:
         case StepsLogged():
-            numbers = event.metrics | {"learning_rate": event.learning_rate, "sentences_per_s": event.sentences_per_s}
-            return {f"train/{name}": value for name, value in numbers.items()}
+            return {f"train/{name}": value for name, value in event.numbers.items()}
         case Evaluated():
             return {f"{event.split}/{name}": value for name, value in event.scores.items()}
         case _:

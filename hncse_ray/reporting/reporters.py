@@ -138,14 +138,7 @@ class MetricsFile(_Lines):
         if isinstance(event, RunStarted):
             self._begin(event)
         elif isinstance(event, StepsLogged):
-            self._append(
-                {
-                    "step": event.step,
-                    **event.metrics,
-                    "learning_rate": event.learning_rate,
-                    "sentences_per_s": event.sentences_per_s,
-                }
-            )
+            self._append({"step": event.step, **event.numbers})
         elif isinstance(event, Evaluated):
             self._append({"step": event.step, "split": event.split, **event.scores, "is_best": event.is_best})
         elif isinstance(event, Verdict):
@@ -231,9 +224,11 @@ def describe(event: Event, run: RunStarted | None = None) -> str:
         case StepsLogged():
             assert run is not None
             index = _describe_index(event.metrics, renewed=run.renews_index)
+            share = event.model_flops_utilisation
+            peak = "" if share is None else f"  {100 * share:.1f}% of peak FLOP/s"
             return (
                 f"step {event.step}/{run.total_steps}  loss {event.metrics['loss']:.4f}"
-                f"  {event.sentences_per_s:,.1f} {run.rows_are}/s{index}"
+                f"  {event.sentences_per_s:,.1f} {run.rows_are}/s{peak}{index}"
             )
         case Evaluated():
             scores = "  ".join(f"{name} {value:.4f}" for name, value in event.scores.items())

@@ -314,6 +314,7 @@ def _training(words: Words) -> tuple[tuple[str, str, dict[str, str]], ...]:
         ("Uniformity", "lower is more spread out", {"uniformity": "uniformity"}),
         ("Learning rate", "learning rate", {"learning_rate": "learning rate"}),
         ("Speed", "rows a second", {"sentences_per_s": "speed"}),
+        ("Model FLOPs utilisation", "share of the GPUs' peak", {"model_flops_utilisation": "utilisation"}),
     )
 
 

@@ -28,6 +28,7 @@ from hncse_ray.training.guards import Guards
 from hncse_ray.training.host_copy import HostCopier, HostCopy
 from hncse_ray.training.input import Input, InputWindow
 from hncse_ray.training.lookup import BatchNegatives
+from hncse_ray.training.model_flops import ModelFlops, peak_flops
 from hncse_ray.training.model_selection import ModelSelection
 from hncse_ray.training.negatives import GlobalNegatives, check_candidates
 from hncse_ray.training.objective import Objective
@@ -100,6 +101,8 @@ class _Trainer:
         )
         self.guards = Guards(train)
         self.log = StepLog()
+        self.peak_flops = peak_flops(self.encoder)
+        self.model_flops = None if self.peak_flops is None else ModelFlops.count(self.encoder)
         recorded = self.settings.evaluation.test  # the trials of a sweep are not
         needed = recorded or ExportChoice.needs_base(self.settings)
         self.base = self.encoder.weights() if needed else None
@@ -183,6 +186,8 @@ class _Trainer:
             batches = self._next_batches()
             metrics, seen = train_step(self.model, self.optimizer, batches, context, max_grad_norm=train.max_grad_norm)
             self.log.add(metrics, seen.z1_bD, [b.sizes for b in batches], float(self.schedule.get_last_lr()[0]))
+            if self.model_flops is not None:
+                self.log.flops += self.model_flops.of(batches)
             self.schedule.step()
             state.step += 1
             self.log.seconds += time.perf_counter() - started
@@ -225,30 +230,34 @@ class _Trainer:
         chunk_size = self.settings.train.grad_cache_chunk_size
         return lay_out(batch, self.encoder, views=self.objective.views, chunk_size=chunk_size)
 
-    def _windows(self) -> tuple[InputWindow, Window | None, tuple[Counter[str], int] | None]:
+    def _windows(self) -> tuple[InputWindow, Window | None, tuple[Counter[str], int] | None, float]:
         """What this rank has counted since the last log."""
         return (
             self.input.window(),
             None if self.negatives is None else self.negatives.window(),
             None if self.views is None else self.views.window(),
+            self.log.flops,
         )
 
-    def _write_log(self, windows: Sequence[tuple[InputWindow, Any, Any]]) -> None:
+    def _write_log(self, windows: Sequence[tuple[InputWindow, Any, Any, float]]) -> None:
         self._settle(block=False)
         started = time.perf_counter()
         means = self.log.means()  # waits for the device
         self.log.seconds += time.perf_counter() - started
         self.state.positive_similarity = means["positive_similarity"]
-        waited, batches = (sum(getattr(of_rank, name) for of_rank, _, _ in windows) for name in ("waited", "batches"))
+        waited, batches = (sum(getattr(of_rank, name) for of_rank, *_ in windows) for name in ("waited", "batches"))
         means["data/waited"] = waited / max(1, batches)
         if self.negatives is not None:
-            means |= self.negatives.metrics(self.state.step, [of_rank for _, of_rank, _ in windows])
+            means |= self.negatives.metrics(self.state.step, [of_rank for _, of_rank, *_ in windows])
         if self.views is not None:
-            means |= self.views.metrics([of_rank for _, _, of_rank in windows])
-        speed = self.log.sentences / self.log.seconds
+            means |= self.views.metrics([of_rank for _, _, of_rank, _ in windows])
+        speed, utilisation = self.log.sentences / self.log.seconds, None
+        if self.peak_flops is not None:
+            flops = sum(of_rank for *_, of_rank in windows)
+            utilisation = flops / self.log.seconds / self.peak_flops / world_size()
         self.state.train_seconds += self.log.seconds
         self.state.sentences += self.log.sentences
-        self.emit(StepsLogged(self.state.step, means, self.log.learning_rate, speed))
+        self.emit(StepsLogged(self.state.step, means, self.log.learning_rate, speed, utilisation))
         self.guards.check(self.state.step, means)
 
     def _begins(self, stage: str) -> None:

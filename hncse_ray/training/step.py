@@ -234,12 +234,14 @@ class Layout:
         rows: of one view.
         slots: of fresh negatives, usable or not; None where none are encoded.
         usable: which of the slots are.
+        lengths: tokens of all rows.
     """
 
     features: dict[str, Any]
     rows: int
     slots: int | None
     usable: Tensor
+    lengths: NDArray[np.int64]
 
 
 def lay_out(batch: LocalBatch, encoder: SentenceEncoder, *, views: int, chunk_size: int | None) -> LocalBatch:
@@ -262,7 +264,9 @@ def _layout(batch: LocalBatch, encoder: SentenceEncoder, rows: slice, *, views: 
     # Where a side's prompt is left out of the pooling, that of the other has as many tokens: see `check_run`.
     features = encoder.layout(tokens, side=None if batch.targets is None else "query")
     usable = np.array([i for i, tokens in enumerate(slots) if tokens is not None], dtype=np.int64)
-    return Layout(features, len(own), None if fresh_cm is None else len(slots), ready_for(usable, encoder.device))
+    lengths = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
+    placed = ready_for(usable, encoder.device)
+    return Layout(features, len(own), None if fresh_cm is None else len(slots), placed, lengths)
 
 
 def _encode(model: Any, batch: LocalBatch, context: StepContext, *, chunk: int) -> list[Tensor]:

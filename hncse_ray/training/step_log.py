@@ -18,6 +18,7 @@ class StepLog:
     def __init__(self) -> None:
         self.steps = 0
         self.sentences = 0
+        self.flops = 0.0
         self.seconds = 0.0
         self.learning_rate = 0.0
         self._metrics: list[Metrics] = []

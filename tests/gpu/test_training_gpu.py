@@ -23,6 +23,7 @@ from hncse_ray.negatives import IndexVersion, plan_index
 from hncse_ray.reporting import Reporters
 from hncse_ray.training.checks import prepare
 from hncse_ray.training.host_copy import HostCopier
+from hncse_ray.training.model_flops import peak_of
 from hncse_ray.training.objective import Objective
 from hncse_ray.training.shard import build_shard
 from hncse_ray.training.step import LocalBatch, StepContext, StepNegatives, train_step
@@ -171,6 +172,8 @@ class TestOneGpuForBoth:
         lines = [json.loads(line) for line in (Path(settings.run_dir) / "metrics.jsonl").read_text().splitlines()]
         steps = [line for line in lines if "loss" in line]
         assert all(np.isfinite(line["loss"]) for line in steps)
+        if peak_of(torch.cuda.get_device_name()) is not None:
+            assert all(0 < line["model_flops_utilisation"] < 1 for line in steps)
         assert all(line["negatives/shards_alive"] == 2 and line["negatives/missing"] == 0 for line in steps)
         assert "cuda" in (Path(settings.run_dir) / "log.txt").read_text()
         vectors = load_encoder(result.model).encode(SENTENCES)

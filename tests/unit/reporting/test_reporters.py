@@ -98,6 +98,10 @@ def test_several_reporters_hear_the_same_and_are_all_closed() -> None:
             "run small resumes at step 8: 12 steps of 16 from 1,300 sentences, 2 workers on cpu, fp32 (as set)",
         ),
         (logged(4), "step 4/12  loss 0.5000  1,234.6 sentences/s"),
+        (
+            replace(logged(4), model_flops_utilisation=0.1784),
+            "step 4/12  loss 0.5000  1,234.6 sentences/s  17.8% of peak FLOP/s",
+        ),
         (scored(4), "step 4  dev  pairs/recall@1 0.2500  pairs/mrr 0.5000"),
         (scored(4, best=True), "step 4  dev  pairs/recall@1 0.2500  pairs/mrr 0.5000  (best)"),
         (CheckpointSaved(4, 0.26), "step 4  checkpoint saved in 0.26 s"),

@@ -24,10 +24,11 @@ from hncse_ray.evaluation import evaluate_retrieval, read_collection, uniformity
 from hncse_ray.reporting import Event, MetricsFile, Notice, RunFinished, RunStarted
 from hncse_ray.reporting.events import CheckpointSaved, Evaluated, Sampled, StageProgress, StepsLogged
 from hncse_ray.storage import write_folder
-from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets, step_log
+from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets, loop, step_log
 from hncse_ray.training.checkpoint import Request
 from hncse_ray.training.evaluator import Measured
 from hncse_ray.training.guards import Guards, batch_uniformity
+from hncse_ray.training.model_flops import ModelFlops
 
 Tree = dict[str, Any]
 Merge = Callable[[Event], None]
@@ -712,6 +713,26 @@ def test_the_uniformity_of_a_log_counts_as_training(
     speeds = [event.sentences_per_s for event in events if isinstance(event, StepsLogged)]
     assert late[0] == 3e6 and finished is not None
     assert all(16 / speed > 1e6 for speed in [*speeds, finished.sentences_per_s])
+
+
+def test_the_log_tells_how_much_of_the_peak_training_has(
+    tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events, _ = run(load_settings(tree, ["train.max_steps=4"]), FolderStore(tmp_path / "unknown"))
+    assert {event.model_flops_utilisation for event in events if isinstance(event, StepsLogged)} == {None}
+    monkeypatch.setattr(loop, "peak_flops", lambda encoder: 1e9)
+    also = MetricsFile(tmp_path / "known.jsonl").on
+    settings = load_settings(tree, ["train.max_steps=4", "encoder.max_length=8"])
+    events, _ = run(settings, FolderStore(tmp_path / "known"), also=also)
+    logged = [event for event in events if isinstance(event, StepsLogged)]
+    flops = ModelFlops.count(load_encoder(settings.encoder.model))
+    most = flops.token * 8 + flops.pair * 64
+    for event in logged:
+        a_row = (event.model_flops_utilisation or 0.0) * 1e9 / event.sentences_per_s / 2  # two views
+        assert most / 4 < a_row <= most * (1 + 1e-9)
+    rows = [json.loads(line) for line in (tmp_path / "known.jsonl").read_text().splitlines()]
+    found = [row["model_flops_utilisation"] for row in rows if "loss" in row]
+    assert found == [event.model_flops_utilisation for event in logged] and found
 
 
 class TestGuards:
