@@ -115,6 +115,9 @@ def check_run(
     for text in _too_late(settings, steps):
         reporter.on(Notice(text))
     check_candidates(settings, corpus)
+    if settings.negatives.source != "none" and (candidates := settings.negatives.candidates) >= len(corpus):
+        others = counted(len(corpus) - 1, f"other {corpus.rows_are.removesuffix('s')}")
+        reporter.on(Notice(f"negatives.candidates = {candidates}: an anchor has {others}, so all are candidates"))
     check_views(settings, corpus, lambda text: reporter.on(Notice(text)))
     if (last_batch := plan.rows % batch_size) >= settings.smallest_batch:
         check_objective(settings, dimension=encoder.dimension, batch_size=last_batch)

@@ -40,18 +40,19 @@ _UNUSED_BATCHES = 50
 
 
 def check_candidates(settings: Settings, corpus: Corpus) -> None:
-    """See that every anchor has as many neighbours as are to be looked up.
+    """See that every anchor has as many neighbours as it is to be given.
 
     Raises:
         DataError: the corpus is too small.
     """
-    rows, candidates = len(corpus), settings.negatives.candidates
-    if settings.negatives.source != "none" and candidates >= rows:
+    rows, least = len(corpus), settings.neighbours_per_anchor + settings.negatives.skip_hardest
+    if settings.negatives.source != "none" and least >= rows:
+        wanted = "objective.group_size" if settings.objective.name == "instance_smoothing" else "negatives.per_anchor"
         raise DataError(
             f"has {counted(rows, corpus.rows_are.removesuffix('s'))}, so an anchor has {counted(rows - 1, 'neighbour')}"
-            f", fewer than negatives.candidates = {candidates}",
+            f", fewer than the {least} that it is to be given",
             f"corpus {settings.corpus.place}",
-            "Lower negatives.candidates or give a larger corpus",
+            f"Lower {wanted} or give a larger corpus",
         )
 
 

@@ -495,7 +495,10 @@ class TestMine:
     @pytest.mark.parametrize(
         ("changes", "said"),
         [
-            (["negatives.candidates=40"], ["has 40 sentences, so an anchor has 39 neighbours"]),
+            (
+                ["negatives.candidates=50", "negatives.per_anchor=40"],
+                ["has 40 sentences, so an anchor has 39 neighbours", "Lower negatives.per_anchor"],
+            ),
             (["negatives.per_anchor=33"], ["per_anchor 33 + skip_hardest 0 is more than the 32 candidates"]),
             (["negatives.perAnchor=3"], ["did you mean 'negatives.per_anchor'?"]),
             (["encoder.max_length=4000"], ["it takes 64 tokens at most"]),

@@ -312,8 +312,28 @@ def test_each_search_says_which_rows_come_next(tree: Tree, tmp_path: Path) -> No
     assert all(call in asked for call in following[:8]) and all(call in following for call in asked)
 
 
-def test_more_candidates_than_sentences_are_refused(tree: Tree, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"300 sentences.*299 neighbours.*negatives\.candidates = 300"):
-        carry_out(negatives_settings(tree, "negatives.candidates=300"), tmp_path)
-    run = carry_out(negatives_settings(tree, "negatives.candidates=299", "train.max_steps=1"), tmp_path)
-    assert run.finished is not None
+@pytest.mark.parametrize(
+    ("objective", "wanted"), [("info_nce", "negatives.per_anchor"), ("instance_smoothing", "objective.group_size")]
+)
+def test_more_negatives_of_an_anchor_than_sentences_are_refused(
+    tree: Tree, tmp_path: Path, objective: str, wanted: str
+) -> None:
+    changes = [f"objective.name={objective}", f"{wanted}=300", "negatives.candidates=400"]
+    with pytest.raises(DataError, match=rf"300 sentences.*299 neighbours.*the 300 that.*\. Lower {wanted}"):
+        carry_out(negatives_settings(tree, *changes), tmp_path)
+
+
+def test_of_a_small_corpus_all_other_sentences_are_candidates(tree: Tree, tmp_path: Path) -> None:
+    def losses(candidates: int) -> list[float]:
+        changes = [f"negatives.candidates={candidates}", "negatives.max_score=null", "train.max_steps=2"]
+        run = carry_out(negatives_settings(tree, *changes), tmp_path / str(candidates))
+        assert run.series("missing") == [0, 0] and run.series("usable") == [1, 1]
+        return [log.metrics["loss"] for log in run.logs]
+
+    assert losses(299) == losses(400)
+
+
+def test_a_band_that_a_small_corpus_does_not_reach_is_left_out(tree: Tree, tmp_path: Path) -> None:
+    changes = ["negatives.candidates=400", "negatives.sampling=bands", "negatives.bands=[5,350]", "train.max_steps=1"]
+    run = carry_out(negatives_settings(tree, *changes, "negatives.max_score=null"), tmp_path)
+    assert run.series("usable") == [1]
