@@ -18,7 +18,7 @@ import xxhash
 from hncse_ray.config import CorpusSettings
 from hncse_ray.corpus.sentences import count_words, pack_passages, split_sentences
 from hncse_ray.corpus.text import document_name, name_hash, normalise
-from hncse_ray.errors import DataError
+from hncse_ray.errors import DataError, counted
 from hncse_ray.reading import (
     Document,
     DocumentError,
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 TITLE_COLUMN, ID_COLUMNS = "title", ("_id", "id")
 _RULES = 2  # raise it when what is read of a file changes: kept corpora are then made again
-_NAMED_FAULTS = 3  # files that cannot be read are named so often, and all are counted
+_NAMED_FAULTS = 3  # files that cannot be read, and kinds that are not, are named so often, and all are counted
 _SHINGLE, _PERMUTATIONS = 5, 128  # words of a shingle; numbers of a signature
 _BATCH = 4096  # shingles hashed at a time, each of which takes a KiB
 
@@ -207,13 +207,13 @@ def _shingles(text: str) -> Iterator[str]:
         yield from (text[i : i + _SHINGLE] for i in range(max(1, len(text) - _SHINGLE + 1)))
 
 
-def _files(settings: CorpusSettings) -> Iterator[tuple[File, bool]]:
-    """Yield the files of the paths, and whether each was named itself."""
+def _files(settings: CorpusSettings, others: Counter[str] | None = None) -> Iterator[tuple[File, bool]]:
+    """Yield the files of the paths, and whether each was named itself; count other kinds in folders by ending."""
     for pattern in settings.path:
         is_folder_url = is_remote(pattern) and names_folder(pattern)
         for path in [pattern] if is_folder_url else expand_path(pattern, folders=True):
             if isinstance(path, str) or (isinstance(path, Path) and path.is_dir()):
-                yield from ((file, False) for file in documents_in(path))
+                yield from ((file, False) for file in documents_in(path, others))
             else:
                 check_file(path)
                 yield path, True
@@ -237,7 +237,8 @@ def _is_table(path: File) -> bool:
 def _documents(settings: CorpusSettings, counts: Counter[str]) -> Iterator[tuple[str, Document]]:
     """Yield what each document is known by, and it."""
     faults: Counter[str] = Counter()
-    for number, (path, named) in enumerate(_files(settings)):
+    others: Counter[str] = Counter()
+    for number, (path, named) in enumerate(_files(settings, others)):
         if _is_table(path):
             for name, document in _table(path, settings, counts):
                 yield f"{number}\0{name}", document
@@ -254,6 +255,10 @@ def _documents(settings: CorpusSettings, counts: Counter[str]) -> Iterator[tuple
                 log.warning("left out: %s", error)
     if any(count > _NAMED_FAULTS for count in faults.values()):
         log.warning("left out files: %s", ", ".join(f"{count} {reason}" for reason, count in sorted(faults.items())))
+    if others:
+        kinds = ", ".join(f"{count:,} {ending}" for ending, count in others.most_common(_NAMED_FAULTS))
+        more = ", ..." if len(others) > _NAMED_FAULTS else ""
+        log.warning("left out %s of other kinds: %s%s", counted(others.total(), "file"), kinds, more)
 
 
 def _table(path: File, settings: CorpusSettings, counts: Counter[str]) -> Iterator[tuple[str, Document]]:

@@ -6,6 +6,7 @@ import os
 import re
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -88,13 +89,14 @@ def document_kind(path: File) -> DocumentKind | None:
     return DOCUMENT_ENDINGS.get(ending_of(path)[1])
 
 
-def documents_in(folder: Path | str) -> list[File]:
+def documents_in(folder: Path | str, others: Counter[str] | None = None) -> list[File]:
     """Return the documents in a folder and those below it, in the order of their paths.
 
     Hidden files and folders, and links to folders, are left out.
 
     Args:
         folder: one here, or the URL of one.
+        others: gains how many files of other kinds there are, by ending.
 
     Raises:
         DataError: a folder cannot be read, or there is none.
@@ -110,6 +112,8 @@ def documents_in(folder: Path | str) -> list[File]:
         for where, folders, names in os.walk(folder, onerror=refuse):
             folders[:] = [name for name in folders if not name.startswith(".")]
             found += [Path(where, name) for name in names if not name.startswith(".")]
+    if others is not None:
+        others.update(PurePath(str(file)).suffix.lower() or "no ending" for file in found if not document_kind(file))
     documents = sorted(
         (file for file in found if document_kind(file) and (isinstance(file, UrlFile) or file.is_file())),
         key=lambda file: PurePath(str(file)).parts,

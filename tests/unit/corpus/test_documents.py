@@ -246,6 +246,19 @@ def test_a_file_that_is_no_document_is_refused_by_name_and_counted_in_a_folder(t
     assert f"{name}: " in caplog.text
 
 
+def test_files_of_other_kinds_in_a_folder_are_counted_by_their_ending(tmp_path, caplog):
+    names = ["a.pdf", "b.PDF", "sub/c.pdf", "d.docx", "e.docx", "LICENSE", ".hidden", "x.png", "y.css"]
+    write(tmp_path, dict.fromkeys(names, b"x") | {"a.txt": b"A text."})
+    assert len(read(tmp_path)[0]) == 1
+    said = "left out 8 files of other kinds: 3 .pdf, 2 .docx, 1 no ending, ..."
+    assert [record.message for record in caplog.records] == [said]
+    caplog.clear()
+    (tmp_path / "alone").mkdir()
+    write(tmp_path / "alone", {"a.txt": b"A text."})
+    read(tmp_path / "alone")
+    assert not caplog.records
+
+
 def test_what_is_not_there_and_what_does_not_fit(tmp_path, prepare):
     with pytest.raises(DataError, match="has no documents, only 1 file of other kinds. A folder's .txt, .md and .html"):
         read(write(tmp_path / "tables", {"corpus.jsonl": "{}"}))
