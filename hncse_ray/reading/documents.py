@@ -120,8 +120,8 @@ def documents_in(folder: Path | str, others: Counter[str] | None = None) -> list
     )
     if not documents:
         hint = "A folder's .txt, .md and .html files are read; of JSONL, CSV and Parquet name the file itself"
-        others = f", only {counted(len(found), 'file')} of other kinds" if found else ""
-        raise DataError(f"has no documents{others}", str(folder), hint)
+        only = f", only {counted(len(found), 'file')} of other kinds" if found else ""
+        raise DataError(f"has no documents{only}", str(folder), hint)
     return documents
 
 
