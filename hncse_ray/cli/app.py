@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -136,9 +137,17 @@ def command(run: Callable[[Console], dict[str, Any]], as_json: bool, *, resumes:
         hint = "See that the path is right and yours to use"
         raise _refusal(HncseError(str(error.strerror), os.fsdecode(error.filename), hint)) from None
     except KeyboardInterrupt:
-        advice = "; the same command again goes on where it stopped" if resumes else ""
-        plain_console(stderr=True).print(f"stopped{advice}", style="yellow")
+        _say_stopped(resumes)
         raise typer.Exit(130) from None
+    except SystemExit as end:
+        if end.code == 128 + signal.SIGTERM:
+            _say_stopped(resumes)
+        raise
+
+
+def _say_stopped(resumes: bool) -> None:
+    advice = "; the same command again goes on where it stopped" if resumes else ""
+    plain_console(stderr=True).print(f"stopped{advice}", style="yellow")
 
 
 def plain_console(*, stderr: bool) -> Console:

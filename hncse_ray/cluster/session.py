@@ -163,16 +163,26 @@ def _disconnect() -> None:
 
 @contextmanager
 def _leaving_on_sigterm() -> Iterator[Callable[[], None]]:
-    """Have a command that is terminated leave its contexts; yield what sees to it again."""
+    """Have a command that is terminated leave its contexts and end with status 143; yield what sees to it again."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
+    terminated = False
+
+    def leave(number: int, frame: Any) -> None:
+        nonlocal terminated
+        terminated = True
+        sys.exit(128 + number)
 
     def see_to_it() -> Any:
-        return signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        return signal.signal(signal.SIGTERM, leave)
 
     before = see_to_it()
     try:
         yield see_to_it
+    except (SystemExit, KeyboardInterrupt) as error:
+        if terminated:  # Ray's calls pass an exit on with status 1, and Ray Train's `fit` with 0
+            raise SystemExit(128 + signal.SIGTERM) from error
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)

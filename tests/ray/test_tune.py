@@ -130,6 +130,20 @@ def test_a_trial_whose_process_is_killed_goes_on_in_another(recipe: Path) -> Non
     assert [log.count("resumes at step") for log in logs] == [1, 0]
 
 
+def test_a_terminated_sweep_ends_with_the_status_of_that(recipe: Path) -> None:
+    out = recipe.parent / "terminated"
+    command = Command(
+        "tune", str(recipe), "train.max_steps=4000", "--trials", "2", "--stopping", "none", "--out", str(out),
+        "--space", str(recipe.parent / "one.yaml"),
+    )  # fmt: skip
+    soon((out / "trials/trial-0000/checkpoints/step_000000020").exists, within_s=240, what="a checkpoint")
+    command.process.send_signal(signal.SIGTERM)
+    _, err = command.ended(within_s=120)
+    assert command.process.returncode == 143 and "Traceback" not in err
+    assert err.splitlines()[-1] == "stopped; the same command again goes on where it stopped"
+    assert command.is_gone(), command.processes()
+
+
 @pytest.mark.slow
 def test_killed_and_interrupted_a_sweep_goes_on_and_runs_nothing_twice(recipe: Path) -> None:
     out = recipe.parent / "killed"

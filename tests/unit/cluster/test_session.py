@@ -89,11 +89,28 @@ def test_a_command_that_is_terminated_leaves_its_contexts(head: Head, monkeypatc
 
     monkeypatch.setattr(session, "_connect", connect)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit), session.ray_meanwhile() as join_ray:
+    with pytest.raises(SystemExit) as ended, session.ray_meanwhile() as join_ray:
         join_ray()
         signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 143
     assert head.joined == ["127.0.0.1:1", "left"] and head.has_ended
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("passed_on", [SystemExit(1), KeyboardInterrupt()])
+def test_a_command_that_is_terminated_in_a_call_of_rays_has_the_status_of_that(
+    head: Head, passed_on: BaseException
+) -> None:
+    """`ray.get` makes another exit of it, and so does Ray Train."""
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as ended, session.ray_meanwhile() as join_ray:
+        join_ray()
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except SystemExit:
+            raise passed_on from None
+    assert isinstance(ended.value, SystemExit) and ended.value.code == 143
+    with pytest.raises(type(passed_on)), session.ray_meanwhile():
+        raise passed_on  # for a cause of its own
 
 
 def test_a_ray_whose_process_is_killed_ends_the_command_at_once_and_is_said(tmp_path: Path) -> None:
