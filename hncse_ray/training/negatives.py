@@ -209,17 +209,19 @@ class GlobalNegatives:
 
     def metrics(self, step: int, windows: Sequence[Window]) -> dict[str, float]:
         """Return the means of all ranks' windows, by name; on the first rank."""
-        status = self._status() or SourceStatus()
+        known = self._status()
+        status = known or SourceStatus()
         facts = window_facts(windows)
         version = windows[0].version or status.version
         if version is not None:
             facts |= {"index_step": float(version.step), "index_age_steps": float(step - version.step)}
-        facts |= {
-            "shards_alive": float(status.shards_alive),
-            "build_seconds": status.build_seconds,
-            "build_rows_per_s": status.rows_per_s,
-            "failed_builds": float(status.failed_builds),
-        }
+        facts["failed_builds"] = float(status.failed_builds)
+        if known is None or known.version is not None:  # before the first version no shard serves one
+            facts |= {
+                "shards_alive": float(status.shards_alive),
+                "build_seconds": status.build_seconds,
+                "build_rows_per_s": status.rows_per_s,
+            }
         return {f"negatives/{name}": value for name, value in facts.items()}
 
     def look_up_again(self, number: int) -> LookedUp | None:

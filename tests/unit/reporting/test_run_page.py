@@ -170,6 +170,13 @@ def test_a_figure_says_what_it_shows(tmp_path: Path) -> None:
     assert label == "by optimiser step. loss: 1 at 10, 0.5 at 20, least 0.5, most 1"
 
 
+@pytest.mark.parametrize(("finished", "told"), [(True, "before the end"), (False, "yet")])
+def test_a_run_that_had_no_index_says_so(tmp_path: Path, finished: bool, told: str) -> None:
+    leave_run(tmp_path, finished=finished, extra={"negatives/missing": 1.0, "negatives/failed_builds": 0.0})
+    page = written(tmp_path)
+    assert f"<li>no index was ready {told}</li>" in page and "alive" not in page
+
+
 def test_global_negatives(tmp_path: Path) -> None:
     leave_run(tmp_path, extra=POOL)
     page = written(tmp_path)

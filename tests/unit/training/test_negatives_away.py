@@ -140,6 +140,8 @@ def test_while_nothing_can_be_published_the_run_says_so_once(
     settings = negatives_settings(tree, f"negatives.refresh={refresh}")
     run = disturbed(settings, tmp_path, clock, failing("publish", range(5)))
     assert run.series("missing")[:5] == [1] * 5 and run.series("missing")[6:] == [0] * 6
+    assert not any("negatives/shards_alive" in log.metrics for log in run.logs[:5])  # there is no index to be served
+    assert run.logs[-1].metrics["negatives/shards_alive"] == 1
     assert len(said(run, OLD)) == 1
     assert run.notices == said(run, OLD)
 
