@@ -105,6 +105,19 @@ class Parameter:
                 tree |= {} if d.step is None else {"step": d.step}
         return tree | ({"when": {key: list(choices) for key, choices in self.when.items()}} if self.when else {})
 
+    def choices(self, most: int) -> list[Value] | None:
+        """All values it may take; None if there are more than ``most``, as in a range without steps."""
+        match self.distribution:
+            case CategoricalDistribution() as d:
+                found: list[Value] = list(d.choices)
+            case IntDistribution() as d:
+                found = list(range(d.low, d.high + 1, d.step)[: most + 1])
+            case FloatDistribution(low=low, high=high, step=float(step)):
+                found = [_on_grid(low + i * step, low, step) for i in range(min(most, round((high - low) / step)) + 1)]
+            case _:
+                return None
+        return found if len(found) <= most else None
+
     def ends(self) -> tuple[Value, ...]:
         """The values at the edge of what is allowed; all of them for a categorical one."""
         match self.distribution:
@@ -133,6 +146,21 @@ class SearchSpace:
             if parameter.is_active(values):
                 values[parameter.key] = parameter.suggest(trial)
         return values
+
+    def combinations(self, most: int) -> list[Values] | None:
+        """Return all combinations of values; None if there are more than ``most``, as of a parameter without steps."""
+        combinations: list[Values] = [{}]
+        for parameter in self.parameters:
+            choices = parameter.choices(most)
+            if choices is None:
+                return None
+            combinations = list(itertools.chain.from_iterable(
+                [values | {parameter.key: choice} for choice in choices]
+                if parameter.is_active(values) else [values] for values in combinations
+            ))  # fmt: skip
+            if len(combinations) > most:
+                return None
+        return combinations
 
     def check(self, base: Settings) -> None:
         """See that every parameter is a setting, at both ends of its range, wherever it is active.

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import sqlite3
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 Stopping = Literal["asha", "median", "none"]
 _MOST_MISFITS = 200  # combinations in a row that no settings allow, before the space is called impossible
-_MOST_REPEATS = 10  # of combinations that were tried already; a small space has no others
+_SMALL_SPACE = 500  # combinations, of which those that are left are known
+_MOST_REPEATS = 10  # of combinations of a larger space that were tried already
 _STARTUP_TRIALS = 8  # sampled at random before TPE has something to go by
 _MISFIT = "misfit"  # attribute of what was sampled but never run; it says why
 _ASKED = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
@@ -103,8 +105,12 @@ class SweepStudy:
             trial = self._ask()
             values = self._space.suggest(trial)
             reason = self._accepts(values)
-            if reason is None and attempt < _MOST_REPEATS and self._has_tried(values):
-                reason = "another trial has the same values, and all have the same seed"
+            if reason is None and self._is_tried(values):
+                others = self._untried()
+                if others:
+                    self.study.enqueue_trial(random.Random(trial.number).choice(others))
+                if others or (others is None and attempt < _MOST_REPEATS):
+                    reason = "another trial has the same values, and all have the same seed"
             if reason is None:
                 trial.set_user_attr("values", values)
                 return TrialTask(trial.number, values)
@@ -172,9 +178,23 @@ class SweepStudy:
             )
         return self.study.ask()
 
-    def _has_tried(self, values: Values) -> bool:
+    def _is_tried(self, values: Values) -> bool:
+        return values in self._tried()
+
+    def _tried(self) -> list[Values]:
         trials = self.study.get_trials(deepcopy=False, states=[state for state in _ASKED if state != TrialState.FAIL])
-        return any(trial.user_attrs.get("values") == values for trial in trials)
+        return [trial.user_attrs["values"] for trial in trials if "values" in trial.user_attrs]
+
+    def _untried(self) -> list[Values] | None:
+        """Return the combinations that are left of a small space; None of a large one."""
+        tried = self._tried()
+        return None if self._fitting is None else [values for values in self._fitting if values not in tried]
+
+    @cached_property
+    def _fitting(self) -> list[Values] | None:
+        """All combinations that fit together; None if there are many."""
+        combinations = self._space.combinations(_SMALL_SPACE)
+        return None if combinations is None else [values for values in combinations if self._accepts(values) is None]
 
     def _frozen(self, number: int) -> FrozenTrial:
         return self.study.get_trials(deepcopy=False)[number]

@@ -79,6 +79,29 @@ def test_values_are_tried_once_as_long_as_there_are_others(tmp_path: Path) -> No
     assert study.next().values in [task.values for task in tried] and study.unfinished(5) == 4
 
 
+def test_trials_of_a_space_that_is_used_up_are_numbered_one_by_one(tmp_path: Path) -> None:
+    space = parse_space(
+        {
+            "parameters": {
+                "objective.name": {"categorical": ["info_nce", "hybrid"]},
+                "objective.w_neg": {"uniform": [0.1, 0.3], "step": 0.1, "when": {"objective.name": "hybrid"}},
+                "train.batch_size": {"int": [8, 16], "step": 8},
+            }
+        },
+        "space",
+    )
+    misfit = {"objective.name": "info_nce", "train.batch_size": 8}
+    study = SweepStudy(
+        tmp_path, space, seed=0, stopping="none", grace=10, accepts=lambda values: "no" if values == misfit else None
+    )
+    tasks = [study.next() for _ in range(7)]
+    assert len({str(task.values) for task in tasks}) == 7 and misfit not in [task.values for task in tasks]
+    assert tasks[-1].number <= 2 * 7 + 3  # a combination that was tried costs one number, and so does a misfit
+    again = [study.next().number for _ in range(5)]
+    misfits = [t.number for t in study.study.get_trials() if t.user_attrs.get("misfit") == "no"]
+    assert again == [n for n in range(tasks[-1].number + 1, again[-1] + 1) if n not in misfits]
+
+
 def test_suggestions_depend_on_the_seed_and_the_past_not_on_interruptions(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("whole", "cut", "other")]
     for folder in folders:
