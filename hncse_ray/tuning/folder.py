@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import TypeAdapter, ValidationError
 
 from hncse_ray.config import Settings, changes, load_settings
-from hncse_ray.errors import SettingsError, StorageError
+from hncse_ray.errors import SettingsError, StorageError, counted
 from hncse_ray.recipe import find_space, read_yaml, write_yaml
 from hncse_ray.storage import leave_nothing, locked, write_atomically
 from hncse_ray.tuning.space import SearchSpace, apply_values, parse_space
@@ -160,10 +160,18 @@ def read_sweep(folder: Path) -> Sweep:
         raise StorageError("is not the folder of a sweep: it has no sweep.yaml", str(folder))
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        parts = ("options", "space", "settings")
+        if lacking := [part for part in parts if not isinstance(tree, dict) or not isinstance(tree.get(part), dict)]:
+            raise ValueError(f"it has no {' and no '.join(lacking)}")
         options = TypeAdapter(SweepOptions).validate_python(tree["options"])
         return Sweep(load_settings(tree["settings"]), parse_space(tree["space"], str(path)), options)
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, ValidationError, SettingsError) as error:
-        raise StorageError(f"cannot be read ({' '.join(str(error).split())})", str(path)) from error
+    except (OSError, ValueError, TypeError, yaml.YAMLError, SettingsError) as error:
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"options.{first['loc'][0]}: {first['msg'].lower()}"
+        hint = "`hncse tune` wrote it: put back what was changed, or begin another sweep with another --out"
+        raise StorageError(f"cannot be read ({' '.join(reason.split())})", str(path), hint) from error
 
 
 @contextmanager
@@ -207,7 +215,7 @@ def _differences(stored: Sweep, sweep: Sweep) -> list[str]:
     if stored.space != sweep.space:
         found.append("the search space differs")
     if (stored.options.stopping, stored.grace_steps) != (sweep.options.stopping, sweep.grace_steps):
-        found.append(f"poor trials were stopped by {stored.options.stopping} after {stored.grace_steps} steps,"
+        found.append(f"poor trials were stopped by {stored.options.stopping} after {counted(stored.grace_steps, 'step')},"
                      f" now by {sweep.options.stopping} after {sweep.grace_steps}")  # fmt: skip
     return found
 

@@ -122,11 +122,20 @@ def test_a_sweep_that_came_to_nothing_leaves_nothing_and_one_that_began_stays(tm
 
 
 @pytest.mark.parametrize(
-    "text", ["", "options: 3", "options: {trials: 3}", "a: [", "options: {}\nspace: {}\nsettings: {}"]
+    ("text", "told"),
+    [
+        ("", "it has no options and no space and no settings"),
+        ("options: 3", "it has no options and no space"),
+        ("options: {trials: 3}", "it has no space and no settings"),
+        ("a: [", "while parsing .* line 1"),
+        ("options: {}\nspace: {}\nsettings: {}", "settings: setting 'corpus' is missing"),
+        ("options: {trials: 0}\nspace: {}\nsettings: {}", "--trials: 0 is too few"),
+        ("options: {trials: x}\nspace: {}\nsettings: {}", "options.trials: input should be a valid integer"),
+    ],
 )
-def test_a_damaged_sweep_file_is_an_error(tmp_path: Path, text: str) -> None:
+def test_a_damaged_sweep_file_is_an_error(tmp_path: Path, text: str, told: str) -> None:
     (tmp_path / "sweep.yaml").write_text(text)
-    with pytest.raises(StorageError, match=r"sweep.yaml: cannot be read"):
+    with pytest.raises(StorageError, match=rf"sweep.yaml: cannot be read \({told}.*\)\. `hncse tune` wrote it"):
         read_sweep(tmp_path)
     with pytest.raises(StorageError, match="has no sweep.yaml"):
         read_sweep(tmp_path / "nowhere")
