@@ -92,7 +92,17 @@ def mine(settings: Settings, out: Path, *, reporter: Reporter | None = None) -> 
         raise ModelError(f"it takes {limit} tokens at most", settings.encoder.model, "Lower encoder.max_length")
     corpus = prepare(settings, encoder, reporter)
     check_candidates(settings, corpus)
-    with _Parts.claimed(out, _fingerprint(settings, encoder, corpus), corpus) as parts, ray_session():
+    with _Parts.claimed(out, _fingerprint(settings, encoder, corpus), corpus) as parts:
+        if parts.blocks():
+            _mine_with_pool(settings, encoder, parts, reporter)
+        facts = parts.finish(settings.negatives.per_anchor)
+    return MineReport(out=str(out), seconds=time.monotonic() - started, **facts)
+
+
+def _mine_with_pool(settings: Settings, encoder: SentenceEncoder, parts: _Parts, reporter: Reporter) -> None:
+    """Have the shards of a pool encode the corpus, and mine the blocks that are not done."""
+    corpus = parts.corpus
+    with ray_session():
         plan = place_pool(settings, survey(), rows=len(corpus), dimension=encoder.dimension)
         reporter.on(StageProgress(plan.describe(), 0, None))
         with negative_pool(settings, plan, corpus, parts.folder / "index") as handles:
@@ -104,8 +114,6 @@ def mine(settings: Settings, out: Path, *, reporter: Reporter | None = None) -> 
                 _mine_blocks(client, parts, settings, reporter)
             finally:
                 client.close()
-        facts = parts.finish(settings.negatives.per_anchor)
-    return MineReport(out=str(out), seconds=time.monotonic() - started, **facts)
 
 
 class _Parts:

@@ -125,6 +125,18 @@ def cosines(world: World) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------ what is in the file
 
 
+def test_stopped_after_its_last_block_it_joins_the_blocks_and_encodes_nothing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, out = world.settings(), tmp_path / "mined.parquet"
+    with world.parts(out, settings) as parts:
+        _mine_blocks(Source(world.inner), parts, settings, Progress())  # type: ignore[arg-type]
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setattr(mine_module, "ray_session", lambda: pytest.fail("Ray is started"))
+    report = mine_module.mine(settings, out)
+    assert pq.read_table(out).num_rows == report.rows == ROWS and not parts.folder.exists()
+
+
 @pytest.mark.parametrize(
     ("m", "names"),
     [
