@@ -8,12 +8,14 @@ import io
 import json
 import logging
 import os
+import select
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -30,7 +32,49 @@ if TYPE_CHECKING:
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-app = typer.Typer(
+
+class _Commands(typer.Typer):
+    """The command line in a process of its own: as other tools, it ends when nobody reads its output any more."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        unread = False
+
+        def leave(number: int, frame: object) -> None:
+            nonlocal unread
+            given_up = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
+            for stream in given_up:  # or Python would write what is left, and say that it cannot
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if given_up:  # else it was a connection's end, which whoever writes to that sees to
+                unread = True
+                sys.exit(128 + number)
+
+        signal.signal(signal.SIGPIPE, leave)
+        _make_streams_usable()
+        try:
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                sys.stdout.flush()
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            raise SystemExit(_no_room(error).exit_code) from None
+        except SystemExit as end:
+            if unread:  # Ray's calls pass an exit on with another status
+                raise SystemExit(128 + signal.SIGPIPE) from end
+            raise
+
+
+def _is_unread(stream: object) -> bool:
+    """Whether a stream writes into a pipe that nobody reads from."""
+    if not isinstance(stream, io.TextIOWrapper) or stream.closed:
+        return False
+    look = select.poll()
+    look.register(stream, 0)
+    return any(event & select.POLLERR for _, event in look.poll(0))
+
+
+app = _Commands(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -130,8 +174,7 @@ def command(run: Callable[[Console], dict[str, Any]], as_json: bool, *, resumes:
         raise _refusal(error) from None
     except OSError as error:
         if error.errno in _NO_ROOM:
-            _give_up_what_cannot_be_written()
-            raise _refusal(HncseError(f"a file or standard output cannot be written ({error.strerror})")) from None
+            raise _no_room(error) from None
         if error.filename is None:  # not about a path that someone gave
             raise
         hint = "See that the path is right and yours to use"
@@ -170,21 +213,36 @@ def _check_surroundings() -> None:
         raise HncseError(f"the present folder is gone ({error.strerror})", hint="Change to another") from None
 
 
-def _give_up_what_cannot_be_written() -> None:
-    """Write nothing more to a standard output that is full: Python would try it again at its end, and say that."""
+def _no_room(error: OSError) -> typer.Exit:
+    """Refuse what is full; write no more to it if that is standard output: Python would try again at its end."""
     try:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return _refusal(HncseError(f"a file or standard output cannot be written ({error.strerror})"))
 
 
 def _make_streams_usable() -> None:
-    """Have characters that a stream cannot take written as escapes, and a standard input that is closed be empty."""
+    """Have characters that a stream cannot take written as escapes; of one that is closed nothing is read or seen."""
     if sys.stdin is None:
         sys.stdin = open(os.devnull)
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+class _Lines(logging.StreamHandler[IO[str]]):
+    """Writes lines; if nobody reads them any more, the main thread learns it, and ends the command."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGPIPE)
+        else:
+            super().handleError(record)
 
 
 def _configure_logging(console: Console) -> None:
@@ -199,7 +257,7 @@ def _configure_logging(console: Console) -> None:
             # The lines of a run are for its log file: here its bars show the same.
             handler.addFilter(lambda record: record.name != "hncse_ray.reporting.reporters")
         else:
-            handler = logging.StreamHandler(console.file)
+            handler = _Lines(console.file)
             handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
 

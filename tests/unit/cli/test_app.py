@@ -77,13 +77,55 @@ def test_what_a_stream_cannot_take_is_written_as_escapes(monkeypatch: pytest.Mon
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device here")
-@pytest.mark.parametrize("options", ["", " --json"])
-def test_a_standard_output_that_is_full_is_said(options: str) -> None:
-    command = f"{sys.executable} -m hncse_ray.cli recipes{options} > /dev/full"
+@pytest.mark.parametrize("arguments", ["recipes", "recipes --json", "--help", "train --help"])
+def test_a_standard_output_that_is_full_is_said(arguments: str) -> None:
+    command = f"{sys.executable} -m hncse_ray.cli {arguments} > /dev/full"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     said = "error: a file or standard output cannot be written (No space left on device)"
     assert done.stderr.splitlines()[-1] == said and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", ["recipes", "recipes --json", "--help", "settings --markdown"])
+def test_nobody_who_reads_on_ends_a_command_as_other_tools(arguments: str) -> None:
+    command = [sys.executable, "-m", "hncse_ray.cli", *arguments.split()]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() == 141 and "Traceback" not in said and "Exception ignored" not in said
+
+
+def test_nobody_who_reads_on_ends_a_command_that_works_in_several_threads() -> None:
+    code = """
+import logging, threading, time
+from hncse_ray.cli.app import app, command
+
+def say():
+    while True:
+        logging.getLogger("hncse_ray.test").info("a line")
+        time.sleep(0.01)
+
+@app.command()
+def work():
+    threading.Thread(target=say, daemon=True).start()
+    command(lambda console: time.sleep(600), False)
+
+app(["work"])
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline() == "a line\n"
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_command_does_its_work_with_streams_that_are_closed(closed: str) -> None:
+    command = f"{sys.executable} -m hncse_ray.cli recipes {closed}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr == ""
+    assert ("quickstart" in done.stdout) == (">&-" not in closed.split())
 
 
 def test_a_folder_that_is_gone_and_a_standard_input_that_is_closed(
