@@ -99,5 +99,6 @@ def _print_corpus(console: Console, corpus: Corpus) -> None:
     if report.without_positive is not None:
         table.add_row("of these without a positive", f"{report.without_positive:,}")
     console.print(table)
-    size = f"{report.mean_tokens:.1f} tokens a {'passage' if of_documents else 'sentence'}"
+    row = "a passage" if of_documents else "an anchor" if corpus.has_pairs else "a sentence"
+    size = f"{report.mean_tokens:.1f} tokens {row}"
     console.print(f"{size}, prepared in {report.seconds:.1f} s -> {corpus.path}", markup=False)

@@ -30,7 +30,7 @@ class PrepareReport:
         read: lines or documents seen.
         dropped: how many were dropped, by reason.
         seconds: wall time of the preparation.
-        mean_tokens: tokens a sentence, special tokens included, after truncation.
+        mean_tokens: tokens a sentence (of pairs: an anchor), special tokens included, after truncation.
         without_positive: rows without a positive; None where none were asked for.
         documents: those that the passages kept are of; None where rows are no passages.
     """

@@ -26,6 +26,12 @@ def recipe(small_run: dict[str, Any], tmp_path: Path) -> Path:
     return path
 
 
+def test_the_tokens_of_a_corpus_of_pairs_are_said_to_be_those_of_its_anchors(recipe: Path) -> None:
+    prepared = hncse("prepare", recipe)
+    assert prepared.exit_code == 0, prepared.output
+    assert " tokens an anchor, prepared in " in prepared.stdout
+
+
 def test_a_table_and_a_command_train_a_retriever(recipe: Path, tmp_path: Path) -> None:
     prepared = hncse("prepare", recipe, "--json")
     assert prepared.exit_code == 0, prepared.output
