@@ -90,7 +90,7 @@ def search(
             texts = _Texts(settings, encoders[model], limit, reporter)
             searched = {name: _Searched(encoder, _index(encoder, options, texts)) for name, encoder in encoders.items()}
         if limit < (rows := searched[model].index.rows):
-            logger.warning(f"{limit:,} of {rows:,} texts are searched; --limit sets how many")
+            logger.warning(f"searching {counted(limit, 'text')} of {rows:,}; --limit sets how many")
         found: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for asked in [queries] if queries else _asked(console):
             new = {query: {name: its[i] for name, its in _nearest(searched, asked, top).items()}
@@ -233,8 +233,7 @@ def _table(query: str, by_model: dict[str, list[Hit]]) -> Table:
 
 def _shown(hit: Hit) -> Text:
     head = f"{hit.cosine:.3f}" if hit.document is None else f"{hit.cosine:.3f}  {hit.document}"
-    passages = "passage" if hit.more_passages == 1 else "passages"
-    more = f"  +{hit.more_passages} more {passages}" if hit.more_passages else ""
+    more = f"  +{counted(hit.more_passages, 'more passage')}" if hit.more_passages else ""
     return Text.assemble((head, "bold"), (more, "dim"), "\n", _beginning(hit.text))
 
 
@@ -245,4 +244,4 @@ def _beginning(text: str) -> str:
     if len(shown) > _CHARACTERS:
         words = re.sub(r"\s+\S{0,40}$", "", shown[: _CHARACTERS + 1])  # some scripts have no blanks between words
         shown = f"{words[:_CHARACTERS]}..."
-    return f"{shown}\n... {more} more lines" if more > 0 else shown
+    return f"{shown}\n... {counted(more, 'more line')}" if more > 0 else shown

@@ -112,7 +112,7 @@ def fit_elastic(
     while True:
         n = plan.num_workers if cluster.min_workers is None else _fitting(plan, cluster, cluster.min_workers)
         if n < plan.num_workers:
-            notify(f"{n} of {plan.num_workers} workers fit; the others join as soon as they do")
+            notify(f"there is room for {n} of {plan.num_workers} workers; as soon as there is more, it is taken")
         before = starts.last()
         try:
             finished = attempt(n, Bundles(plan.num_workers - n, plan.each(), cluster.worker_labels))

@@ -39,7 +39,7 @@ from hncse_ray.corpus.runs import (
     write_run,
 )
 from hncse_ray.corpus.sources import Part
-from hncse_ray.errors import ClusterError, DataError, HncseError
+from hncse_ray.errors import ClusterError, DataError, HncseError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class _RayWorkers:
 
     def write_runs(self, folder: Path, job: Job, parts: Sequence[Part]) -> Iterator[Run]:
         if len(parts) < self.workers:
-            logger.info("the source is read in %d part%s, by as many workers", len(parts), "s" * (len(parts) > 1))
+            logger.info("the source is read in %s, by as many workers", counted(len(parts), "part"))
         items = [{"piece": pickle.dumps((number, part))} for number, part in enumerate(parts)]
         read = ray.data.from_items(items, override_num_blocks=len(items)).flat_map(
             _ReadPart(job),

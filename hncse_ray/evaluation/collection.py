@@ -87,5 +87,5 @@ def _judgements(path: Path, queries: Mapping[str, str], position: Mapping[str, i
     if not kept:
         raise DataError("judges no document as relevant", str(path), LAYOUT)
     if len(kept) < len(right):
-        logger.warning("%s: %d of %d queries have no relevant document", path, len(right) - len(kept), len(right))
+        logger.warning("%s: no relevant document for %d of %d queries", path, len(right) - len(kept), len(right))
     return kept

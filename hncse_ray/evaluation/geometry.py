@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import logsumexp
 
-from hncse_ray.errors import DataError
+from hncse_ray.errors import DataError, counted
 from hncse_ray.evaluation.sts import read_sts
 from hncse_ray.evaluation.vectors import Encode, encode_unit
 
@@ -160,5 +160,5 @@ def _unit_matrix(z: ArrayLike, *, min_rows: int) -> Float64Array:
     norm_N = np.linalg.norm(z_ND, axis=1)
     wrong = int(np.count_nonzero(~(np.abs(norm_N - 1) <= NORM_TOLERANCE)))  # NaN is wrong too
     if wrong:
-        raise DataError(f"{wrong} of {len(z_ND)} rows are not unit-norm", hint="Divide each by its norm")
+        raise DataError(f"not unit-norm: {wrong} of {counted(len(z_ND), 'row')}", hint="Divide each by its norm")
     return z_ND

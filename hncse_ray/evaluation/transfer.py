@@ -297,7 +297,7 @@ def _read_task(task: str, data_dir: str | Path) -> dict[str, list[_Row]]:
     least = _LEAST_OF_A_LABEL[transfer_set.choose]
     if counts.min() < least:
         label = transfer_set.labels[int(counts.argmin())]
-        what = f"has {counts.min()} training rows of label {label} where at least {least} are needed"
+        what = f"has {counted(int(counts.min()), 'training row')} of label {label} where at least {least} are needed"
         raise DataError(what, str(folder), "Is a file truncated? Fetch them again")
     return splits
 

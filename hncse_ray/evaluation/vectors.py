@@ -100,7 +100,7 @@ def _check_values(rows_ND: FloatArray, texts: list[str]) -> None:
         raise DataError("the encoder returned zeros only", hint="Is its pooling right?")
     if zeros := int((~some_N).sum()):
         first = texts[int(np.argmin(some_N))]
-        logger.warning("%d of %d sentences have a zero vector, e.g. %r", zeros, len(texts), _shorten(first))
+        logger.warning("a zero vector for %d of %d sentences, e.g. %r", zeros, len(texts), _shorten(first))
 
 
 def _unusable(found: str, rows: int) -> DataError:

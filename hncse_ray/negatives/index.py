@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hncse_ray.errors import ClusterError, DataError, StorageError
+from hncse_ray.errors import ClusterError, DataError, StorageError, counted
 from hncse_ray.negatives.hits import Hits, merge_hits, no_hits, ordered
 from hncse_ray.negatives.index_plan import (
     BLOCK_ROWS,
@@ -122,14 +122,16 @@ class _Filling:
             raise ValueError(f"rows {rows_n.min()} to {rows_n.max()}; the index has {self.rows}")
         bad = int((~np.isfinite(vectors_nD).all(axis=1)).sum())
         if bad:
-            what = f"{bad} of {len(rows_n)} vectors hold values that are not finite (NaN or infinity)"
+            what = f"not finite (NaN or infinity) are values of {bad} of {counted(len(rows_n), 'vector')}"
             raise DataError(what, "index", "Look at the encoder's weights and precision")
         self.put_N[rows_n] = True
 
     def finish(self) -> None:
         if self.put_N is not None and not self.put_N.all():
             missing = int((~self.put_N).sum())
-            raise DataError(f"{missing} of {self.rows} rows were never put", "index", "The encoding was cut short")
+            raise DataError(
+                f"never put: {missing} of {counted(self.rows, 'row')}", "index", "The encoding was cut short"
+            )
         self.put_N = None
 
     def queries(self, queries_QD: NDArray[np.floating[Any]], k: int, threads: int) -> NDArray[np.float32]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
-from hncse_ray.errors import ClusterError, DataError
+from hncse_ray.errors import ClusterError, DataError, counted
 
 IndexKind = Literal["flat", "ivf_flat", "ivf_pq", "exact_torch"]
 
@@ -41,7 +41,7 @@ class IndexPlan:
         disk = f", {size_text(self.bytes_on_disk)} of disk a version" if self.bytes_on_disk else ""
         memory = f"{size_text(self.bytes_at_rest)} of {'GPU memory' if self.on_gpu else 'memory'}"
         building = f"{size_text(self.bytes_building)} while the next is built"
-        return f"{self.kind} index, {self.rows:,} rows x {self.dimension}{lists}: {memory}, {building}{disk}"
+        return f"{self.kind} index, {counted(self.rows, 'row')} x {self.dimension}{lists}: {memory}, {building}{disk}"
 
 
 def plan_index(
@@ -100,7 +100,7 @@ def _plan(kind: IndexKind, rows: int, dimension: int, nprobe: int, on_gpu: bool)
     nlist = pq_bytes = on_disk = extra = 0
     if kind in ("flat", "exact_torch"):
         width = 2 if on_gpu else 4
-        at_rest, each = rows * dimension * width, f"{rows:,} rows x {dimension} x {width} bytes"
+        at_rest, each = rows * dimension * width, f"{counted(rows, 'row')} x {dimension} x {width} bytes"
     else:
         nlist = max(1, min(int(4 * rows**0.5), rows // 39))  # faiss wants 39 training rows a list
         width = 4 * dimension
@@ -115,7 +115,7 @@ def _plan(kind: IndexKind, rows: int, dimension: int, nprobe: int, on_gpu: bool)
         on_disk = rows * dimension * 2
         # the training rows and their residuals, a block being added, and lists growing (a vector doubles)
         extra = 2 * 4 * dimension * (training_rows(rows, nlist) + BLOCK_ROWS) + (at_rest - books) // 2
-        each = f"{rows:,} rows x ({width} + 8) bytes + {size_text(books)} of centroids"
+        each = f"{counted(rows, 'row')} x ({width} + 8) bytes + {size_text(books)} of centroids"
     building = 2 * at_rest + extra + rows  # and a flag a row: was it put
     to_build = f" + {size_text(extra)} to build" if extra else ""
     arithmetic = f"({each}) x 2 versions (one served, one being built){to_build}"

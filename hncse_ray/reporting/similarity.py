@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hncse_ray.errors import counted
 from hncse_ray.storage import replacing
 
 _LEVELS = " ▁▂▃▄▅▆▇█"
@@ -32,7 +33,7 @@ def similarity_lines(found: Similarities) -> list[str]:
     lines = []
     for name, own in (("positives", found.positive), ("negatives", found.negative)):
         bars = "".join(_bar(count, max(own)) for count in own[first:last])
-        lines.append(f"{name}  {bars:<{width}}  {sum(own):,} pairs")
+        lines.append(f"{name}  {bars:<{width}}  {counted(sum(own), 'pair')}")
     return [*lines, f"cosine     {low}{high:>{width - len(low)}}"]
 
 

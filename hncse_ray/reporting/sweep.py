@@ -13,6 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from hncse_ray.errors import counted
+
 logger = logging.getLogger(__name__)
 
 TrialState = Literal["starting", "running", "finished", "stopped early", "failed"]
@@ -111,7 +113,7 @@ class SweepTable:
             shown = [row for row in rows if row.name in kept]
         parts: list[Table | Text] = [sweep_table(shown)]
         if len(shown) < len(rows):
-            parts.append(Text(f"{len(rows) - len(shown)} more trials, none of them better", style="dim"))
+            parts.append(Text(f"{counted(len(rows) - len(shown), 'more trial')} that scored no better", style="dim"))
         return Group(*parts)
 
 

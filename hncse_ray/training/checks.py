@@ -104,7 +104,7 @@ def check_run(
     gaps = hold_out(settings, corpus)
     left_out = None if gaps is None else gaps.rows
     if (rows := len(corpus) - (0 if left_out is None else len(left_out))) < batch_size:
-        held = "" if left_out is None else f" beside the {len(left_out)} that are held out"
+        held = "" if left_out is None else f" beside {len(left_out):,} held out"
         raise DataError(
             f"has {counted(rows, corpus.rows_are.removesuffix('s'))}{held}, fewer than train.batch_size = {batch_size}",
             f"corpus {settings.corpus.place}",

@@ -361,9 +361,7 @@ def check_views(settings: Settings, corpus: Corpus, notify: Callable[[str], None
     for kind in sorted(asked_for):
         possible, seen = maker.share_possible(kind)
         if possible < max(1, _LEAST_POSSIBLE * seen):
-            missing[kind] = (
-                f"{possible} of {seen} passages looked at have {_NEEDED[kind]}, which views.mix.{kind} needs"
-            )
+            missing[kind] = f"views.mix.{kind} needs {_NEEDED[kind]}: had by {possible} of {seen} passages looked at"
     if len(missing) == len(asked_for):
         kind, what = next(iter(missing.items()))
         raise DataError(what, place, f"{_MENDED[kind]}, or leave {kind} out of views.mix")

@@ -215,8 +215,9 @@ def _differences(stored: Sweep, sweep: Sweep) -> list[str]:
     if stored.space != sweep.space:
         found.append("the search space differs")
     if (stored.options.stopping, stored.grace_steps) != (sweep.options.stopping, sweep.grace_steps):
-        found.append(f"poor trials were stopped by {stored.options.stopping} after {counted(stored.grace_steps, 'step')},"
-                     f" now by {sweep.options.stopping} after {sweep.grace_steps}")  # fmt: skip
+        found.append(f"poor trials were stopped by {stored.options.stopping} after"
+                     f" {counted(stored.grace_steps, 'step')}, now by {sweep.options.stopping} after"
+                     f" {sweep.grace_steps}")  # fmt: skip
     return found
 
 

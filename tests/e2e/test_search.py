@@ -128,7 +128,7 @@ def test_settings_and_recipes_as_other_commands_take_them(
     assert_refused(hncse("search", tiny_model, texts, "corpus.pth=x", "a river"), "did you mean 'corpus.path'?")
     for _ in ("made", "kept"):
         sampled = hncse("search", tiny_model, texts, "a river", "--limit", 5, "--top", 9, "--json")
-        assert "5 of 30 texts are searched" in sampled.stderr and len(found(sampled)["a river"][str(tiny_model)]) == 5
+        assert "searching 5 texts of 30" in sampled.stderr and len(found(sampled)["a river"][str(tiny_model)]) == 5
 
 
 def test_without_a_query_lines_are_asked_for(tiny_model: Path, texts: Path) -> None:

@@ -58,7 +58,7 @@ def test_a_run_goes_on_with_the_workers_it_has_and_takes_more_in(cluster: Cluste
     assert (first, workers, fewer, more) == (0, 2, 1, 2)
     assert lost_at - EVERY <= fewer_at <= lost_at + 2 * EVERY
     log = training.log()
-    assert log.count("1 of 2 workers fit") == 1 and log.count("1 more worker can be had now") == 1
+    assert log.count("there is room for 1 of 2 workers") == 1 and log.count("1 more worker can be had now") == 1
     assert f" step {more_at}/" in log and f" step {more_at + 5}/" in log
     # It paused right at a line of the log: nothing was done twice, and no line is missing.
     assert log[: log.index(f"resumes at step {more_at}")].count(f" step {more_at + 5}/") == 0

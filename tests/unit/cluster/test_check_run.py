@@ -89,7 +89,7 @@ def test_documents_are_judged_by_themselves_and_sentences_cannot_be(small_run: T
     small_run["corpus"]["path"] = str(make_topics(tmp_path / "texts", 60))
     del small_run["evaluation"]
     assert len(checked(load_settings(small_run))) == 60
-    with pytest.raises(DataError, match=r"has 48 passages beside the 12 that are held out, fewer than"):
+    with pytest.raises(DataError, match=r"has 48 passages beside 12 held out, fewer than"):
         checked(load_settings(small_run, ["train.batch_size=50"]))
     with pytest.raises(DataError, match=r"only 3 sentences can ask.*evaluation\.suites"):
         checked(load_settings(small_run, ["corpus.max_sentences=18"]))
@@ -136,7 +136,8 @@ def test_positives_of_passages_are_asked_for_where_there_are_some(small_run: Tre
     assert len(checked(load_settings(of_documents(small_run, tmp_path), [every]))) > 40
     tree = of_documents(small_run, tmp_path, title="")
     with pytest.raises(
-        DataError, match=r"0 of \d+ passages looked at have a title and a text.*first line.*leave title out"
+        DataError,
+        match=r"views\.mix\.title needs a title and a text.*: had by 0 of \d+ passages.*first line.*leave title out",
     ):
         checked(load_settings(tree, ["views.mix={title: 1}"]))
     told: list[str] = []
@@ -145,7 +146,7 @@ def test_positives_of_passages_are_asked_for_where_there_are_some(small_run: Tre
     assert len(told) == 1 and told[0].endswith("or leave title out") and "first line" in told[0]
     tree = of_documents(small_run, tmp_path, text="one river")
     for kind, needed in {"cloze": "two sentences", "crop": "6 words", "neighbour": "another passage"}.items():
-        with pytest.raises(DataError, match=f"0 of .* looked at have {needed}.*views.mix.{kind}"):
+        with pytest.raises(DataError, match=f"views.mix.{kind} needs {needed}.*: had by 0 of"):
             checked(load_settings(tree, [f"views.mix={{{kind}: 1}}"]))
     with pytest.raises(ModelError, match="it has no dropout"):  # a row that does for no kind is two dropout passes
         checked(load_settings(of_documents(small_run, tmp_path), ["views.mix={title: 1}", "encoder.dropout=0"]))

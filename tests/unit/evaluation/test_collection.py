@@ -48,7 +48,7 @@ def test_queries_without_a_relevant_document_are_left_out_and_told(
 ) -> None:
     write(tmp_path, CORPUS, QUERIES, test="q1\td1\t1\nq2\td1\t0\nq3\td2\t0\n")
     assert read_collection(tmp_path, ("test",))["test"].queries == ("who sleeps",)
-    assert "2 of 3 queries have no relevant document" in caplog.text
+    assert "no relevant document for 2 of 3 queries" in caplog.text
 
 
 def test_a_split_without_judgements_is_left_out(tmp_path: Path) -> None:

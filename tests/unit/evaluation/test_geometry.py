@@ -74,8 +74,8 @@ def test_float32_is_computed_in_float64() -> None:
     [
         (np.ones(3), r"shape \[3\]"),
         (np.ones((0, 3)), r"shape \[0, 3\]"),
-        (np.full((2, 3), np.nan), "2 of 2 rows are not unit-norm"),
-        (np.array([[1.0, 0.0], [2.0, 0.0]]), "1 of 2 rows are not unit-norm"),
+        (np.full((2, 3), np.nan), "not unit-norm: 2 of 2 rows"),
+        (np.array([[1.0, 0.0], [2.0, 0.0]]), "not unit-norm: 1 of 2 rows"),
     ],
 )
 def test_bad_input(measure, z: np.ndarray, message: str) -> None:

@@ -78,4 +78,4 @@ def test_a_zero_row_stays_zero_and_is_told(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.WARNING):
         rows = encode_unit(lambda _: np.array([[0.0, 2.0], [0.0, 0.0]]), ["known", "unknown words"])
     np.testing.assert_array_equal(rows, [[0, 1], [0, 0]])
-    assert "1 of 2 sentences have a zero vector, e.g. 'unknown words'" in caplog.text
+    assert "a zero vector for 1 of 2 sentences, e.g. 'unknown words'" in caplog.text
