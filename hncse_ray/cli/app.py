@@ -118,7 +118,9 @@ CorpusArgument = Annotated[
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Settings to change, as section.key=value.", metavar="[KEY=VALUE]...", autocompletion=complete_override
+        help="Settings to change, as section.key=value; of one given twice the last counts.",
+        metavar="[KEY=VALUE]...",
+        autocompletion=complete_override,
     ),
 ]
 SettingArgument = Annotated[

@@ -25,7 +25,7 @@ def load_settings(
     Args:
         recipe: a YAML file, the bare name of a recipe that comes with the package, or a mapping.
         overrides: ``section.key=value`` strings, or one, whose values are text, numbers or YAML as the setting says;
-            or values by ``section.key``.
+            or values by ``section.key``. Of one that is given twice the last counts.
 
     Raises:
         SettingsError: the recipe cannot be read, a key is unknown or a value is out of range.
@@ -39,8 +39,12 @@ def load_settings(
         given = overrides.items()
     else:
         given = map(_parse_override, [overrides] if isinstance(overrides, str) else overrides)
+    last: dict[str, Any] = {}
+    for key, value in given:
+        last.pop(key, None)
+        last[key] = value
     # The name first: another objective keeps of the section only what it knows, and then refuses the rest.
-    for key, value in sorted(given, key=lambda item: item[0] != "objective.name"):
+    for key, value in sorted(last.items(), key=lambda item: item[0] != "objective.name"):
         _set(tree, str(key), value)
     objective = _mapping(tree.get("objective"), "objective", where)
     tree["objective"] = {"name": InfoNCE.model_fields["name"].default} | objective

@@ -43,6 +43,13 @@ def test_settings_cannot_be_changed() -> None:
         settings.train.batch_size = 1  # type: ignore[misc]
 
 
+def test_of_an_override_given_twice_the_last_counts_as_if_it_stood_alone() -> None:
+    recipe = {"corpus": {"source": "python-docs"}, "objective": {"name": "hybrid", "k": 7}}
+    twice = ["train.max_steps=5", "objective.name=info_nce", "train.max_steps=6", "objective.name=hybrid"]
+    assert load_settings(recipe, twice) == load_settings(recipe, ["train.max_steps=6", "objective.name=hybrid"])
+    assert load_settings(recipe, twice).objective.k == 7  # type: ignore[union-attr]
+
+
 def test_another_objective_keeps_what_it_knows() -> None:
     base = {**BASE, "objective": {"name": "hybrid", "temperature": 0.1, "w_neg": 0.5, "k": 4}}
     objective = load_settings(base, ["objective.name=hard_negative_mixing"]).objective
