@@ -12,9 +12,12 @@ from rich.console import Console
 
 from hncse_ray.cli.app import JsonOption, app, command, plain_console
 from hncse_ray.cli.tune import sweep_of
-from hncse_ray.config import LOCAL_IS_ONE, load_settings
+from hncse_ray.config import LOCAL_IS_ONE, Settings, load_settings
 from hncse_ray.errors import SettingsError
 from hncse_ray.storage import check_outlasts_job
+
+# Arguments of commands that name what is read.
+_READ = ("recipe", "space", "resume", "models", "model", "corpus", "texts", "pairs", "data", "senteval")
 
 
 @app.command(
@@ -48,11 +51,11 @@ def submit(
     def run(console: Console) -> dict[str, Any]:
         nonlocal status
         _check_command(job, args or [])
-        _check_arguments(job, args or [], working_dir)
+        files = _check_arguments(job, args or [], working_dir)
         _use_token()
         from hncse_ray.cluster.submit import JobRequest, submit_job
 
-        request = JobRequest((job, *(args or [])), working_dir, tuple(env or ()), cpus=cpus, gpus=gpus)
+        request = JobRequest((job, *(args or [])), working_dir, tuple(env or ()), cpus, gpus, files)
         submitted = submit_job(request, address=address)
         facts = {"job_id": submitted.id, "address": submitted.address}
         if not wait:
@@ -113,30 +116,44 @@ def _check_command(job: str, args: list[str]) -> None:
         raise SettingsError(f"is an option of submit, not of {job}", misplaced[0], f"Write it before {job!r}")
 
 
-def _check_arguments(job: str, args: list[str], folder: Path) -> None:
-    """Refuse what the command would refuse wherever it runs: its options, and settings of recipes that are uploaded."""
+def _check_arguments(job: str, args: list[str], folder: Path) -> tuple[str, ...]:
+    """Refuse what the command would refuse wherever it runs: its options, and settings of recipes that are uploaded.
+
+    Returns:
+        What it reads, if that is a file or a folder.
+    """
     commands: Any = typer.main.get_command(app)
     given = commands.commands[job].make_context(f"hncse {job}", list(args)).params
-    files = (given.get("recipe"), given.get("space"))
-    theirs = any(os.path.isabs(file or "") for file in files) or given.get("resume") is not None
+    recipes = (given.get("recipe"), given.get("space"))
+    read_by_it = [name for key in _READ for name in _names(given.get(key))]
+    theirs = any(os.path.isabs(file or "") for file in recipes) or given.get("resume") is not None
     package = folder / "hncse_ray"  # another version, if it is uploaded, knows other settings
     theirs = theirs or (package.is_dir() and not package.samefile(Path(__file__).parents[1]))
     if job not in ("prepare", "train", "tune") or theirs or not folder.is_dir():
-        return
+        return tuple(read_by_it)
 
-    def read(overrides: list[str]) -> tuple[str | Path, str]:
+    def read(overrides: list[str]) -> tuple[Settings, str | Path, str]:
         if job == "tune":
-            return sweep_of(**given | {"overrides": overrides})[1], "--out"
-        return load_settings(given["recipe"], overrides).run.storage_path, "run.storage_path"
+            sweep, out = sweep_of(**given | {"overrides": overrides})
+            return sweep.settings, out, "--out"
+        settings = load_settings(given["recipe"], overrides)
+        return settings, settings.run.storage_path, "run.storage_path"
 
     overrides = given["overrides"] or []
     with chdir(folder):
         try:
-            place, setting = read(overrides)
+            settings, place, setting = read(overrides)
         except SettingsError as error:
             try:  # `auto` is documents where a folder lies that only the cluster sees
-                place, setting = read([*overrides, "corpus.source=documents"])
+                settings, place, setting = read([*overrides, "corpus.source=documents"])
             except SettingsError:
                 raise error from None
     if job != "prepare":
         check_outlasts_job(place, setting, in_job=True)
+    return (*read_by_it, settings.encoder.model, *settings.corpus.path)
+
+
+def _names(value: Any) -> list[str]:
+    """Return the names in the value of an argument: one, several, or several joined by commas."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return [name for each in values for name in str(each).split(",") if name]

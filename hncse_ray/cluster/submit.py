@@ -55,6 +55,7 @@ class JobRequest:
         environment: names of variables whose values here the job gets too.
         cpus: reserved for the command's own process, for those that work in it.
         gpus: the same.
+        files: what the command reads, by paths that are relative to the working folder.
     """
 
     command: tuple[str, ...]
@@ -62,6 +63,7 @@ class JobRequest:
     environment: tuple[str, ...] = ()
     cpus: float = 0
     gpus: float = 0
+    files: tuple[str, ...] = ()
 
     @property
     def entrypoint(self) -> str:
@@ -201,13 +203,14 @@ def submit_job(request: JobRequest, *, address: str | None = None) -> Job:
 
     Raises:
         SettingsError: a variable is not set, or should not travel.
-        StorageError: the working folder is not there, or too large.
+        StorageError: the working folder is not there, too large, or uploaded without a file that the command reads.
         ClusterError: the cluster is not reached, or does not accept the job.
     """
     variables = _environment(request.environment)
     if not request.working_dir.is_dir():
         hint = "Name the folder to upload with --working-dir"
         raise StorageError("is not a folder", str(request.working_dir), hint)
+    _check_files(request.working_dir, request.files)
     client = _connect(address)
     _check_size(request.working_dir)
     end = time.monotonic() + _AGENT_S
@@ -246,6 +249,20 @@ def _environment(names: Sequence[str]) -> dict[str, str]:
         if name not in os.environ:
             raise SettingsError("is not set here", f"--env {name}", "Name a variable, and set it before")
     return {name: os.environ[name] for name in names}
+
+
+def _check_files(folder: Path, names: Sequence[str]) -> None:
+    """Refuse files and folders that are here and would not be where the job is."""
+    here = [os.path.normpath(name) for name in names if not os.path.isabs(name) and (folder / name).exists()]
+    uploaded = {os.path.relpath(path, folder) for path in _sizes(folder)} if here else set()
+    for name in here:
+        if name != "." and not any(path == name or path.startswith(f"{name}{os.sep}") for path in uploaded):
+            raise StorageError(
+                "is not uploaded, and the job would not find it",
+                name,
+                f"Copy it to another place in {os.path.abspath(folder)}: runs, caches and what .gitignore and"
+                " .rayignore name are left out",
+            )
 
 
 def _check_size(folder: Path) -> None:

@@ -76,6 +76,34 @@ def test_what_cannot_be_submitted_is_one_message(
     assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "missed"),
+    [
+        (["train", "runs/best.yaml", "run.storage_path=/x"], "runs/best.yaml"),
+        (["train", "kept.yaml", "run.storage_path=/x", "encoder.model=runs/model"], "runs/model"),
+        (["train", "kept.yaml", "run.storage_path=/x", "corpus.path=runs/texts.txt"], "runs/texts.txt"),
+        (["tune", "kept.yaml", "--space", "runs/space.yaml", "--out", "/x"], "runs/space.yaml"),
+        (["evaluate", "other,runs/model"], "runs/model"),
+        (["search", "other", "runs/texts.txt"], "runs/texts.txt"),
+    ],
+)
+def test_what_a_command_reads_and_is_not_uploaded_is_said(
+    arguments: list[str], missed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    (tmp_path / "runs" / "model").mkdir(parents=True)
+    recipe = "corpus: {path: kept.txt}\nevaluation: {suites: [python-docs], metric: python-docs/mrr}\n"
+    for name in ("kept.yaml", "runs/best.yaml"):
+        (tmp_path / name).write_text(recipe)
+    (tmp_path / "runs" / "space.yaml").write_text("parameters: {objective.temperature: {uniform: [0.1, 0.2]}}\n")
+    for name in ("kept.txt", "runs/texts.txt", "runs/model/config.json"):
+        (tmp_path / name).write_text("A text.\n")
+    result = CliRunner().invoke(app, ["submit", "--working-dir", str(tmp_path), *arguments])
+    assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
+    assert f"error: {missed}: is not uploaded" in result.stderr
+
+
 def test_a_version_of_its_own_that_the_job_gets_may_know_other_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

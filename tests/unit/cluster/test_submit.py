@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shlex
 import socket
 from pathlib import Path
@@ -97,6 +98,21 @@ def test_a_folder_is_measured_without_what_is_left_out(tmp_path: Path, monkeypat
     submit._check_size(tmp_path)
     with pytest.raises(StorageError, match="is not a folder"):  # said without a cluster
         submit.submit_job(submit.JobRequest(("train",), tmp_path / "none"))
+
+
+@pytest.mark.parametrize("name", ["runs/sweep/best.yaml", "./runs/sweep", "kept/ignored.yaml", "../elsewhere.yaml"])
+def test_a_file_that_the_job_would_not_find_is_refused_before_a_cluster_is_asked(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "here"
+    for file in ("runs/sweep/best.yaml", "kept/ignored.yaml", "kept/recipe.yaml", "../elsewhere.yaml"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text("run: {}\n")
+    (folder / ".gitignore").write_text("ignored.yaml\n")
+    with pytest.raises(StorageError, match=r"is not uploaded, and the job would not find it\. Copy it") as caught:
+        submit_job(JobRequest(("train", name), folder, files=(name,)))
+    assert os.path.normpath(name) in str(caught.value)
+    there = (".", "kept", "./kept/recipe.yaml", "quickstart", str(tmp_path / "elsewhere.yaml"))
+    with pytest.raises(ClusterError, match="no cluster is named"):
+        submit_job(JobRequest(("train",), folder, files=there))
 
 
 @pytest.mark.parametrize(
