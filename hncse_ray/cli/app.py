@@ -119,7 +119,7 @@ OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
         help="Settings to change, as section.key=value; of one given twice the last counts.",
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE",
         autocompletion=complete_override,
     ),
 ]
@@ -127,7 +127,7 @@ SettingArgument = Annotated[
     str | None,
     typer.Argument(
         help="A section, or a setting such as train.batch_size.",
-        metavar="[SECTION|KEY]",
+        metavar="SECTION|KEY",
         autocompletion=complete_setting,
     ),
 ]

@@ -38,7 +38,7 @@ _HEADINGS = {"STSBenchmark": "STS-B", "SICKRelatedness": "SICK-R", "MRPC_F1": "M
 def evaluate(
     models: Annotated[
         list[str],
-        typer.Argument(help="Models side by side; several joined by commas are seeds of one.", metavar="MODEL..."),
+        typer.Argument(help="Models side by side; several joined by commas are seeds of one.", metavar="MODEL"),
     ],
     suite: Annotated[
         list[str] | None,

@@ -12,7 +12,6 @@ from rich.table import Table
 
 from hncse_ray.cli.app import (
     CorpusArgument,
-    DeviceOption,
     JsonOption,
     ModelArgument,
     OverridesArgument,
@@ -34,7 +33,9 @@ def mine(
     corpus: CorpusArgument,
     overrides: OverridesArgument = None,
     out: Annotated[Path, typer.Option(help="The .parquet file to write.")] = Path("triplets.parquet"),
-    device: DeviceOption = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto (GPUs where there are some), cpu or cuda; Ray chooses which GPUs.")
+    ] = "auto",
     precision: PrecisionOption = "auto",
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,

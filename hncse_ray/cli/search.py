@@ -57,7 +57,7 @@ def search(
         list[str] | None,
         typer.Argument(
             help="What to look for; none: asked for, line by line. And settings of the corpus, as section.key=value.",
-            metavar="[QUERY|KEY=VALUE]...",
+            metavar="QUERY|KEY=VALUE",
         ),
     ] = None,
     compare: Annotated[str | None, typer.Option(help="Another model, shown beside the first.")] = None,

@@ -26,7 +26,7 @@ _READ = ("recipe", "space", "resume", "models", "model", "corpus", "texts", "pai
 )
 def submit(
     job: Annotated[str, typer.Argument(help="train, tune, evaluate, mine, prepare, ...", metavar="COMMAND")],
-    args: Annotated[list[str] | None, typer.Argument(help="Its arguments and options.", metavar="[ARGS]...")] = None,
+    args: Annotated[list[str] | None, typer.Argument(help="Its arguments and options.", metavar="ARGS")] = None,
     address: Annotated[
         str | None,
         typer.Option(

@@ -64,6 +64,9 @@ def train(settings: Settings, *, sentences: Iterable[str] | None = None, reporte
     One worker on this machine is this process, which needs Ray for a negative pool only; ``cluster.engine`` says how to
     have it otherwise. Folder, checkpoints and records are the same, and a run may go on with another engine.
 
+    If the process of a Ray that was started here is killed, this process ends too, with status 2: Ray's own calls wait
+    for that Ray for a minute and then end the process, whatever it would do about it.
+
     Args:
         settings: see :func:`hncse_ray.load_settings`.
         sentences: what to train on, in place of the corpus that the settings name; each is cleaned and filtered as

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from invoke import assert_refused, hncse
 
-from hncse_ray.cli.app import command
+from hncse_ray.cli.app import app, command
 from hncse_ray.corpus.cache import cache_folder
 from hncse_ray.errors import StorageError
 
@@ -126,6 +126,12 @@ def test_a_command_does_its_work_with_streams_that_are_closed(closed: str) -> No
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stderr == ""
     assert ("quickstart" in done.stdout) == (">&-" not in closed.split())
+
+
+@pytest.mark.parametrize("name", [command.name or command.callback.__name__ for command in app.registered_commands])
+def test_help_shows_what_is_optional_and_repeated_once(name: str) -> None:
+    usage = hncse(name, "--help").stdout.splitlines()[0]
+    assert usage.startswith(f"Usage: root {name} [OPTIONS") and "[[" not in usage and "...}" not in usage
 
 
 def test_a_folder_that_is_gone_and_a_standard_input_that_is_closed(
