@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,8 +98,8 @@ def _pool(
         reporter.on(Notice(advice))
     with negative_pool(settings, pool, corpus, folder.path.absolute() / "index", kept=kept) as handles:
         handles.wait_until_ready(lambda text: reporter.on(StageProgress(text, 0, None)))
-        client = PoolClient(handles, timeout_s=settings.negatives.timeout_s)
-        yield plan, client
+        with closing(PoolClient(handles, timeout_s=settings.negatives.timeout_s)) as client:
+            yield plan, client
 
 
 def _index_here(

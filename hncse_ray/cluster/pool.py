@@ -137,7 +137,8 @@ class PoolClient:
         self._closed = threading.Event()
         self._ahead: tuple[IndexVersion, np.ndarray, np.ndarray] | None = None  # rows and vectors, all of them known
         self._poll()
-        threading.Thread(target=self._keep_polling, name="pool-state", daemon=True).start()
+        self._polling = threading.Thread(target=self._keep_polling, name="pool-state", daemon=True)
+        self._polling.start()
 
     @property
     def builds_elsewhere(self) -> bool:
@@ -241,8 +242,9 @@ class PoolClient:
         return self._state.status
 
     def close(self) -> None:
-        """Stop following the pool's state."""
+        """Stop following the pool's state; once Ray is gone, asking would start another."""
         self._closed.set()
+        self._polling.join()
 
     def _row_vectors(
         self, ids: np.ndarray, version: IndexVersion, serving: Sequence[int]

@@ -76,6 +76,8 @@ def ray_meanwhile() -> Iterator[Callable[[], None]]:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Runs report through their own channel; Ray's usage pings and console banners add nothing.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A thread whose answer comes after the end would start another Ray by asking again.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     address = named_cluster()
     with _leaving_on_sigterm() as leave_on_sigterm, ExitStack() as stack:
         started = None if address else stack.enter_context(_local_head())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -183,3 +185,28 @@ def test_beside_a_pool_the_command_trains_itself_and_killed_it_goes_on_with_the_
     runs = recipe.parent / "runs"
     assert (runs / "beside/log.txt").read_text().count("resumes at step") == 1
     assert weights_of(runs / "beside") == weights_of(runs / "here")
+
+
+_FAILS = """
+import sys, time
+import hncse_ray, ray
+from hncse_ray.cluster import local
+
+def fails(*_):
+    raise hncse_ray.HncseError("before its first step")
+
+local.fit = fails
+try:
+    hncse_ray.train(hncse_ray.load_settings(sys.argv[1], sys.argv[2:]))
+except hncse_ray.HncseError as error:
+    print(error)
+time.sleep(2)
+print(ray.is_initialized())
+"""
+
+
+def test_a_run_that_fails_beside_its_pool_starts_no_second_ray(recipe: Path) -> None:
+    pool = ["negatives.source=pool", "negatives.refresh=sync", "cluster.engine=auto", "run.name=fails"]
+    found = subprocess.run([sys.executable, "-c", _FAILS, str(recipe), *pool], capture_output=True, text=True)
+    assert found.stdout.splitlines()[-2:] == ["before its first step", "False"], found.stderr
+    assert "SIGTERM handler" not in found.stderr
