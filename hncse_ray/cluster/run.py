@@ -101,7 +101,11 @@ def train_by(
             if settings.evaluation.test and folder.lease is None:  # not for the trials of a sweep
                 _write_page(folder.path)
         else:
+            from hncse_ray.corpus.sources import changed_file  # its libraries take a second
+
             logger.info("run %s is finished already", settings.run.name)
+            if folder.lease is None and (changed := changed_file(settings.corpus, folder.finished_at())):
+                logger.warning("%s has changed since: choose another run.name to train on what there is now", changed)
     page = folder.path / "report.html"
     return RunResult(
         model=f"{folder.place}/model",

@@ -129,6 +129,15 @@ def read_passages(settings: CorpusSettings, counts: Counter[str]) -> Iterator[Pa
             yield Passage(text, title, body, name)
 
 
+def files_of_documents(settings: CorpusSettings) -> Iterator[File]:
+    """Yield the files of documents.
+
+    Raises:
+        DataError: a file or folder cannot be read.
+    """
+    return (path for path, _ in _files(settings))
+
+
 def document_files(settings: CorpusSettings) -> list[str]:
     """Return what to call the files of documents, in their order: their paths from the folder that holds them all.
 

@@ -7,9 +7,10 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from hncse_ray.config import CorpusSettings
-from hncse_ray.corpus.documents import documents_identity, read_passages, reads_documents
+from hncse_ray.corpus.documents import documents_identity, files_of_documents, read_passages, reads_documents
 from hncse_ray.corpus.hub import hub_identity, hub_rows, hub_trouble
 from hncse_ray.corpus.python_code import code_identity, code_pairs
 from hncse_ray.corpus.python_docs import docstring_sentences, package_versions
@@ -222,6 +223,22 @@ def source_identity(settings: CorpusSettings, sentences: Sequence[str] | None = 
         digest.update(content_identity(path))
         digest.update(f"{kind} {ending_of(path)[0]}".encode())
     return f"files {_columns_identity(settings) if tables else ''} {digest.hexdigest()}"
+
+
+def changed_file(settings: CorpusSettings, since: float) -> Path | None:
+    """Return a file of a source on this machine that was changed or added after a time; None = none, or no such source.
+
+    Args:
+        settings: the source.
+        since: seconds since the epoch.
+    """
+    if settings.source in ("memory", "python-docs", "python-code", "hub"):
+        return None
+    try:
+        files = files_of_documents(settings) if reads_documents(settings) else find_files(settings.path)
+        return next((path for path in files if isinstance(path, Path) and path.stat().st_ctime > since), None)
+    except (DataError, OSError):  # it is gone, which is for those to say who read it
+        return None
 
 
 def _columns_identity(settings: CorpusSettings) -> str:

@@ -109,6 +109,10 @@ class RunFolder:
             raise StorageError(f"cannot be read ({error})", f"{self.place}/result.json",
                                "Delete it to resume the run") from error  # fmt: skip
 
+    def finished_at(self) -> float:
+        """Return when the run was finished here, seconds since the epoch."""
+        return (self.path / "result.json").stat().st_mtime
+
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Mark the run as finished, here and at its URL."""
         write_atomically(self.path / "result.json", json.dumps(result, indent=2) + "\n")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ Tree = dict[str, Any]
 
 ALONE = """
 import sys
+import time
 sys.modules |= {"ray": None, "faiss": None, "optuna": None, "plotly": None}  # as if they were not installed
 import hncse_ray
 settings = hncse_ray.load_settings(sys.argv[1])
@@ -207,6 +210,31 @@ def test_sentences_take_the_place_of_a_recipes_corpus(local: Tree) -> None:
     (started,) = heard.of(RunStarted)
     assert started.sentences == 80
     assert load_settings(Path(settings.run_dir) / "settings.yaml").corpus.source == "memory"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_finished_run_says_that_its_source_has_changed(
+    local: Tree, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    (folder / "a.txt").write_text("\n\n".join(make_sentences(80)))
+    local["corpus"] |= {"path": str(folder if kind == "folder" else folder / "a.txt"), "source": "auto"}
+    if kind == "folder":
+        local["corpus"]["passage_words"] = 10
+    settings = load_settings(local, ["train.max_steps=2"])
+    first = hncse_ray.train(settings)
+    caplog.clear()
+    assert hncse_ray.train(settings).model == first.model
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    changed = folder / ("b.txt" if kind == "folder" else "a.txt")
+    changed.write_text("\n\n".join(make_sentences(90, seed=2)))
+    later = time.time() + 5
+    os.utime(Path(settings.run_dir) / "result.json", (later, later))
+    assert hncse_ray.train(settings).model == first.model and "has changed since" not in caplog.text
+    os.utime(Path(settings.run_dir) / "result.json", (later - 3600, later - 3600))
+    assert hncse_ray.train(settings).model == first.model
+    assert f"{folder / 'a.txt'} has changed since: choose another run.name" in caplog.text
 
 
 def test_other_sentences_do_not_go_on_with_a_run(local: Tree) -> None:
