@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from hardware import provenance, synchronise
 
-from hncse_ray.negatives.index import VectorIndex, new_index, plan_index
+from hncse_ray.negatives import plan_index
+from hncse_ray.negatives.index import VectorIndex, new_index
 
 BLOCK = 1 << 17
 

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 
 from hncse_ray.config import NegativesSettings
 
-Hits: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]  # scores and ids
+Ranked: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]  # scores and ids, best first
 
 
-def merge_hits(scores: Sequence[NDArray[np.floating[Any]]], ids: Sequence[NDArray[np.integer[Any]]], *, k: int) -> Hits:
+def merge_hits(
+    scores: Sequence[NDArray[np.floating[Any]]], ids: Sequence[NDArray[np.integer[Any]]], *, k: int
+) -> Ranked:
     """Merge the answers of shards: best first, ties by the smaller id.
 
     Args:
@@ -40,12 +42,12 @@ def merge_hits(scores: Sequence[NDArray[np.floating[Any]]], ids: Sequence[NDArra
     return merged
 
 
-def no_hits(queries: int, k: int) -> Hits:
+def no_hits(queries: int, k: int) -> Ranked:
     """Return padding: scores [Q, k] of -inf and ids [Q, k] of -1."""
     return np.full((queries, k), -np.inf, dtype=np.float32), np.full((queries, k), -1, dtype=np.int64)
 
 
-def ordered(scores_QK: NDArray[np.float32], rows_QK: NDArray[np.int64], keep: int) -> Hits:
+def ordered(scores_QK: NDArray[np.float32], rows_QK: NDArray[np.int64], keep: int) -> Ranked:
     """Return the first `keep` by falling score, then rising row."""
     order_Qk = first_places(scores_QK, rows_QK, keep)
     return np.take_along_axis(scores_QK, order_Qk, 1), np.take_along_axis(rows_QK, order_Qk, 1)
@@ -57,7 +59,6 @@ def first_places(scores_QK: NDArray[np.float32], rows_QK: NDArray[np.int64], kee
     Only those that score as high as the last of them are sorted, so that many shards cost little more than one.
     """
     Q, K = scores_QK.shape
-    positions_QK: NDArray[np.int64] | None = None
     if 0 < keep < K:
         last_Q1 = -np.partition(-scores_QK, keep - 1, axis=1)[:, keep - 1 : keep]
         high_QK = scores_QK >= last_Q1
@@ -124,7 +125,7 @@ class Offers:
     words_Q2k: NDArray[np.float32]
 
 
-def merge_offers(offers: Sequence[Offers], *, words: WordQuery) -> tuple[Hits, NDArray[np.float32]]:
+def merge_offers(offers: Sequence[Offers], *, words: WordQuery) -> tuple[Ranked, NDArray[np.float32]]:
     """Merge what the shards offer to the k best by cosine and words together: best first, ties by the smaller id.
 
     They are the best among the k best of all shards by cosine and the k best by words, and so do not depend on the

@@ -1,4 +1,4 @@
-"""The vector index of one shard: inner product over unit-norm rows, and the merge of the shards' answers.
+"""The vector index of one shard: inner product over unit-norm rows.
 
 An index is made empty, filled in any row order, finished, and then searched by several threads while the next
 version is built beside it. The exact kinds (`flat`, `exact_torch`) answer alike however a corpus is cut into shards:
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -22,18 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hncse_ray.errors import ClusterError, DataError, StorageError, counted
-from hncse_ray.negatives.hits import Hits, merge_hits, no_hits, ordered
-from hncse_ray.negatives.index_plan import (
-    BLOCK_ROWS,
-    GPU_MOST_HITS,
-    IndexKind,
-    IndexPlan,
-    plan_index,
-    size_text,
-    training_rows,
-)
+from hncse_ray.negatives.hits import Ranked, merge_hits, no_hits, ordered
+from hncse_ray.negatives.index_plan import BLOCK_ROWS, GPU_MOST_HITS, IndexPlan, size_text, training_rows
 
-__all__ = ["IndexKind", "IndexPlan", "VectorIndex", "merge_hits", "new_index", "plan_index"]
+Floats: TypeAlias = NDArray[np.floating[Any]]
+Float32: TypeAlias = NDArray[np.float32]
+Int64: TypeAlias = NDArray[np.int64]
 
 _OVERFETCH = 8  # candidates beyond k, for rows that fp32 scores cannot tell apart
 _RESCORE_BYTES = 64e6  # float64 working memory of one search
@@ -47,23 +41,23 @@ class VectorIndex(Protocol):
     rows: int
     dimension: int
 
-    def put(self, rows_n: NDArray[np.integer[Any]], vectors_nD: NDArray[np.floating[Any]]) -> None:
+    def put(self, rows_n: NDArray[np.integer[Any]], vectors_nD: Floats) -> None:
         """Store unit-norm vectors at positions 0..rows-1; raises DataError on what is not finite."""
 
     def finish(self) -> None:
         """Make ready to search (trains the IVF kinds); raises DataError where a row was never put."""
 
-    def search(self, queries_QD: NDArray[np.floating[Any]], k: int, *, threads: int) -> Hits:
+    def search(self, queries_QD: Floats, k: int, *, threads: int) -> Ranked:
         """Return float32 scores [Q, k] and int64 rows [Q, k], best first; -inf and -1 where there is no hit.
 
         `threads` bounds faiss. It does not bound torch on the CPU (`exact_torch`; also, in every kind, a scan for
         rows that fp32 cannot tell apart), whose number of threads can only be set for the whole process.
         """
 
-    def scores(self, queries_QD: NDArray[np.floating[Any]], rows_QK: NDArray[np.int64]) -> NDArray[np.float32]:
+    def scores(self, queries_QD: Floats, rows_QK: Int64) -> Float32:
         """Return the scores of queries with rows of their own, float32 [Q, K]; in the exact kinds those of a search."""
 
-    def vectors(self, rows_n: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+    def vectors(self, rows_n: NDArray[np.integer[Any]]) -> Float32:
         """Return the stored vectors, float32 [n, D]; the IVF kinds and a GPU store float16."""
 
 
@@ -113,7 +107,7 @@ class _Filling:
         self.most_hits = GPU_MOST_HITS if plan.on_gpu and plan.kind != "exact_torch" else None
         self.put_N: NDArray[np.bool_] | None = np.zeros(plan.rows, dtype=bool)  # None = finished
 
-    def accept(self, rows_n: NDArray[np.integer[Any]], vectors_nD: NDArray[np.floating[Any]]) -> None:
+    def accept(self, rows_n: NDArray[np.integer[Any]], vectors_nD: Floats) -> None:
         if self.put_N is None:
             raise RuntimeError("put after finish")
         if rows_n.ndim != 1 or vectors_nD.shape != (len(rows_n), self.dimension):
@@ -134,7 +128,7 @@ class _Filling:
             )
         self.put_N = None
 
-    def queries(self, queries_QD: NDArray[np.floating[Any]], k: int, threads: int) -> NDArray[np.float32]:
+    def queries(self, queries_QD: Floats, k: int, threads: int) -> Float32:
         if self.put_N is not None:
             raise RuntimeError("search before finish")
         if queries_QD.ndim != 2 or queries_QD.shape[1] != self.dimension or k < 1 or threads < 1:
@@ -162,7 +156,7 @@ class _ExactIndex:
         self._longest = 0.0  # norm of a vector
         self._local = threading.local()  # a GPU's stream and faiss's resources serve one thread at a time
 
-    def put(self, rows_n: NDArray[np.integer[Any]], vectors_nD: NDArray[np.floating[Any]]) -> None:
+    def put(self, rows_n: NDArray[np.integer[Any]], vectors_nD: Floats) -> None:
         self._filling.accept(rows_n, vectors_nD)
         copy_nD = np.array(vectors_nD, dtype=np.float32)
         self._longest = max(self._longest, float(np.linalg.norm(copy_nD, axis=1).max(initial=0)))
@@ -174,13 +168,13 @@ class _ExactIndex:
         if self._matrix_ND.is_cuda:  # faiss reads on a stream of its own
             torch.cuda.synchronize(self._matrix_ND.device)
 
-    def vectors(self, rows_n: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+    def vectors(self, rows_n: NDArray[np.integer[Any]]) -> Float32:
         if self._matrix_ND.device.type == "cpu":
             return np.take(self._matrix_ND.numpy(), rows_n, axis=0).astype(np.float32, copy=False)
-        found: NDArray[np.float32] = self._matrix_ND[self._at(rows_n)].float().cpu().numpy()
+        found: Float32 = self._matrix_ND[self._at(rows_n)].float().cpu().numpy()
         return found
 
-    def search(self, queries_QD: NDArray[np.floating[Any]], k: int, *, threads: int) -> Hits:
+    def search(self, queries_QD: Floats, k: int, *, threads: int) -> Ranked:
         queries_QD = self._rounded(self._filling.queries(queries_QD, k, threads))
         scores_Qk, rows_Qk = no_hits(len(queries_QD), k)
         keep, fetch = min(k, self.rows), min(k + _OVERFETCH, self.rows)
@@ -191,12 +185,12 @@ class _ExactIndex:
                 scores_Qk[part, :keep], rows_Qk[part, :keep] = hits
         return scores_Qk, rows_Qk
 
-    def scores(self, queries_QD: NDArray[np.floating[Any]], rows_QK: NDArray[np.int64]) -> NDArray[np.float32]:
+    def scores(self, queries_QD: Floats, rows_QK: Int64) -> Float32:
         queries_QD = self._rounded(self._filling.queries(queries_QD, 1, 1))
         with self._own_stream():
             return _in_parts(self._exact_scores, queries_QD, rows_QK)
 
-    def _rounded(self, queries_QD: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _rounded(self, queries_QD: Float32) -> Float32:
         return queries_QD.astype(np.float16).astype(np.float32) if self._dtype == torch.float16 else queries_QD
 
     def _own_stream(self) -> AbstractContextManager[Any]:
@@ -207,7 +201,7 @@ class _ExactIndex:
             self._local.stream = make(self._matrix_ND.device, priority=-1)
         return torch.cuda.stream(self._local.stream)
 
-    def _search_part(self, queries_QD: NDArray[np.float32], keep: int, fetch: int, threads: int) -> Hits:
+    def _search_part(self, queries_QD: Float32, keep: int, fetch: int, threads: int) -> Ranked:
         fast_QK, rows_QK = self._candidates(queries_QD, fetch, threads)
         scores_Qk, rows_Qk = ordered(self._exact_scores(queries_QD, rows_QK), rows_QK, keep)
         if rows_QK.shape[1] == self.rows:
@@ -223,7 +217,7 @@ class _ExactIndex:
             scores_Qk[doubtful_u], rows_Qk[doubtful_u] = self._all_above(queries_QD[doubtful_u], floor_U, found)
         return scores_Qk, rows_Qk
 
-    def _exact_scores(self, queries_QD: NDArray[np.float32], rows_QK: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _exact_scores(self, queries_QD: Float32, rows_QK: Int64) -> Float32:
         """Float64 sums, rounded. Those of unit-norm float16 vectors are exact, in any order and on any device.
 
         Products of float16 are multiples of 2^-48, and their partial sums stay below 2.
@@ -231,12 +225,12 @@ class _ExactIndex:
         if self._matrix_ND.is_cuda:
             wide_QKD = self._matrix_ND[self._at(rows_QK)].double()
             queries = torch.from_numpy(queries_QD).to(wide_QKD)
-            found: NDArray[np.float32] = (wide_QKD * queries[:, None]).sum(-1).float().cpu().numpy()
+            found: Float32 = (wide_QKD * queries[:, None]).sum(-1).float().cpu().numpy()
         else:
             found = _float64_scores(self.vectors(rows_QK), queries_QD)
         return found
 
-    def _all_above(self, queries_UD: NDArray[np.float32], floor_U: NDArray[np.float32], found_Uk: Hits) -> Hits:
+    def _all_above(self, queries_UD: Float32, floor_U: Float32, found_Uk: Ranked) -> Ranked:
         """Return the best of `found_Uk` and of every row whose fast score reaches its query's floor."""
         users, keep = found_Uk[0].shape
         query_n, score_n, row_n = np.repeat(np.arange(users), keep), found_Uk[0].ravel(), found_Uk[1].ravel()
@@ -259,7 +253,7 @@ class _ExactIndex:
                 query_n, score_n, row_n = query_n[order_n], score_n[order_n], row_n[order_n]
         return score_n.reshape(users, keep), row_n.reshape(users, keep)
 
-    def _candidates(self, queries_QD: NDArray[np.float32], fetch: int, threads: int) -> Hits:
+    def _candidates(self, queries_QD: Float32, fetch: int, threads: int) -> Ranked:
         queries = torch.from_numpy(queries_QD).to(self._matrix_ND.device)
         best, at = (queries.new_empty((len(queries), 0), dtype=dtype) for dtype in (torch.float32, torch.int64))
         step = BLOCK_ROWS
@@ -281,17 +275,13 @@ class _ExactIndex:
         return torch.from_numpy(np.array(rows_n, dtype=np.int64)).to(self._matrix_ND.device)
 
 
-def _float64_scores(vectors_QKD: NDArray[np.float32], queries_QD: NDArray[np.float32]) -> NDArray[np.float32]:
+def _float64_scores(vectors_QKD: Float32, queries_QD: Float32) -> Float32:
     wide_Q1D = queries_QD.astype(np.float64)[:, None]
-    found: NDArray[np.float32] = np.vecdot(vectors_QKD.astype(np.float64), wide_Q1D).astype(np.float32)
+    found: Float32 = np.vecdot(vectors_QKD.astype(np.float64), wide_Q1D).astype(np.float32)
     return found
 
 
-def _in_parts(
-    score: Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[np.float32]],
-    queries_QD: NDArray[np.float32],
-    rows_QK: NDArray[np.int64],
-) -> NDArray[np.float32]:
+def _in_parts(score: Callable[[Float32, Int64], Float32], queries_QD: Float32, rows_QK: Int64) -> Float32:
     """Score queries with their rows, so many at a time as working memory holds."""
     found_QK = np.zeros(rows_QK.shape, dtype=np.float32)
     step = max(1, int(_RESCORE_BYTES / (8 * max(1, rows_QK.shape[1]) * queries_QD.shape[1])))
@@ -309,12 +299,12 @@ class _FaissIndex(_ExactIndex):
     slower at a batch of 64 (faiss #5109 made it 800 a thread). That bound is the process's; it changes only speed.
     """
 
-    def _candidates(self, queries_QD: NDArray[np.float32], fetch: int, threads: int) -> Hits:
+    def _candidates(self, queries_QD: Float32, fetch: int, threads: int) -> Ranked:
         faiss = _faiss()
         faiss.cvar.distance_compute_blas_threshold = 800
         matrix_ND = self._matrix_ND.numpy()
 
-        def scan(start: int, stop: int) -> Hits:
+        def scan(start: int, stop: int) -> Ranked:
             faiss.omp_set_num_threads(1)  # of this thread of the pool, no other
             block_ND = matrix_ND[start:stop]
             found = faiss.knn(queries_QD, block_ND, min(fetch, len(block_ND)), metric=faiss.METRIC_INNER_PRODUCT)
@@ -330,7 +320,7 @@ class _FaissIndex(_ExactIndex):
 class _FaissGpuIndex(_ExactIndex):
     """`flat` on a GPU: faiss's brute-force kernel (that of GpuIndexFlatIP in float16) over the matrix as it lies."""
 
-    def _candidates(self, queries_QD: NDArray[np.float32], fetch: int, threads: int) -> Hits:
+    def _candidates(self, queries_QD: Float32, fetch: int, threads: int) -> Ranked:
         if not hasattr(self._local, "resources"):
             self._local.resources = _gpu_resources()
         faiss, fetch = _faiss(), min(fetch, GPU_MOST_HITS)
@@ -363,7 +353,7 @@ class _IvfIndex:
         self._plan, self._device, self._threads = plan, device, threads
         self._filling = _Filling(plan)
         self._index: Any = None
-        self._one_at_a_time = threading.Lock()  # for a GPU
+        self._turn: AbstractContextManager[Any] = threading.Lock() if device.type == "cuda" else nullcontext()
         place = str(folder or tempfile.gettempdir())
         try:
             with tempfile.TemporaryFile(dir=place) as file:  # the mapping outlives the descriptor
@@ -374,7 +364,7 @@ class _IvfIndex:
             what = f"cannot keep {size_text(plan.bytes_on_disk)} of vectors there ({error.strerror})"
             raise StorageError(what, place, "Free some space there, or use negatives.index=flat") from error
 
-    def put(self, rows_n: NDArray[np.integer[Any]], vectors_nD: NDArray[np.floating[Any]]) -> None:
+    def put(self, rows_n: NDArray[np.integer[Any]], vectors_nD: Floats) -> None:
         self._filling.accept(rows_n, vectors_nD)
         self._stored_ND[rows_n] = vectors_nD.astype(np.float16)
 
@@ -404,27 +394,19 @@ class _IvfIndex:
             index.reclaimMemory()  # lists grow by doubling
         self._index = index
 
-    def search(self, queries_QD: NDArray[np.floating[Any]], k: int, *, threads: int) -> Hits:
+    def search(self, queries_QD: Floats, k: int, *, threads: int) -> Ranked:
         queries_QD = self._filling.queries(queries_QD, k, threads)
-        keep = min(k, self.rows)
-        if self._device.type == "cuda":
-            with self._one_at_a_time:
-                found_QK = self._find(queries_QD, keep)
-        else:
-            _faiss().omp_set_num_threads(threads)  # of the calling thread
-            found_QK = self._find(queries_QD, keep)
-        return merge_hits([found_QK[0]], [found_QK[1]], k=k)
+        faiss = _faiss()
+        if self._device.type == "cpu":
+            faiss.omp_set_num_threads(threads)  # of the calling thread
+        probes = faiss.SearchParametersIVF(nprobe=self._plan.nprobe)
+        with self._turn:  # on a GPU one at a time
+            scores_Qk, rows_Qk = self._index.search(queries_QD, min(k, self.rows), params=probes)
+        return merge_hits([scores_Qk], [rows_Qk], k=k)
 
-    def _find(self, queries_QD: NDArray[np.float32], k: int) -> Hits:
-        probes = _faiss().SearchParametersIVF(nprobe=self._plan.nprobe)
-        scores_Qk, rows_Qk = self._index.search(queries_QD, k, params=probes)
-        return scores_Qk, rows_Qk
+    def scores(self, queries_QD: Floats, rows_QK: Int64) -> Float32:
+        queries_QD = self._filling.queries(queries_QD, 1, 1)
+        return _in_parts(lambda q_QD, r_QK: _float64_scores(self.vectors(r_QK), q_QD), queries_QD, rows_QK)
 
-    def scores(self, queries_QD: NDArray[np.floating[Any]], rows_QK: NDArray[np.int64]) -> NDArray[np.float32]:
-        def score(queries_QD: NDArray[np.float32], rows_QK: NDArray[np.int64]) -> NDArray[np.float32]:
-            return _float64_scores(self.vectors(rows_QK), queries_QD)
-
-        return _in_parts(score, self._filling.queries(queries_QD, 1, 1), rows_QK)
-
-    def vectors(self, rows_n: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+    def vectors(self, rows_n: NDArray[np.integer[Any]]) -> Float32:
         return np.asarray(self._stored_ND[rows_n], dtype=np.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -15,12 +14,11 @@ import numpy as np
 import torch
 
 from hncse_ray.negatives.hits import Offers, WordQuery
-from hncse_ray.negatives.index import IndexPlan, VectorIndex, new_index
+from hncse_ray.negatives.index import VectorIndex, new_index
+from hncse_ray.negatives.index_plan import IndexPlan
 from hncse_ray.negatives.lexical import LexicalIndex
 from hncse_ray.negatives.source import BuildReport, Float32, Hits, Int64, SourceUnavailable, TokenRow, Weights
 from hncse_ray.negatives.source import IndexVersion as Version
-
-logger = logging.getLogger(__name__)
 
 
 class IndexShard:
@@ -71,9 +69,7 @@ class IndexShard:
         self._read_words, self._keys = read_words, keys
         self._words: LexicalIndex | None = None
         self._reading = threading.Lock()
-        self._newest: tuple[Version, Weights] | None = (
-            None  # of the newest complete build, which anchors are embedded by
-        )
+        self._newest: tuple[Version, Weights] | None = None  # the last complete build, which anchors are embedded by
         self._plan = replace(plan, rows=len(self._ids))  # some shards have one row less than the largest
         self._device, self._folder = device, folder
         self._batch_size, self._threads, self._encode_ahead = batch_size, threads, encode_ahead

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from hncse_ray.negatives.index import new_index, plan_index
+from hncse_ray.negatives import plan_index
+from hncse_ray.negatives.index import new_index
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ROWS, DIMENSION, K = 5000, 128, 20

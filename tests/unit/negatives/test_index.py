@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from waits import seconds
 
 from hncse_ray.errors import ClusterError, DataError, StorageError
-from hncse_ray.negatives.index import _ExactIndex, merge_hits, new_index, plan_index
+from hncse_ray.negatives import merge_hits, plan_index
+from hncse_ray.negatives.index import _ExactIndex, new_index
 
 torch.set_num_threads(1)
 faiss.omp_set_num_threads(1)  # OpenMP threads that wait for each other are slow on a busy machine
