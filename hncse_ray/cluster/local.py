@@ -115,17 +115,12 @@ def _index_here(
     if settings.negatives.source == "pool":
         reporter.on(Notice("cluster.engine is local: the index of negatives.source=pool is made in this process, and"
                            " training waits while it is renewed"))  # fmt: skip
-    alone = {"source": "in_process", "num_shards": 1, "cpus_per_shard": 0.0, "gpus_per_shard": 0.0}
-    plan = plan_pool(
-        settings.negatives.model_copy(update=alone),
-        [machine],
-        rows=len(corpus),
-        dimension=dimension,
-        on_trainers_gpu=workers.gpus > 0,
-    )
+    one_shard = {"source": "in_process", "num_shards": 1, "cpus_per_shard": 0.0, "gpus_per_shard": 0.0}
+    alone = settings.model_copy(update={"negatives": settings.negatives.model_copy(update=one_shard)})
+    has_gpu = workers.gpus > 0
+    plan = plan_pool(alone.negatives, [machine], rows=len(corpus), dimension=dimension, on_trainers_gpu=has_gpu)
     reporter.on(StageProgress(plan.describe(), 0, None))
-    alone_settings = settings.model_copy(update={"negatives": settings.negatives.model_copy(update=alone)})
-    return in_process_source(alone_settings, corpus, plan=plan.index, threads=workers.threads, device=device)
+    return in_process_source(alone, corpus, plan=plan.index, threads=workers.threads, device=device)
 
 
 def _machine() -> Resources:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,14 +131,11 @@ def _joined(parts: Sequence[StepNegatives], facts: Sequence[ColumnFacts]) -> Ste
     columns = None
     if facts:
         documents = [of_part.documents_bm for of_part in facts if of_part.documents_bm is not None]
-        columns = ColumnFacts(
+        columns = replace(
+            facts[0],
             ids_bm=np.concatenate([of_part.ids_bm for of_part in facts], axis=1),
             contents_bmc=np.concatenate([of_part.contents_bmc for of_part in facts], axis=1),
             documents_bm=np.concatenate(documents, axis=1) if documents else None,
-            row_ids_b=facts[0].row_ids_b,
-            kept_bt=facts[0].kept_bt,
-            own_documents_b=facts[0].own_documents_b,
-            barred_bk=facts[0].barred_bk,
         )
     return StepNegatives(
         mask_bm=np.concatenate([part.mask_bm for part in parts], axis=1),

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hncse_ray.config import Side
-from hncse_ray.encoder import SentenceEncoder, length_batches
+from hncse_ray.encoder import Progress, SentenceEncoder, length_batches
 from hncse_ray.errors import HncseError
 from hncse_ray.objectives import Share
 
@@ -164,10 +164,34 @@ class ShardedEncode:
         return ShardedEncode(self._encoder, self._batch_size, side)
 
 
-class KnownEncode:
-    """The same, each text embedded once: for as long as the weights stay as they are."""
+class BulkEncoder(Protocol):
+    """What embeds many texts: an encoder, or actors that share its work."""
 
-    def __init__(self, encode: ShardedEncode) -> None:
+    def encode(
+        self, texts: Sequence[str], *, side: Side | None = None, batch_size: int = 128, progress: Progress | None = None
+    ) -> NDArray[np.float32]:
+        """Embed N texts; ``[N, D]``."""
+        ...
+
+
+class Alone:
+    """The same of this process alone; ``how`` are keywords of the encoder's own ``encode``."""
+
+    def __init__(self, encoder: BulkEncoder, side: Side | None = None, **how: Any) -> None:
+        self._encoder, self._side, self._how = encoder, side, how
+
+    def __call__(self, texts: list[str]) -> NDArray[np.float32]:
+        return self._encoder.encode(texts, side=self._side, **self._how)
+
+    def on_side(self, side: Side) -> Alone:
+        """Return the same with the prompt of queries, or of documents."""
+        return Alone(self._encoder, side, **self._how)
+
+
+class KnownEncode:
+    """Either of them, each text embedded once: for as long as the weights stay as they are."""
+
+    def __init__(self, encode: ShardedEncode | Alone) -> None:
         self._encode = encode
         self._vectors: dict[str, NDArray[np.float32]] = {}
         self.on_side = cache(lambda side: KnownEncode(encode.on_side(side)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Generic, TypeVar
 
 from hncse_ray.negatives import SourceUnavailable
@@ -53,7 +52,7 @@ class Prefetch(Generic[Answer]):
         waited = not future.done()
         try:
             return future.result(self._timeout_s), waited
-        except FutureTimeoutError:
+        except TimeoutError:
             raise SourceUnavailable(f"no answer within {self._timeout_s:g} s") from None
 
     def forget(self) -> None:

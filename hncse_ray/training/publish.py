@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hncse_ray.negatives import NegativeSource
+from hncse_ray.negatives import NegativeSource, weights_digest
 
 Weights = dict[str, Tensor]
 
@@ -70,7 +69,8 @@ class Publisher:
 
         def hand_over() -> bool:
             arrays = to_arrays(weights())
-            return self._source.publish(arrays, step=step, key=key or (uuid.uuid4().hex if step else _content(arrays)))
+            new_key = key or (uuid.uuid4().hex if step else weights_digest(arrays))
+            return self._source.publish(arrays, step=step, key=new_key)
 
         if self._source.builds_elsewhere:
             self._under_way = step, self._threads.submit(hand_over)
@@ -99,11 +99,3 @@ class Publisher:
     def close(self) -> None:
         """Hand nothing over any more."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-def _content(arrays: Mapping[str, NDArray[Any]]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()

@@ -17,14 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hncse_ray.config import Settings, Side
+from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
 from hncse_ray.encoder import SentenceEncoder
 from hncse_ray.evaluation import Encode, RetrievalSet, encode_unit, on_side
 from hncse_ray.negatives import FATES
 from hncse_ray.reporting.events import Event, Sampled
 from hncse_ray.training.checkpoint import Weights
-from hncse_ray.training.distributed import from_first
+from hncse_ray.training.distributed import Alone, from_first
 from hncse_ray.training.evaluator import EvaluationSets
 from hncse_ray.training.label_free import SUITES as LABEL_FREE
 from hncse_ray.training.lookup import LookedUp
@@ -129,7 +129,7 @@ class SampleRecorder:
         self._corpus, self._total, self._emit = corpus, total_steps, emit
         self._batches_a_step = settings.train.accumulation_steps
         self._sample = Sample.draw(corpus, sets, seed=settings.run.seed)
-        self._encoder, self._encode = encoder, _Alone(encoder, settings.evaluation.batch_size)
+        self._encoder, self._encode = encoder, Alone(encoder, batch_size=settings.evaluation.batch_size)
         self._base = base
         self._before: dict[str, Any] = {}
 
@@ -158,19 +158,6 @@ class SampleRecorder:
         looked_up = None if negatives is None or step == 0 else negatives.look_up_again(step * self._batches_a_step - 1)
         if looked_up is not None:
             self._emit(Sampled(step, "negatives", mined(looked_up, self._corpus, views)))
-
-
-class _Alone:
-    """What the first rank encodes with by itself."""
-
-    def __init__(self, encoder: SentenceEncoder, batch_size: int, side: Side | None = None) -> None:
-        self._encoder, self._batch_size, self._side = encoder, batch_size, side
-
-    def __call__(self, texts: list[str]) -> NDArray[np.float32]:
-        return self._encoder.encode(texts, side=self._side, batch_size=self._batch_size)
-
-    def on_side(self, side: Side) -> _Alone:
-        return _Alone(self._encoder, self._batch_size, side)
 
 
 def similarities(seen: Seen) -> dict[str, Any]:

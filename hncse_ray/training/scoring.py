@@ -5,16 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from hncse_ray.config import SUITE_METRICS, EncoderSettings, Settings, Side, load_settings
-from hncse_ray.encoder import Progress, check_weights, choose_device, load_encoder, resolve_model
+from hncse_ray.config import SUITE_METRICS, EncoderSettings, Settings, load_settings
+from hncse_ray.encoder import check_weights, choose_device, load_encoder, resolve_model
 from hncse_ray.errors import SettingsError
 from hncse_ray.evaluation import (
     STS_TASKS,
@@ -28,6 +25,7 @@ from hncse_ray.evaluation import (
     mean_and_spread,
     read_sts,
 )
+from hncse_ray.training.distributed import Alone, BulkEncoder, KnownEncode
 from hncse_ray.training.evaluator import EvaluationSets, load_evaluation_sets
 from hncse_ray.training.senteval import senteval_folder
 
@@ -37,16 +35,6 @@ FULL = ("sts", "transfer", "geometry", "python-docs")
 
 Tell = Callable[[str, int, int | None], None]
 Named = str | Path | Sequence[str | Path]  # one, or several
-
-
-class BulkEncoder(Protocol):
-    """What embeds many texts: an encoder, or actors that share its work."""
-
-    def encode(
-        self, texts: Sequence[str], *, side: Side | None = None, progress: Progress | None = None
-    ) -> NDArray[np.float32]:
-        """Embed N texts; ``[N, D]``."""
-        ...
 
 
 OpenEncoder = Callable[[str, EncoderSettings], BulkEncoder]
@@ -83,23 +71,7 @@ class Scoreboard:
     """
 
     groups: tuple[GroupScores, ...]
-    differences: tuple[Difference, ...] = field(default=())
-
-
-class Remembered:
-    """An encoder's ``encode`` that embeds a sentence once, whichever suites it occurs in."""
-
-    def __init__(self, encoder: BulkEncoder, tell: Callable[[int, int], None], side: Side | None = None) -> None:
-        self._encoder, self._tell, self._side = encoder, tell, side
-        self._known: dict[str, NDArray[np.float32]] = {}
-        self.on_side = cache(partial(Remembered, encoder, tell))
-
-    def __call__(self, texts: list[str]) -> NDArray[np.float32]:
-        """Embed N texts; ``[N, D]`` float32."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        if new:
-            self._known.update(zip(new, self._encoder.encode(new, side=self._side, progress=self._tell), strict=True))
-        return np.stack([self._known[text] for text in texts])
+    differences: tuple[Difference, ...] = ()
 
 
 def resolve_suites(names: Sequence[str]) -> list[str]:
@@ -235,7 +207,7 @@ def score_models(
         runs, similarities = [], []
         for model in models:
             loaded = open_encoder(model, encoder.model_copy(update={"model": model}))
-            encode = Remembered(loaded, partial(tell, f"encoding with {model}"))
+            encode = KnownEncode(Alone(loaded, progress=partial(tell, f"encoding with {model}")))
             scores = {split: sets.score(encode, split) for split in ("dev", "test")}
             for suite in suites:
                 if suite in TEST_SUITES:

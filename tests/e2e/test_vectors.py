@@ -18,8 +18,7 @@ from tiny import make_collection, make_sentences
 
 from hncse_ray.encoder import load_encoder
 from hncse_ray.evaluation import evaluate_retrieval, read_collection
-from hncse_ray.training.distributed import ShardedEncode
-from hncse_ray.training.scoring import Remembered
+from hncse_ray.training.distributed import Alone, KnownEncode, ShardedEncode
 
 SENTENCES = make_sentences(40, seed=21)
 
@@ -88,7 +87,7 @@ def test_what_is_evaluated_are_the_vectors_of_sentence_transformers(model: Path)
     lengths = np.linalg.norm(expected, axis=1)
     assert lengths.max() / lengths.min() > 1.05 and abs(lengths - 1).min() > 0.1
     encoder = load_encoder(model)
-    for encode in (encoder.encode, ShardedEncode(encoder, 7), Remembered(encoder, lambda done, total: None)):
+    for encode in (encoder.encode, ShardedEncode(encoder, 7), KnownEncode(Alone(encoder))):
         np.testing.assert_allclose(encode(SENTENCES), expected, atol=1e-4)
 
 
@@ -118,7 +117,7 @@ def test_search_goes_by_cosine_with_the_prompts_of_both_sides(
             assert any(list(a) != list(b) for a, b in zip(nearest, other, strict=True))  # or this would show little
 
 
-@pytest.mark.parametrize("encode", [lambda e: ShardedEncode(e, 16), lambda e: Remembered(e, lambda done, total: None)])
+@pytest.mark.parametrize("encode", [lambda e: ShardedEncode(e, 16), lambda e: KnownEncode(Alone(e))])
 def test_collections_are_searched_with_the_prompts_of_both_sides(
     prompted: Path, tmp_path: Path, encode: Callable[[Any], Any]
 ) -> None:
