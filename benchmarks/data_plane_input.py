@@ -75,7 +75,7 @@ def of_views(model: str) -> dict[str, float]:
             max_length=settings.encoder.max_length,
         )
         plan = plan_batches(settings, corpus.view_lengths)
-        make = ViewMaker(settings, corpus, lambda texts, length, side: encoder.token_rows(texts, length, side=side))
+        make = ViewMaker(settings, corpus, encoder.token_rows)
         make.begin()
         cpu_s, tokens, rows = [], 0, 0
         for number in range(plan.batches_per_epoch):

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from hncse_ray.config import CorpusSettings
+from hncse_ray.config import CorpusSettings, Side
 from hncse_ray.corpus.batches import RowLengths
 from hncse_ray.corpus.files import DAMAGED, Chunk, Manifest, Shard
 from hncse_ray.corpus.text import row_hash
@@ -87,6 +87,11 @@ class Corpus:
     def rows_are(self) -> Literal["pairs", "passages", "sentences"]:
         """What people call the rows."""
         return "pairs" if self.has_pairs else "passages" if self.has_passages else "sentences"
+
+    @property
+    def target_side(self) -> Side | None:
+        """Whose prompt targets get: that of documents, where anchors and targets differ."""
+        return "document" if self.has_pairs or self.has_passages else None
 
     @classmethod
     def open(cls, path: str | Path) -> Corpus:

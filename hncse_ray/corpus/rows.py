@@ -27,6 +27,35 @@ class Tokenize(Protocol):
         ...
 
 
+class OwnTokens:
+    """Tokenises texts, and tells which have no token of their own, beside prompt and special tokens.
+
+    Args:
+        tokenize: makes token rows.
+        max_length: tokens of one at most.
+    """
+
+    def __init__(self, tokenize: Tokenize, max_length: int) -> None:
+        self._tokenize, self._max_length = tokenize, max_length
+        self._nothing: dict[Side | None, TokenRow] = {}
+
+    def __call__(self, texts: Sequence[str], side: Side | None) -> list[TokenRow | None]:
+        """Return the token rows of texts of a side, None for those without a token of their own.
+
+        Raises:
+            DataError: the prompt leaves no token for the text.
+        """
+        if not texts:
+            return []
+        if side not in self._nothing:
+            (self._nothing[side],) = self._tokenize([""], self._max_length, side=side)
+            if len(self._nothing[side]) >= self._max_length:
+                raise DataError("the prompt leaves no token for the text", f"encoder.max_length = {self._max_length}",
+                                "Raise it, or see encoder.prompts")  # fmt: skip
+        rows = self._tokenize(texts, self._max_length, side=side)
+        return [None if np.array_equal(row, self._nothing[side]) else row for row in rows]
+
+
 class RowMaker:
     """Makes rows of examples, a batch at a time; how they are cut into batches makes no difference.
 
@@ -37,8 +66,7 @@ class RowMaker:
     """
 
     def __init__(self, shape: Shape, tokenize: Tokenize, max_length: int) -> None:
-        self._shape, self._tokenize, self._max_length = shape, tokenize, max_length
-        self._nothing: dict[Side | None, TokenRow] = {}
+        self._shape, self._own = shape, OwnTokens(tokenize, max_length)
 
     def __call__(self, batch: Sequence[Example], counts: Counter[str]) -> Iterator[tuple[int, Row]]:
         """Yield the rows that have a token of their own, each after what it is unique by: what the model sees of it.
@@ -48,9 +76,8 @@ class RowMaker:
         """
         side: Side | None = "query" if self._shape.pairs else "document" if self._shape.passages else None
         rows = self._own([example.text for example in batch], side)
-        others = iter(
-            self._own([text for e in batch for text in (e.positive, *e.negatives) if text is not None], "document")
-        )
+        texts = [text for example in batch for text in (example.positive, *example.negatives) if text is not None]
+        others = iter(self._own(texts, "document"))
         for example, ids in zip(batch, rows, strict=True):
             positive_ids = None if example.positive is None else next(others)
             negatives = [row for row in itertools.islice(others, len(example.negatives)) if row is not None]
@@ -58,18 +85,6 @@ class RowMaker:
                 counts["no_token"] += 1
             else:
                 yield self._keyed(example, ids, positive_ids, negatives)
-
-    def _own(self, texts: list[str], side: Side | None) -> list[TokenRow | None]:
-        """Tokenise; None for texts without a token of their own, beside prompt and special tokens."""
-        if not texts:
-            return []
-        if side not in self._nothing:
-            (self._nothing[side],) = self._tokenize([""], self._max_length, side=side)
-            if len(self._nothing[side]) >= self._max_length:
-                raise DataError("the prompt leaves no token for the text", f"encoder.max_length = {self._max_length}",
-                                "Raise it, or see encoder.prompts")  # fmt: skip
-        rows = self._tokenize(texts, self._max_length, side=side)
-        return [None if np.array_equal(row, self._nothing[side]) else row for row in rows]
 
     def _keyed(
         self, example: Example, ids: TokenRow, positive_ids: TokenRow | None, negative_ids: list[TokenRow]

@@ -88,7 +88,7 @@ def check_run(
     sets = load_evaluation_sets(settings.evaluation, settings.corpus)
     corpus = prepare(settings, encoder, reporter, sentences=sentences)
     sides: tuple[Side | None, ...] = ("query" if corpus.has_pairs or settings.views.active else None, "document")
-    if (corpus.has_pairs or corpus.has_passages) and len({encoder.unpooled_prompt(side) for side in sides}) > 1:
+    if corpus.target_side is not None and len({encoder.unpooled_prompt(side) for side in sides}) > 1:
         raise ModelError(
             "it leaves prompts out of its pooling, which cannot be done where those of queries and documents differ"
             " in length",

@@ -65,7 +65,7 @@ class Sample:
         rng = np.random.default_rng([seed, *_DRAW])
         rows = np.sort(rng.choice(len(corpus), min(_ROWS, len(corpus)), replace=False))
         texts = dict.fromkeys(corpus.target_texts(rows))
-        sides = corpus.has_pairs or corpus.has_passages
+        sides = corpus.target_side is not None
         queries: dict[str, list[str]] = {}
         for (name, split), data in sets.sets.items():
             if split != "dev" or not isinstance(data, RetrievalSet) or name in LABEL_FREE or queries:

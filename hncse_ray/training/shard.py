@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hncse_ray.config import EncoderSettings, NegativesSettings, Settings, Side
+from hncse_ray.config import EncoderSettings, NegativesSettings, Settings
 from hncse_ray.corpus import Corpus
 from hncse_ray.corpus.cache import cache_folder
 from hncse_ray.encoder import load_encoder
@@ -67,8 +67,6 @@ def build_shard(
         taken = torch.cuda.memory_reserved(device)
         plan = plan_for_gpu(negatives, plan, free_bytes=free, total_bytes=total, taken_bytes=taken)
 
-    side: Side | None = "document" if corpus.has_pairs or corpus.has_passages else None
-
     def keys(ids: NDArray[np.int64]) -> NDArray[np.int64]:
         documents = [] if corpus.documents is None else [corpus.documents[ids][:, None]]
         return np.concatenate([corpus.contents(ids), *documents], axis=1)
@@ -83,7 +81,7 @@ def build_shard(
         number=number,
         count=count,
         lengths=corpus.target_lengths,
-        encode=lambda ids: model.encode_rows(corpus.targets(ids), side=side, unit_norm=True),
+        encode=lambda ids: model.encode_rows(corpus.targets(ids), side=corpus.target_side, unit_norm=True),
         load_weights=lambda weights: model.load_weights(from_arrays(weights)),
         encode_anchors=lambda rows: model.encode_rows(rows, side="query", unit_norm=True),
         read_words=read_words,

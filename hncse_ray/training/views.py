@@ -17,8 +17,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from hncse_ray.config import Settings, Side, ViewKind
-from hncse_ray.corpus import BatchPlan, Corpus, rank_slice, row_hash, sentences_or_runs
+from hncse_ray.config import Settings, ViewKind
+from hncse_ray.corpus import BatchPlan, Corpus, OwnTokens, Tokenize, rank_slice, row_hash, sentences_or_runs
 from hncse_ray.corpus.sentences import count_words
 from hncse_ray.encoder import SentenceEncoder
 from hncse_ray.errors import DataError
@@ -28,7 +28,6 @@ from hncse_ray.training.distributed import rank, world_size
 Int64 = NDArray[np.int64]
 Bool = NDArray[np.bool_]
 TokenRow = NDArray[np.int32]
-Tokenize = Callable[[Sequence[str], int, Side], list[TokenRow]]
 Pair = tuple[str, str]
 
 _LEAST_CROP_WORDS, _LEAST_SENTENCE_WORDS = 3, 4
@@ -107,16 +106,15 @@ class ViewMaker:
     Args:
         settings: of the run.
         corpus: passages.
-        tokenize: makes token rows of at most so many tokens, with the prompt of a side.
+        tokenize: makes token rows.
     """
 
     def __init__(self, settings: Settings, corpus: Corpus, tokenize: Tokenize) -> None:
-        self._settings, self._corpus, self._tokenize = settings.views, corpus, tokenize
-        self._seed, self._max_length = settings.run.seed, settings.encoder.max_length
+        self._settings, self._corpus, self._seed = settings.views, corpus, settings.run.seed
+        self._own = OwnTokens(tokenize, settings.encoder.max_length)
         self._unit_has_title = settings.corpus.unit == "title_and_passage"
         weights = settings.views.mix.asked_for
         self._kinds, self._log_weights = tuple(weights), np.log(list(weights.values()))
-        self._nothing: dict[Side, TokenRow] = {}
 
     def __call__(self, number: int, ids_b: Int64) -> Views:
         """Return the views of a batch."""
@@ -137,7 +135,9 @@ class ViewMaker:
                 impossible[kind] += 1
         anchors, targets = list(rows), list(rows)
         texts = [passage.text for passage in passages]
-        for i, anchor, target in zip(pairs, *self._tokenised(list(pairs.values())), strict=True):
+        anchor_rows = self._own([anchor for anchor, _ in pairs.values()], "query")
+        target_rows = self._own([target for _, target in pairs.values()], "document")
+        for i, anchor, target in zip(pairs, anchor_rows, target_rows, strict=True):
             if anchor is None or target is None or np.array_equal(anchor, target):  # the model sees no pair
                 impossible[kinds[i]] += 1
                 kinds[i] = "dropout"
@@ -243,20 +243,10 @@ class ViewMaker:
             return row - 1
         return following
 
-    def _tokenised(self, pairs: Sequence[Pair]) -> tuple[list[TokenRow | None], list[TokenRow | None]]:
-        """Return the token rows of anchors and targets, None for those without a token of their own."""
-        return self._of_side([a for a, _ in pairs], "query"), self._of_side([t for _, t in pairs], "document")
-
-    def _of_side(self, texts: list[str], side: Side) -> list[TokenRow | None]:
-        if side not in self._nothing:
-            (self._nothing[side],) = self._tokenize([""], self._max_length, side)
-        rows = self._tokenize(texts, self._max_length, side) if texts else []
-        return [None if np.array_equal(row, self._nothing[side]) else row for row in rows]
-
 
 def batch_views(settings: Settings, corpus: Corpus, plan: BatchPlan, encoder: SentenceEncoder) -> BatchViews:
     """Return the views of a run's batches."""
-    maker = ViewMaker(settings, corpus, lambda texts, length, side: encoder.token_rows(texts, length, side=side))
+    maker = ViewMaker(settings, corpus, encoder.token_rows)
     maker.begin()
     return BatchViews(maker, plan, kinds=settings.views.mix.asked_for, ahead=settings.negatives.prefetch_batches)
 
@@ -355,7 +345,7 @@ def check_views(settings: Settings, corpus: Corpus, notify: Callable[[str], None
     if not corpus.has_passages:
         raise DataError("has no passages, which views.mix makes positives of", place,
                         "Give a folder of documents, or set corpus.source=documents")  # fmt: skip
-    maker = ViewMaker(settings, corpus, lambda texts, max_length, side: [])
+    maker = ViewMaker(settings, corpus, lambda texts, max_length, *, side: [])
     asked_for = settings.views.mix.asked_for.keys() - {"dropout"}
     missing: dict[ViewKind, str] = {}
     for kind in sorted(asked_for):

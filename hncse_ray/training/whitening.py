@@ -76,7 +76,7 @@ def corpus_spread(encode: ShardedEncode | KnownEncode, corpus: Corpus, *, rows: 
     """
     count = min(len(corpus), rows)
     drawn = np.sort(np.random.default_rng([seed, *_DRAW]).choice(len(corpus), count, replace=False))
-    side: Side | None = "document" if corpus.has_pairs or corpus.has_passages else None
+    side = corpus.target_side
     vectors_ND = (encode if side is None else encode.on_side(side))(corpus.target_texts(drawn))
     return from_first(lambda: Spread.of(vectors_ND))  # the last bits differ from processor to processor
 

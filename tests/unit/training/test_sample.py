@@ -89,7 +89,7 @@ def test_queries_that_are_made_of_the_corpus_are_not_shown_as_those_of_a_user() 
     data = paired_set(["a query"], ["its answer"])
 
     class Rows:
-        has_pairs = has_passages = False
+        target_side = None
 
         def __len__(self) -> int:
             return 3

@@ -84,7 +84,7 @@ def test_anchors_made_of_passages_are_scored_by_what_they_say(
     with taken(monkeypatch) as batches:
         run = carry_out(settings, tmp_path / "run")
     batch, ids_B, encoder = batches[0][0], run.plan.batch(0), fresh_encoder(settings)
-    maker = ViewMaker(settings, run.corpus, lambda texts, n, side: encoder.token_rows(texts, n, side=side))
+    maker = ViewMaker(settings, run.corpus, encoder.token_rows)
     views = maker(0, ids_B)
     everyone = np.arange(len(run.corpus))
     texts, documents = run.corpus.texts(everyone), run.corpus.documents

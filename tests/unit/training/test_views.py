@@ -23,7 +23,7 @@ from waits import seconds
 
 from hncse_ray.config import Settings, ViewKind, load_settings
 from hncse_ray.corpus import rank_slice, row_hash, sentences_or_runs
-from hncse_ray.errors import SettingsError
+from hncse_ray.errors import DataError, SettingsError
 from hncse_ray.negatives import Hits
 from hncse_ray.reading import titled
 from hncse_ray.reporting import Event
@@ -47,7 +47,7 @@ def tree(small_run: Tree, cache_dir: str, tmp_path: Path) -> Tree:
 
 
 def maker(run: Run, settings: Settings) -> ViewMaker:
-    return ViewMaker(settings, run.corpus, lambda texts, n, side: run.encoder.token_rows(texts, n, side=side))
+    return ViewMaker(settings, run.corpus, run.encoder.token_rows)
 
 
 def made(run: Run, settings: Settings, number: int = 0, ids: Any = None) -> Views:
@@ -111,6 +111,13 @@ def test_text_without_blanks_is_cropped_by_characters(tree: Tree, tmp_path: Path
     assert pair is not None and all(3 <= len(crop) < 12 and crop in passage.body for crop in pair)
     assert make.pair("crop", replace(passage, body="好天气"), np.random.default_rng(0)) is None
     assert len(run.corpus) > 100
+
+
+def test_a_prompt_of_queries_that_leaves_no_token_is_refused(tree: Tree) -> None:
+    changes = ["views.mix={title: 1}", "encoder.max_length=8", "encoder.prompts={query: the a one some every river}"]
+    run = prepared(settings := negatives_settings(tree, *changes))
+    with pytest.raises(DataError, match="encoder.max_length = 8: the prompt leaves no token"):
+        made(run, settings)
 
 
 def test_a_passage_and_the_next_of_its_document_or_the_one_before(tree: Tree) -> None:
