@@ -9,6 +9,11 @@ def counted(count: float, noun: str) -> str:
     return f"{number} {noun}{'' if count == 1 else 's'}"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the kind of an error of other code, and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 class HncseError(Exception):
     """An expected failure, shown to the user as one message without a traceback.
 

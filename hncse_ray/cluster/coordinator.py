@@ -22,6 +22,7 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 from safetensors.numpy import load_file, save_file
 
+from hncse_ray.errors import first_line
 from hncse_ray.negatives import BuildReport, IndexVersion, SourceStatus, Weights
 from hncse_ray.storage import write_atomically
 
@@ -292,5 +293,4 @@ def _save_weights(file: Path, reference: Any) -> None:
 def _reason(error: BaseException) -> str:
     if isinstance(error, BaseExceptionGroup):
         return "; ".join(dict.fromkeys(map(_reason, error.exceptions)))
-    cause = getattr(error, "cause", None) or error
-    return f"{type(cause).__name__}: {cause}".splitlines()[0]
+    return first_line(getattr(error, "cause", None) or error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -18,9 +17,7 @@ from hncse_ray.cluster.resources import largest_share
 from hncse_ray.cluster.session import ray_session
 from hncse_ray.config import EncoderSettings, Side
 from hncse_ray.encoder import Progress, SentenceEncoder, length_batches, load_encoder
-from hncse_ray.errors import ClusterError, HncseError, counted
-
-logger = logging.getLogger(__name__)
+from hncse_ray.errors import ClusterError, HncseError, counted, first_line
 
 _START_TIMEOUT_S = 300.0
 _IN_FLIGHT = 2  # batches handed to an actor at a time: it has the next when it is done with one
@@ -102,7 +99,7 @@ class EncodingPool:
             raise ClusterError(f"{asked} did not become free on the cluster", "--workers",
                                "Wait for other jobs to end, or ask for fewer") from error  # fmt: skip
         except RayError as error:
-            raise ClusterError(f"the workers did not come up ({_first_line(error)})", "--workers") from error
+            raise ClusterError(f"the workers did not come up ({first_line(error)})", "--workers") from error
         self._actors = tuple(actors)
 
 
@@ -159,9 +156,5 @@ class PooledEncoder:
                 raise error.cause from error
             raise
         except RayActorError as error:
-            raise ClusterError(f"a worker was lost ({_first_line(error)})", "--workers",
+            raise ClusterError(f"a worker was lost ({first_line(error)})", "--workers",
                                "Each holds the model: ask for fewer if memory is short") from error  # fmt: skip
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

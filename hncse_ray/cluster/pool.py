@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hncse_ray.cluster.coordinator import PoolCoordinator, PoolState
@@ -22,7 +22,7 @@ from hncse_ray.cluster.resources import PoolPlan
 from hncse_ray.cluster.shards import KeptShards, shard_actors
 from hncse_ray.config import Settings
 from hncse_ray.corpus import Corpus
-from hncse_ray.errors import ClusterError
+from hncse_ray.errors import ClusterError, first_line
 from hncse_ray.negatives import (
     Hits,
     IndexVersion,
@@ -71,8 +71,8 @@ class PoolHandles:
             if not any(failures):
                 calls = [s.ready.options(concurrency_group="control").remote() for s in shards]
                 failures = ray.get(calls, timeout=_START_TIMEOUT_S)
-        except (RayError, GetTimeoutError) as error:
-            raise ClusterError(f"the shards of the negative pool did not come up ({_reason(error)})",
+        except RayError as error:
+            raise ClusterError(f"the shards of the negative pool did not come up ({first_line(error)})",
                                "negatives") from error  # fmt: skip
         for failure in failures:
             if failure is not None:
@@ -312,8 +312,8 @@ class PoolClient:
                     self._poll()
                     raise error.cause from error
                 raise
-            except (RayError, GetTimeoutError) as error:
-                last = f"shard {number}: {_reason(error)}"
+            except RayError as error:
+                last = f"shard {number}: {first_line(error)}"
         if not answers:
             raise SourceUnavailable(last)
         return answers
@@ -321,10 +321,8 @@ class PoolClient:
     def _control(self, call: Callable[[], Any], timeout_s: float) -> Any:
         try:
             return ray.get(call(), timeout=timeout_s)
-        except (
-            Exception
-        ) as error:  # RayError and GetTimeoutError; a bare Exception where Ray knows no such actor any more
-            raise SourceUnavailable(f"the pool's coordinator does not answer ({_reason(error)})") from error
+        except Exception as error:  # RayError; a bare Exception where Ray knows no such actor any more
+            raise SourceUnavailable(f"the pool's coordinator does not answer ({first_line(error)})") from error
 
     def _poll(self) -> None:
         try:
@@ -345,7 +343,3 @@ def _joined(parts: dict[int, np.ndarray], positions: dict[int, np.ndarray], n: i
     for s, part_nD in parts.items():
         vectors_nD[positions[s]], known_n[positions[s]] = part_nD, True
     return vectors_nD, known_n
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

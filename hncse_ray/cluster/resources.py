@@ -14,7 +14,6 @@ from hncse_ray.negatives import IndexPlan, plan_index
 
 Resources = Mapping[str, float]
 
-
 _ANY = 1 << 30  # more than anyone asks for
 
 
@@ -36,7 +35,7 @@ class WorkerPlan:
 
     def each(self) -> dict[str, float]:
         """Return what one worker reserves, by Ray's names."""
-        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+        return _bundle(CPU=self.cpus, GPU=self.gpus)
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,7 @@ def plan_workers(
     gpus_each = settings.gpus_per_worker if use_gpu else 0.0
     if growing and not (use_gpu or settings.use_gpu is False):
         what = f"the cluster has {counted(gpus, 'GPU')} now and may grow, so 'auto' cannot tell what is wanted"
-        raise ClusterError(what, "cluster.use_gpu", "Set it to true or false")  # fmt: skip
+        raise ClusterError(what, "cluster.use_gpu", "Set it to true or false")
     if growing:
         share = settings.cpus_per_worker or 1.0
         return WorkerPlan(num_workers=n, cpus=share, threads=max(1, int(share)), gpus=gpus_each)

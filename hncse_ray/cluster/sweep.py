@@ -6,14 +6,12 @@ stops the trials, and knows nothing that a kill could lose.
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,21 +19,21 @@ from typing import Any
 import ray
 import ray.tune
 import torch
-from optuna.trial import FrozenTrial, TrialState
-from ray.tune import FailureConfig, ResultGrid, RunConfig, TuneConfig, Tuner
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-from ray.tune.search import Searcher
+from optuna.trial import FrozenTrial
+from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune.schedulers import TrialScheduler
 
 from hncse_ray.cluster.placement import survey, without_orphaned_groups
 from hncse_ray.cluster.resources import SweepPlan, plan_sweep
 from hncse_ray.cluster.session import named_cluster, ray_session
 from hncse_ray.cluster.sweep_report import write_sweep_report
+from hncse_ray.cluster.sweep_scheduler import NextTrial, StudyScheduler, Watcher, free_space, trial_folder
 from hncse_ray.cluster.trial import run_trial
 from hncse_ray.config import LOCAL_IS_ONE, Settings
 from hncse_ray.encoder import load_encoder
 from hncse_ray.errors import ClusterError, HncseError, SettingsError, StorageError, TrainingError, counted
 from hncse_ray.reporting import LineReporter, Reporter
-from hncse_ray.reporting.sweep import SweepLines, SweepReporter, TrialUpdate
+from hncse_ray.reporting.sweep import SweepLines, SweepReporter
 from hncse_ray.storage import check_outlasts_job, write_folder
 from hncse_ray.training import load_evaluation_sets
 from hncse_ray.training.checks import check_run
@@ -56,8 +54,6 @@ from hncse_ray.tuning import (
     write_best,
     write_trials_csv,
 )
-
-logger = logging.getLogger(__name__)
 
 _QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",  # no table of Ray Tune's own
@@ -171,12 +167,11 @@ def _run_trials(
     sweep: Sweep, folder: Path, study: SweepStudy, plan: SweepPlan, left: int, reporter: SweepReporter
 ) -> None:
     def job(task: TrialTask) -> dict[str, Any]:
-        name = f"trial-{task.number:04d}"
-        settings = _run_settings(sweep, task.values, plan, folder / "trials", name)
+        settings = _run_settings(sweep, task.values, plan, trial_folder(folder, task.number))
         return {"name": str(task.number), "number": task.number, "values": task.values, "settings": settings}
 
-    searcher = _NextTrial(study, job)
-    _fit(sweep, plan, _StudyScheduler(study, reporter, folder), search_alg=searcher, num_samples=left)
+    searcher = NextTrial(study, job)
+    _fit(sweep, plan, StudyScheduler(study, reporter, folder), search_alg=searcher, num_samples=left)
     if searcher.error is not None:
         raise searcher.error
 
@@ -191,21 +186,21 @@ def _run_seeds(
     for trial in top:
         values = trial.user_attrs["values"]
         for seed in range(first, first + sweep.options.seeds):
-            name = seed_run_name(trial.number, seed)
-            settings = _run_settings(sweep, values | {"run.seed": seed}, plan, folder / "seeds", name)
+            place = folder / "seeds" / seed_run_name(trial.number, seed)
+            settings = _run_settings(sweep, values | {"run.seed": seed}, plan, place)
             jobs.append({"name": f"{trial.number} seed {seed}", "values": values, "settings": settings})
     if jobs:
         reporter.tell(f"training the best {len(top)} with {counted(sweep.options.seeds, 'further seed')} each")
-        _fit(sweep, plan, _Watcher(reporter), {"job": ray.tune.grid_search(jobs)})
+        _fit(sweep, plan, Watcher(reporter), {"job": ray.tune.grid_search(jobs)})
         for run in (folder / "seeds").iterdir():  # the models stay: with more seeds another may turn out the best
-            _free_space([run], but_the_model_of=run)
+            free_space(run, keep_model=True)
 
 
-def _run_settings(sweep: Sweep, values: Values, plan: SweepPlan, place: Path, name: str) -> dict[str, Any]:
+def _run_settings(sweep: Sweep, values: Values, plan: SweepPlan, place: Path) -> dict[str, Any]:
     """Return the settings of one run, as a tree: its values, its share of the cluster, its folder; no test sets."""
     fixed: dict[str, Any] = {
-        "run.name": name,
-        "run.storage_path": str(place.absolute()),
+        "run.name": place.name,
+        "run.storage_path": str(place.parent.absolute()),
         "cluster.cpus_per_worker": plan.cpus_per_worker,
         "cluster.min_workers": None,  # as many workers from its start to its end
         "evaluation.test": False,
@@ -216,12 +211,8 @@ def _run_settings(sweep: Sweep, values: Values, plan: SweepPlan, place: Path, na
 
 
 def _fit(
-    sweep: Sweep,
-    plan: SweepPlan,
-    scheduler: TrialScheduler,
-    param_space: Mapping[str, Any] | None = None,
-    **trials: Any,
-) -> ResultGrid:
+    sweep: Sweep, plan: SweepPlan, scheduler: TrialScheduler, param_space: dict[str, Any] | None = None, **trials: Any
+) -> None:
     """Let Ray Tune run, with each run's process on this node, beside the sweep's folder."""
     here = next(n for n in ray.nodes() if n["NodeID"] == ray.get_runtime_context().get_node_id())
     place = next(name for name in here["Resources"] if name.startswith("node:") and "internal" not in name)
@@ -235,12 +226,12 @@ def _fit(
         )
         share = {"CPU": plan.cpus_per_worker} | ({"GPU": plan.gpus_per_worker} if plan.gpus_per_worker else {})
         with without_orphaned_groups():
-            return Tuner(
+            Tuner(
                 ray.tune.with_resources(
                     partial(run_trial, in_one_process=plan.in_one_process, place=os.getcwd()),
                     {place: 0.001} | (share if plan.in_one_process else {}),
                 ),
-                param_space=None if param_space is None else dict(param_space),
+                param_space=param_space,
                 tune_config=TuneConfig(
                     scheduler=scheduler,
                     max_concurrent_trials=plan.concurrent,
@@ -255,139 +246,6 @@ def _fit(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-class _NextTrial(Searcher):
-    """Asks the study which trial comes next."""
-
-    def __init__(self, study: SweepStudy, job: Callable[[TrialTask], dict[str, Any]]) -> None:
-        super().__init__(metric="score", mode="max")
-        self._study, self._job = study, job
-        self.error: HncseError | None = None
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """Return the job of the next trial."""
-        try:
-            return {"job": self._job(self._study.next())}
-        except HncseError as error:
-            self.error = error
-            return Searcher.FINISHED
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The scheduler tells the study: it knows how the trial ended."""
-
-    def save(self, checkpoint_path: str) -> None:
-        """All state is in the study's file."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """All state is in the study's file."""
-
-
-class _Watcher(FIFOScheduler):
-    """Starts runs in order and reports how they stand."""
-
-    def __init__(self, reporter: SweepReporter) -> None:
-        super().__init__()
-        self._reporter = reporter
-        self._rows: dict[str, TrialUpdate] = {}
-        self._started: dict[str, float] = {}
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Note a dev score, and say whether the run goes on."""
-        job = trial.config["job"]
-        row = self._row(job)
-        if "outcome" in result or "score" not in result:
-            return TrialScheduler.CONTINUE  # it ends by itself
-        total = result["total_steps"] or row.total_steps
-        self._show(replace(row, state="running", step=result["step"], total_steps=total, score=result["score"]))
-        is_poor = self._is_poor(job, result["step"], result["score"])
-        if is_poor and result["step"] < result["total_steps"]:  # not what is done anyway, nor for the past of a run
-            self._end(job, "stopped early", {})
-            return TrialScheduler.STOP
-        return TrialScheduler.CONTINUE
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Note how a run ended; Ray Tune tells of one that it was told to stop, too."""
-        if self._row(trial.config["job"]).state == "stopped early":
-            return
-        state = "finished" if result.get("outcome") == "finished" else "failed"
-        self._end(trial.config["job"], state, {"reason": "it ended without a result"} | result)
-
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Note that the process of a run died; Ray Tune tells of one that it starts again, too."""
-        if trial.status == trial.ERROR and trial.should_recover():
-            return
-        lines = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines() if trial.error_file else []
-        self._end(trial.config["job"], "failed", {"reason": lines[-1] if lines else "its process died"})
-
-    def choose_trial_to_run(self, tune_controller: Any, **kwargs: Any) -> Any:
-        """Choose the next run, and note that it starts."""
-        trial = super().choose_trial_to_run(tune_controller, **kwargs)
-        if trial is not None:
-            self._row(trial.config["job"])
-        return trial
-
-    def _is_poor(self, job: Mapping[str, Any], step: int, score: float) -> bool:
-        return False
-
-    def _end(self, job: Mapping[str, Any], state: Any, result: Mapping[str, Any]) -> None:
-        row = self._row(job)
-        score = result.get("exported_score", row.score) if state == "finished" else row.score
-        self._show(replace(row, state=state, score=score, reason=result["reason"] if state == "failed" else ""))
-
-    def _seconds(self, job: Mapping[str, Any]) -> float:
-        return round(time.monotonic() - self._started[job["name"]], 1)
-
-    def _row(self, job: Mapping[str, Any]) -> TrialUpdate:
-        if job["name"] not in self._rows:
-            self._started[job["name"]] = time.monotonic()
-            self._show(TrialUpdate(job["name"], "starting", job["values"]))
-        return self._rows[job["name"]]
-
-    def _show(self, row: TrialUpdate) -> None:
-        self._rows[row.name] = row
-        self._reporter.on(row)
-
-
-class _StudyScheduler(_Watcher):
-    """Tells the study what trials score and how they end, stops those that it gives up, and frees their disk space."""
-
-    def __init__(self, study: SweepStudy, reporter: SweepReporter, folder: Path) -> None:
-        super().__init__(reporter)
-        self._study, self._folder = study, folder
-
-    def _is_poor(self, job: Mapping[str, Any], step: int, score: float) -> bool:
-        return self._study.report(job["number"], step, score)
-
-    def _end(self, job: Mapping[str, Any], state: Any, result: Mapping[str, Any]) -> None:
-        number, row = job["number"], self._row(job)
-        facts = {"seconds": self._seconds(job), "total_steps": row.total_steps}
-        if state == "finished":
-            self._study.complete(number, facts | {"best_step": result["best_step"]})
-        elif state == "failed":
-            self._study.fail(number, result["reason"], facts)
-        else:
-            self._study.stop(number, facts)
-        trials = self._study.finished()
-        write_trials_csv(self._folder, trials)
-        ended = next(t for t in trials if t.number == number)
-        best = next(iter(rank_trials(trials)), None)
-        places = [_trial_folder(self._folder, t.number) for t in trials]
-        _free_space(places, but_the_model_of=None if best is None else _trial_folder(self._folder, best.number))
-        score = ended.value if ended.state == TrialState.COMPLETE else row.score
-        self._show(replace(row, state=STATE_NAMES[ended.state], score=score, is_best=best is ended,
-                           reason=ended.user_attrs.get("reason", "")))  # fmt: skip
-
-
-def _trial_folder(folder: Path, number: int) -> Path:
-    return folder / "trials" / f"trial-{number:04d}"
-
-
-def _free_space(runs: Sequence[Path], *, but_the_model_of: Path | None = None) -> None:
-    """Remove the checkpoints of runs that are over, and all models but one."""
-    for run in runs:
-        for name in ("checkpoints", "index", *(() if run == but_the_model_of else ("model",))):
-            shutil.rmtree(run / name, ignore_errors=True)
-
-
 def _finish(sweep: Sweep, folder: Path, study: SweepStudy) -> SweepResult:
     """Choose, export the best model and score it on the test sets: the only time that these are looked at."""
     trials = study.finished()
@@ -398,13 +256,13 @@ def _finish(sweep: Sweep, folder: Path, study: SweepStudy) -> SweepResult:
         reasons = Counter(t.user_attrs.get("reason", STATE_NAMES[t.state]) for t in trials)
         raise TrainingError(f"no trial came to a score; most often: {reasons.most_common(1)[0][0]}", str(folder))
     best, score = ranked[0], float(ranked[0].value or 0.0)
-    run = _trial_folder(folder, best.number)
+    run = trial_folder(folder, best.number)
     seeds = read_seed_scores(folder, sweep.metric) if sweep.options.seeds else []
     if seeds:
         best = next(t for t in ranked if t.number == seeds[0].number)
         score, by_seed = seeds[0].mean, seeds[0].scores
         run = folder / "seeds" / seed_run_name(best.number, max(by_seed, key=lambda seed: by_seed[seed]))
-    write_folder(folder / "model", lambda new: _copy(run / "model", new))
+    write_folder(folder / "model", lambda new: shutil.copytree(run / "model", new, dirs_exist_ok=True))
     recipe = write_best(folder, sweep, best)
     write_sweep_report(folder)
     evaluation = sweep.settings.evaluation.model_copy(update={"test": True})
@@ -424,7 +282,3 @@ def _finish(sweep: Sweep, folder: Path, study: SweepStudy) -> SweepResult:
         before=before,
         after=after,
     )
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copytree(source, target, dirs_exist_ok=True)
