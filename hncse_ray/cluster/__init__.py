@@ -6,16 +6,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hncse_ray.cluster.mining import MineReport, mine
+    from hncse_ray.cluster.mining import mine
     from hncse_ray.cluster.run import RunResult, train
     from hncse_ray.cluster.session import ray_session
     from hncse_ray.cluster.sweep import SweepResult, tune
 
-__all__ = ["MineReport", "RunResult", "SweepResult", "mine", "ray_session", "train", "tune"]
+__all__ = ["RunResult", "SweepResult", "mine", "ray_session", "train", "tune"]
 
 # Every actor is a process that imports its own module: loading all of them for each would take longer than a short run.
 _LAZY = {
-    "MineReport": "mining",
     "RunResult": "run",
     "SweepResult": "sweep",
     "mine": "mining",

@@ -2,7 +2,6 @@
 
 from hncse_ray.config.base import Section, changes, leaves
 from hncse_ray.config.corpus import CorpusSettings
-from hncse_ray.config.export import ExportSettings
 from hncse_ray.config.load import load_settings, read_setting, setting_kinds
 from hncse_ray.config.negatives import NegativesSettings
 from hncse_ray.config.objective import OBJECTIVES, InfoNCE, InstanceSmoothing, ObjectiveSettings, OwnObjective
@@ -21,7 +20,7 @@ from hncse_ray.config.sections import (
     Side,
     TrainSettings,
 )
-from hncse_ray.config.views import ViewKind, ViewMix, ViewsSettings
+from hncse_ray.config.views import ViewKind
 
 __all__ = [
     "COLLECTION_METRICS",
@@ -29,7 +28,6 @@ __all__ = [
     "CorpusSettings",
     "EncoderSettings",
     "EvaluationSettings",
-    "ExportSettings",
     "InfoNCE",
     "InstanceSmoothing",
     "LOCAL_IS_ONE",
@@ -47,8 +45,6 @@ __all__ = [
     "Side",
     "TrainSettings",
     "ViewKind",
-    "ViewMix",
-    "ViewsSettings",
     "changes",
     "leaves",
     "load_settings",

@@ -5,7 +5,7 @@ from hncse_ray.corpus.corpus import Corpus, PrepareReport
 from hncse_ray.corpus.order import Shuffled
 from hncse_ray.corpus.prepare import WriteRows, prepare_corpus
 from hncse_ray.corpus.python_code import scored_code_pairs
-from hncse_ray.corpus.python_docs import DocPair, docstring_sentences, documentation_pairs
+from hncse_ray.corpus.python_docs import docstring_sentences, documentation_pairs
 from hncse_ray.corpus.rows import OwnTokens, Tokenize
 from hncse_ray.corpus.sentences import sentences_or_runs, split_sentences
 from hncse_ray.corpus.text import normalise, row_hash
@@ -13,7 +13,6 @@ from hncse_ray.corpus.text import normalise, row_hash
 __all__ = [
     "BatchPlan",
     "Corpus",
-    "DocPair",
     "OwnTokens",
     "PrepareReport",
     "RowLengths",

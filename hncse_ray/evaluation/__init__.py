@@ -12,7 +12,7 @@ from hncse_ray.evaluation.geometry import (
     uniformity,
 )
 from hncse_ray.evaluation.retrieval import METRICS, RetrievalSet, evaluate_retrieval, paired_set, read_pairs
-from hncse_ray.evaluation.sts import STS_TASKS, StsPair, StsPairs, evaluate_sts, evaluate_stsb, read_sts, spearman
+from hncse_ray.evaluation.sts import STS_TASKS, StsPair, StsPairs, evaluate_sts, read_sts, spearman
 from hncse_ray.evaluation.transfer import TRANSFER_TASKS, evaluate_transfer
 from hncse_ray.evaluation.vectors import Encode, encode_checked, encode_unit, on_side, unit_rows
 
@@ -40,7 +40,6 @@ __all__ = [
     "evaluate_geometry",
     "evaluate_retrieval",
     "evaluate_sts",
-    "evaluate_stsb",
     "evaluate_transfer",
     "mean_and_spread",
     "on_side",

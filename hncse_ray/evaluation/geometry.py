@@ -63,7 +63,7 @@ def evaluate_geometry(
     Raises:
         DataError: the data are missing, or the vectors cannot be used or are all the same.
     """
-    pairs = [pair for pair in read_sts("STSBenchmark", "dev", data_dir).pairs]
+    pairs = read_sts("STSBenchmark", "dev", data_dir).pairs
     position = {text: i for i, text in enumerate(dict.fromkeys(t for p in pairs for t in (p.sentence1, p.sentence2)))}
     z_UD = encode_unit(encode, list(position))
     if np.ptp(z_UD, axis=0).max() < _MIN_SPREAD:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,6 @@ from hncse_ray.config import COLLECTION_METRICS, RETRIEVAL_METRICS
 from hncse_ray.errors import DataError
 from hncse_ray.evaluation.vectors import Encode, FloatArray, encode_unit, on_side
 from hncse_ray.reading import read_table
-
-logger = logging.getLogger(__name__)
 
 # Cosines closer than this are equal: a dot product of 32-bit unit rows is no more precise.
 TIE_TOLERANCE = 1e-6

@@ -136,15 +136,6 @@ def evaluate_sts(encode: Encode, data_dir: str | Path, tasks: Sequence[str] | No
     return scores
 
 
-def evaluate_stsb(encode: Encode, data_dir: str | Path, split: str = "dev") -> float:
-    """Spearman correlation times 100 on a split of STS-Benchmark; by default dev, which chooses checkpoints.
-
-    Raises:
-        DataError: as :func:`evaluate_sts`.
-    """
-    return spearman(encode, read_sts("STSBenchmark", split, data_dir))
-
-
 def spearman(encode: Encode, pairs: StsPairs) -> float:
     """Spearman correlation times 100 of the encoder's cosines and the gold scores.
 

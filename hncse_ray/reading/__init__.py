@@ -9,8 +9,9 @@ from hncse_ray.reading.documents import (
     read_document,
     titled,
 )
-from hncse_ray.reading.kinds import ENDINGS, Kind, check_file, ending_of, expand_path, kind_of, names_folder
+from hncse_ray.reading.kinds import Kind, check_file, ending_of, expand_path, kind_of, names_folder
 from hncse_ray.reading.lines import (
+    UNPARTED,
     Span,
     content_identity,
     explained,
@@ -26,12 +27,12 @@ from hncse_ray.reading.urls import File, UrlFile, is_remote
 __all__ = [
     "Document",
     "DocumentError",
-    "ENDINGS",
     "File",
     "MAX_RECORD",
     "Kind",
     "Record",
     "Span",
+    "UNPARTED",
     "UrlFile",
     "check_file",
     "content_identity",

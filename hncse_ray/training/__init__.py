@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hncse_ray.training.checkpoint import RunStore, TrainState
     from hncse_ray.training.evaluator import EvaluationSets, load_evaluation_sets
-    from hncse_ray.training.loop import Emit, TrainJob, fit
+    from hncse_ray.training.loop import TrainJob, fit
     from hncse_ray.training.senteval import senteval_folder
 
 __all__ = [
-    "Emit",
     "EvaluationSets",
     "RunStore",
     "TrainJob",
@@ -24,7 +23,6 @@ __all__ = [
 
 # A run is claimed, and refused if it must be, before the encoder's libraries are imported, which takes seconds.
 _LAZY = {
-    "Emit": "loop",
     "EvaluationSets": "evaluator",
     "RunStore": "checkpoint",
     "TrainJob": "loop",

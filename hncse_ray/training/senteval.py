@@ -5,7 +5,6 @@ It stands here since it needs both what evaluation reads and the cache and the h
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import tarfile
@@ -20,8 +19,6 @@ from hncse_ray.evaluation.sts import sts_files
 from hncse_ray.evaluation.transfer import transfer_files
 from hncse_ray.storage import write_folder
 from hncse_ray.training.simcse_files import REPOSITORY, Tell, fetched, make_folder
-
-logger = logging.getLogger(__name__)
 
 ARCHIVE = "senteval.tar"
 _NOTES = ("readme.txt", "00-readme.txt", "license.txt")  # taken along where they lie beside a set

