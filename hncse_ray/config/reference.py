@@ -18,6 +18,7 @@ from hncse_ray.config.sections import Settings
 from hncse_ray.config.values import is_section, kinds_of
 
 OWN_OBJECTIVE = "MODULE:FUNCTION"
+_CLASSES: dict[str, type[BaseModel]] = {**OBJECTIVES, OWN_OBJECTIVE: OwnObjective}
 _TYPES = {bool: "true or false", int: "whole number", float: "number", str: "text"}
 
 
@@ -59,25 +60,24 @@ def reference() -> tuple[SectionFacts, ...]:
 
 def objective_papers() -> dict[str, str]:
     """Return what each objective is, with its paper, by name."""
-    classes: dict[str, type[BaseModel]] = {**OBJECTIVES, OWN_OBJECTIVE: OwnObjective}
-    return {name: _documentation(cls) for name, cls in classes.items()}
+    return {name: _documentation(cls) for name, cls in _CLASSES.items()}
 
 
-def shown_value(value: object) -> str:
-    """Return a value as a recipe writes it."""
+def shown_value(value: object, *, digits: int = 6) -> str:
+    """Return a value as a recipe writes it, numbers that are not whole to so many digits."""
     match value:
         case None:
             return "null"
         case bool():
             return str(value).lower()
         case float():
-            return f"{value:g}"
+            return f"{value:.{digits}g}"
         case BaseModel():
-            return shown_value(value.model_dump())
+            return shown_value(value.model_dump(), digits=digits)
         case list() | tuple():
-            return f"[{', '.join(map(shown_value, value))}]"
+            return f"[{', '.join(shown_value(item, digits=digits) for item in value)}]"
         case Mapping():
-            return f"{{{', '.join(f'{key}: {shown_value(item)}' for key, item in value.items())}}}"
+            return f"{{{', '.join(f'{key}: {shown_value(item, digits=digits)}' for key, item in value.items())}}}"
     return str(value)
 
 
@@ -97,12 +97,11 @@ def _sections(key: str, field: FieldInfo) -> Iterator[SectionFacts]:
 def _objective() -> SectionFacts:
     """Return the settings of all objectives; those that several know alike are one."""
     found: dict[SettingFacts, list[str]] = {}
-    classes: dict[str, type[BaseModel]] = {**OBJECTIVES, OWN_OBJECTIVE: OwnObjective}
-    for objective, cls in classes.items():
+    for objective, cls in _CLASSES.items():
         for key, field in cls.model_fields.items():
             if key != "name":
                 found.setdefault(_setting(f"objective.{key}", field), []).append(objective)
-    name = SettingFacts("objective.name", ", ".join(classes), "", "info_nce", "the loss; see the list of objectives")
+    name = SettingFacts("objective.name", ", ".join(_CLASSES), "", "info_nce", "the loss; see the list of objectives")
     settings = [replace(facts, objectives=tuple(names)) for facts, names in found.items()]
     return SectionFacts("objective", "The loss and its own settings.", (name, *settings))
 
@@ -186,19 +185,16 @@ def reference_page() -> str:
         if section.key == "objective":
             lines += [f"- `{name}`: {what}" for name, what in objective_papers().items()] + [""]
         lines += ["| setting | meaning | takes | default |", "|---|---|---|---|"]
-        lines += [_row(section, setting) for setting in section.settings]
+        lines += map(_row, section.settings)
     return "\n".join(lines) + "\n"
 
 
-def _row(section: SectionFacts, setting: SettingFacts) -> str:
+def _row(setting: SettingFacts) -> str:
     takes = f"{setting.type}; {setting.range}" if setting.range else setting.type
-    known = (
-        "" if len(setting.objectives) in (0, len(OBJECTIVES), len(OBJECTIVES) + 1) else ", ".join(setting.objectives)
-    )
-    meaning = f"{setting.meaning} ({known})" if known else setting.meaning
-    return (
-        "| " + " | ".join(_cell(text) for text in (f"`{setting.key}`", meaning, takes, f"`{setting.default}`")) + " |"
-    )
+    known_by_all = len(setting.objectives) >= len(OBJECTIVES)
+    known = "" if known_by_all or not setting.objectives else f" ({', '.join(setting.objectives)})"
+    cells = (f"`{setting.key}`", setting.meaning + known, takes, f"`{setting.default}`")
+    return f"| {' | '.join(map(_cell, cells))} |"
 
 
 def _cell(text: str) -> str:

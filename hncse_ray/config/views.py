@@ -6,10 +6,9 @@ from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
-from hncse_ray.config.base import Section
+from hncse_ray.config.base import MOST, Section
 
 ViewKind = Literal["dropout", "title", "crop", "cloze", "neighbour", "keywords"]
-_MOST = 2**31 - 1
 _HEAVIEST = 1e6
 
 
@@ -48,7 +47,7 @@ class ViewsSettings(Section):
         le=50,
         description="a pair is used if its passage is among so many nearest to the anchor in the index",
     )
-    agreement_after_steps: int = Field(0, ge=0, le=_MOST, description="steps in which all pairs are used")
+    agreement_after_steps: int = Field(0, ge=0, le=MOST, description="steps in which all pairs are used")
 
     @property
     def active(self) -> bool:

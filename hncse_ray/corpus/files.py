@@ -28,10 +28,7 @@ from hncse_ray.errors import DataError
 
 FORMAT_VERSION = 4  # 1: unique by text; 2: no passages; 3: one file, and no files of numbers
 MANIFEST = "corpus.json"
-SHARD_ROWS, BATCH_ROWS = (
-    2**20,
-    2**14,
-)  # of a shard, and of a record batch in it, which is also what is written at a time
+SHARD_ROWS, BATCH_ROWS = 2**20, 2**14  # of a shard, and of a record batch in it, which is what is written at a time
 NUMBERS = {"hash": "<i8", "target_hash": "<i8", "document": "<i8", "length": "<i4", "target_length": "<i4"}
 DAMAGED = "Delete this folder and prepare the corpus again"
 

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,10 +74,7 @@ class Job:
     @property
     def schema(self) -> pa.Schema:
         """Their columns."""
-        shape = self.shape
-        return row_schema(
-            pairs=shape.pairs, negatives=shape.negatives, documents=shape.documents, passages=shape.passages
-        )
+        return row_schema(**asdict(self.shape))
 
     @property
     def document_column(self) -> int | None:
@@ -125,16 +122,9 @@ def prepare_corpus(
         DataError: the source cannot be read, nothing is left of it, or the cache cannot be written.
     """
     identity = source_identity(settings, sentences)
-    sample = [settings.max_sentences, seed] if settings.max_sentences is not None else None
-    relevant = [
-        FORMAT_VERSION,
-        identity,
-        tokenizer_digest,
-        max_length,
-        settings.min_words,
-        settings.max_chars,
-        sample,
-    ]
+    size, filters = settings.max_sentences, [settings.min_words, settings.max_chars]
+    sampled = None if size is None else [size, seed]
+    relevant = [FORMAT_VERSION, identity, tokenizer_digest, max_length, *filters, sampled]
     digest = hashlib.sha256(json.dumps(relevant).encode()).hexdigest()
     corpora = cache_folder(settings.cache_dir) / "corpora"
     final = corpora / digest
@@ -143,14 +133,11 @@ def prepare_corpus(
     try:
         corpora.mkdir(parents=True, exist_ok=True)
         _remove_stale(corpora)
-        temporary = corpora / f".tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        temporary = _temporary(corpora)
         temporary.mkdir()
     except OSError as error:
-        raise DataError(
-            f"cannot be written ({error.strerror or error})",
-            str(corpora),
-            "Set corpus.cache_dir or HNCSE_CACHE",
-        ) from None
+        what = f"cannot be written ({error.strerror or error})"
+        raise DataError(what, str(corpora), "Set corpus.cache_dir or HNCSE_CACHE") from None
     try:
         facts: dict[str, Any] = {"digest": digest, "source": identity, "tokenizer": tokenizer_digest}
         facts |= {"max_length": max_length, "seed": seed, "settings": settings.model_dump(mode="json")}
@@ -162,11 +149,8 @@ def prepare_corpus(
             raise DataError("changed while it was read", settings.place, "Begin again")
         _put_in_place(temporary, final)
     except OSError as error:
-        raise DataError(
-            f"cannot be written ({error.strerror or error})",
-            str(corpora),
-            "Is the disk full? See corpus.cache_dir",
-        ) from None
+        what = f"cannot be written ({error.strerror or error})"
+        raise DataError(what, str(corpora), "Is the disk full? See corpus.cache_dir") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Corpus.open(final)
@@ -185,11 +169,16 @@ def _open_if_whole(final: Path, tokenizer_digest: str, *, digests: bool) -> Corp
     except DataError as error:
         # Moved before it is removed: no other process meets it half gone.
         log.warning("%s %s; preparing it anew", final, error.what)
-        aside = final.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+        aside = _temporary(final.parent)
         with contextlib.suppress(OSError):
             final.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
         return None
+
+
+def _temporary(corpora: Path) -> Path:
+    """Return a new name that :func:`_remove_stale` knows this process by."""
+    return corpora / f".tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:
@@ -219,7 +208,7 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True  # another user's, so alive
+        pass  # another user's, so alive
     return True
 
 

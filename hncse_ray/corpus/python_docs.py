@@ -32,9 +32,7 @@ from hncse_ray.storage import replacing
 log = logging.getLogger(__name__)
 
 # What the corpus is read from: dependencies of this project or of its dependencies, so they are always there.
-DEFAULT_PACKAGES = (
-    "datasets", "numpy", "optuna", "pandas", "pyarrow", "scipy", "torch",
-)  # fmt: skip
+DEFAULT_PACKAGES = ("datasets", "numpy", "optuna", "pandas", "pyarrow", "scipy", "torch")
 # What pairs are read from: those, more such dependencies, and some of the standard library.
 PAIR_PACKAGES = DEFAULT_PACKAGES + (
     "aiohttp", "click", "fsspec", "huggingface_hub", "jinja2", "mpmath", "networkx", "pydantic",
@@ -59,9 +57,7 @@ _SKIPPED_FOLDERS = {
     "sympy": ("parsing", "physics", "plotting", "polys", "printing", "solvers"),
     "torch": ("_C", "_decomp", "_dynamo", "_export", "_functorch", "_higher_order_ops", "_inductor",
               "_library", "_numpy", "_prims", "_refs", "_subclasses", "ao", "distributed", "export", "fx",
-              "jit",
-              "onnx",
-              "utils"),
+              "jit", "onnx", "utils"),
     "transformers": ("models", "exporters", "integrations", "quantizers", "utils", "cli", "testing_utils.py"),
 }  # fmt: skip
 
@@ -78,17 +74,7 @@ _GENERIC_NAMES = frozenset(
     "show size start state step stop test transform type update validate value values version visit "
     "wrapper write".split()
 )
-UNTELLING = (
-    "see ",
-    "alias ",
-    "deprecated",
-    "same as ",
-    "like ",
-    "refer to ",
-    "wrapper ",
-    "internal ",
-    "dispatch ",
-)
+UNTELLING = ("see ", "alias ", "deprecated", "same as ", "like ", "refer to ", "wrapper ", "internal ", "dispatch ")
 
 
 @dataclass(frozen=True)
@@ -103,7 +89,7 @@ class DocPair:
     split: Literal["dev", "test"]
 
 
-def docstring_sentences(packages: Sequence[str] = (), num_processes: int | None = None) -> Iterator[str]:
+def docstring_sentences(packages: Sequence[str], num_processes: int | None) -> Iterator[str]:
     """Yield the sentences of the packages' docstrings, package by package, file by file; not unique.
 
     Args:
@@ -224,7 +210,7 @@ def _split_of(name: str) -> Literal["dev", "test"]:
     return "dev" if hashlib.blake2b(name.encode()).digest()[0] % 2 == 0 else "test"
 
 
-def package_versions(packages: Sequence[str] = ()) -> list[str]:
+def package_versions(packages: Sequence[str]) -> list[str]:
     """Return ``name==version`` of the packages, sorted: what the text of their docstrings depends on.
 
     A package whose version says nothing of its text (an editable install, a folder on the path) is named by a

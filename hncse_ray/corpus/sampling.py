@@ -7,9 +7,8 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
 
-Row = tuple[Any, ...]
+from hncse_ray.corpus.rows import Row
 
 
 def sample(
@@ -28,11 +27,10 @@ def _sample_rows(rows: Iterable[Row], size: int, rng: random.Random, counts: Cou
     for i, row in enumerate(rows):
         if i < size:
             kept.append((i, row))
-        elif (slot := rng.randrange(i + 1)) < size:
+            continue
+        counts["not_sampled"] += 1
+        if (slot := rng.randrange(i + 1)) < size:
             kept[slot] = (i, row)
-            counts["not_sampled"] += 1
-        else:
-            counts["not_sampled"] += 1
     yield from (row for _, row in sorted(kept, key=lambda entry: entry[0]))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from hncse_ray.reading import UNPARTED
+
 # An end is a run of marks and what closes behind it. Marks of scripts without blanks end a sentence at once,
 # others before a blank; so do empty lines.
 _END = re.compile(
@@ -71,9 +73,7 @@ def _ends(text: str, start: int, match: re.Match[str], *, caseless: bool) -> boo
 
 
 _RUN_WORDS, _FEWEST_WORDS = 12, 4  # of a run, and of the last one
-_NO_BLANKS = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-)
+_NO_BLANKS = re.compile(f"[{UNPARTED}]")
 
 
 def count_words(text: str) -> int:

@@ -14,6 +14,8 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from hncse_ray.reading import UNPARTED
+
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
 
@@ -21,12 +23,7 @@ _K1, _B = 1.2, 0.75
 _COMMON, _NEVER_COMMON = 0.25, 10  # words that more of the corpus's rows hold are left out, in a corpus that is no toy
 _BLOCK_ROWS = 65_536
 
-# Scripts that part no words: Chinese, Japanese, Thai, Lao, Burmese, Khmer.
-_UNPARTED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-    "\U00020000-\U0003ffff"
-)
-_RUN = re.compile(rf"([{_UNPARTED}]+)|[^\W_{_UNPARTED}]+")
+_RUN = re.compile(rf"([{UNPARTED}]+)|[^\W_{UNPARTED}]+")
 
 
 def words(text: str) -> Iterator[str]:

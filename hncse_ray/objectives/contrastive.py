@@ -6,15 +6,7 @@ from torch import Tensor
 
 from hncse_ray.objectives import checks
 from hncse_ray.objectives.share import WHOLE, Share
-from hncse_ray.objectives.similarity import (
-    Columns,
-    Metrics,
-    autocast_off,
-    contrast,
-    cross_entropy,
-    means,
-    shared_means,
-)
+from hncse_ray.objectives.similarity import Columns, Metrics, autocast_off, contrast, cross_entropy, means, shared_means
 
 
 def info_nce(

@@ -18,6 +18,12 @@ from hncse_ray.errors import DataError
 from hncse_ray.reading.kinds import check_file, ending_of
 from hncse_ray.reading.urls import File, UrlFile
 
+UNPARTED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff"
+)
+"""Scripts that part no words, for a class of a regular expression: Chinese, Japanese, Thai, Lao, Burmese, Khmer."""
+
 # Letters and signs that are drawn as nothing: Hangul fillers and the empty pattern of Braille.
 _BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800")
 _UTF_16 = ("\udcff\udcfe", "\udcfe\udcff")  # its byte order marks, read as UTF-8

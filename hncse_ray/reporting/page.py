@@ -11,6 +11,7 @@ import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import jinja2
 import plotly.graph_objects as go
 from markupsafe import Markup, escape
 
+from hncse_ray.config.reference import shown_value
 from hncse_ray.reporting.chart import COLOURS, draw_svg
 from hncse_ray.reporting.reporters import duration_text
 from hncse_ray.storage import write_atomically
 
 # All of these can be told from a white and from a nearly black ground.
-BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, GREY = COLOURS
+BLUE, *_, RED, TEAL, GREY = COLOURS
 SCALE = ("#aeb7c3", BLUE)  # from low to high
 
 
@@ -92,19 +94,6 @@ def gain_text(after: float, before: float) -> str:
     return f"{after - before:+.{2 if abs(after) >= 2 else 4}f}"
 
 
-def setting_text(value: object) -> str:
-    """Return a setting's value as a recipe writes it, floats to four digits."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(setting_text(item) for item in value)}]"
-    return str(value)
-
-
 def write_page(path: Path, template: str, **facts: Any) -> Path:
     """Fill a template and write it, whole or not at all.
 
@@ -122,7 +111,7 @@ def write_page(path: Path, template: str, **facts: Any) -> Path:
         "breakable": breakable,
         "score": score_text,
         "gain": gain_text,
-        "setting": setting_text,
+        "setting": partial(shown_value, digits=4),
         "duration": duration_text,
     }
     write_atomically(path, environment.get_template(template).render(**facts))

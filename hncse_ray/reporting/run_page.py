@@ -211,9 +211,8 @@ def _leaves(tree: Mapping[str, Any], known: Mapping[str, str], prefix: str = "")
     for key, value in tree.items():
         path = f"{prefix}{key}"
         is_section = not prefix or any(other.startswith(f"{path}.") for other in known)
-        if (
-            isinstance(value, Mapping) and is_section and known.get(path) != "null"
-        ):  # one that may be missing is a value
+        is_section &= known.get(path) != "null"  # one that may be missing is a value
+        if isinstance(value, Mapping) and is_section:
             yield from _leaves(value, known, f"{path}.")
         else:
             yield path, value
