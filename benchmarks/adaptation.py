@@ -242,7 +242,7 @@ def tabulate(folder: Path, out: Path | None) -> None:
                             [np.subtract(scores[seed], before[seed]) for seed in scores], axis=0
                         )
             seeds_of = {row["seed"] for row in own if export in row["exports"]}
-            found[f"{method} | {export}"] = summary(by, base, seeds=len(seeds_of))
+            found[f"{method} | {export}"] = summary(by, seeds=len(seeds_of))
             if sts := {row["collection"]: row["exports"][export]["sts"] for row in own
                        if "sts" in row["exports"].get(export, ())}:  # fmt: skip
                 found[f"{method} | {export}"]["sts"] = sts
@@ -270,7 +270,7 @@ def tabulate(folder: Path, out: Path | None) -> None:
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def summary(by: dict[str, dict[str, NDArray[Any]]], base: Any, *, seeds: int) -> dict[str, Any]:
+def summary(by: dict[str, dict[str, NDArray[Any]]], *, seeds: int) -> dict[str, Any]:
     """Mean changes by collection, their mean, and its interval: queries are drawn anew within each collection."""
     rng = np.random.default_rng(0)
     row: dict[str, Any] = {"seeds": seeds}

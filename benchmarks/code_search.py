@@ -103,7 +103,7 @@ def measure(tables: Path, overrides: list[str], method: str, seed: str) -> dict[
         settings = of_run(tables, overrides, method, seed, scratch)
         model, found = settings.encoder.model, {}
         if method == "mined once":
-            mine(settings, tables / "train.jsonl", Path(scratch) / "mined.jsonl", int(seed))
+            mine(settings, tables / "train.jsonl", Path(scratch) / "mined.jsonl")
             settings = of_run(Path(scratch), overrides, method, seed, scratch, train_file="mined.jsonl")
         if method in METHODS:
             with walking(settings) if method == "walked" else nullcontext():
@@ -176,7 +176,7 @@ def walking(settings: Settings, among: int = 1000, degree: int = 10, restart: fl
         yield
 
 
-def mine(settings: Settings, source: Path, target: Path, seed: int) -> None:
+def mine(settings: Settings, source: Path, target: Path) -> None:
     """Add a column of negatives, as sentence-transformers mines them; pairs without one have none."""
     from datasets import Dataset
 

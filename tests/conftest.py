@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_model, make_sentences
+from tiny import make_model, make_sentences, small_settings
 from waits import seconds, slowness
 from xdist.scheduler import LoadScopeScheduling
 
@@ -61,25 +61,5 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_run(tiny_model: Path, corpus_file: Path, pairs_file: Path, tmp_path: Path) -> dict[str, object]:
-    """Settings of a run that takes a second: 12 steps of 16 sentences."""
-    return {
-        "run": {"name": "small", "storage_path": str(tmp_path / "runs"), "seed": 3},
-        "corpus": {"path": str(corpus_file), "cache_dir": str(tmp_path / "cache")},
-        "encoder": {"model": str(tiny_model), "pooling": "mean", "max_length": 24, "precision": "fp32"},
-        "objective": {"name": "hybrid"},
-        "train": {
-            "batch_size": 16,
-            "learning_rate": 1e-3,
-            "max_steps": 12,
-            "log_every_steps": 1,
-            "evaluate_every_steps": 4,
-            "checkpoint_every_steps": 4,
-        },
-        "evaluation": {
-            "suites": ["pairs"],
-            "metric": "pairs/recall@1",
-            "pairs_dev": str(pairs_file),
-            "pairs_test": str(pairs_file),
-        },
-        "cluster": {"cpus_per_worker": 1},
-    }
+    """Settings of a run that takes a second, for a test to change."""
+    return small_settings(tiny_model, corpus_file, pairs_file, tmp_path) | {"cluster": {"cpus_per_worker": 1}}

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import WORDS
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast, T5EncoderModel
+from tiny import make_tokenizer
+from transformers import AutoConfig, AutoModel, T5EncoderModel
 
 LIMIT = 40  # tokens of a text
 _BASE = {
@@ -57,33 +56,11 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
 FAMILIES = ENCODERS | DECODERS
 
 
-def make_tokenizer(*, padding_id: int = 0, decoder: bool = False) -> PreTrainedTokenizerFast:
-    """Make a word-level tokenizer whose padding has a certain id; of a decoder with an end token only."""
-    special = ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    special.insert(padding_id, "[PAD]")
-    vocabulary = {word: i for i, word in enumerate([*special, ".", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A [SEP]" if decoder else "[CLS] $A [SEP]",
-        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
-    )
-    named = {} if decoder else {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        eos_token="[SEP]" if decoder else None,
-        model_max_length=LIMIT,
-        **named,
-    )
-
-
 def make_family(name: str, folder: Path) -> Path:
     """Save a tiny model of a family, a transformers folder without stages."""
     kind, extra = FAMILIES[name]
-    tokenizer = make_tokenizer(padding_id=extra.get("pad_token_id", 0), decoder=name in DECODERS)
+    padding = extra.get("pad_token_id", 0)
+    tokenizer = make_tokenizer(padding=padding, max_length=LIMIT, decoder=name in DECODERS)
     torch.manual_seed(0)
     wanted = {"vocab_size": len(tokenizer)} | _BASE | extra
     config = AutoConfig.for_model(kind, **wanted)

@@ -19,7 +19,7 @@ from hncse_ray.encoder import SentenceEncoder, load_encoder
 from hncse_ray.negatives import Hits, IndexVersion, SourceStatus, plan_index
 from hncse_ray.negatives.in_process import InProcessSource
 from hncse_ray.reporting import Event, Notice, RunFinished
-from hncse_ray.reporting.events import StepsLogged
+from hncse_ray.reporting.events import CheckpointSaved, StepsLogged
 from hncse_ray.storage import write_folder
 from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets
 from hncse_ray.training.checkpoint import Request
@@ -40,6 +40,9 @@ BASE = (
     "negatives.candidates=12",
     "negatives.max_score=null",  # the tiny model finds everything alike
 )
+
+
+TIMED = ("search_ms", "build_", "waited")  # words of metrics that tell of speed
 
 
 class Stopped(Exception):
@@ -199,6 +202,36 @@ def carry_out(
     except Stopped:
         pass
     return run
+
+
+def stop_at(kind: type[Event], step: int) -> Callable[[Event], None]:
+    """Return what kills a run when the event of this kind and step has been told."""
+
+    def stop(event: Event) -> None:
+        if isinstance(event, kind) and event.step == step:  # type: ignore[attr-defined]
+            raise Stopped
+
+    return stop
+
+
+def logged(run: Run) -> dict[int, dict[str, float]]:
+    """Return what was logged, by step, without what hangs on speed: what must not hang on interruptions."""
+    return {
+        log.step: {name: value for name, value in log.metrics.items() if not any(word in name for word in TIMED)}
+        for log in run.logs
+    }
+
+
+def assert_goes_on_bit_for_bit(settings: Settings, root: Path) -> None:
+    """Kill a run at its checkpoint of step 4, resume it, and compare it with one that was left alone."""
+    whole = carry_out(settings, root / "whole")
+    first = carry_out(settings, root / "parts", also=stop_at(CheckpointSaved, 4))
+    second = carry_out(settings, root / "parts")
+    assert first.finished is None and second.finished is not None
+    assert logged(first) | logged(second) == logged(whole)
+    assert set(logged(second)) == set(range(5, 13))
+    ends = [FolderStore(root / name).checkpoint(12) / "encoder.safetensors" for name in ("whole", "parts")]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
 
 
 @contextmanager

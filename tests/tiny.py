@@ -1,10 +1,11 @@
-"""A tiny real encoder, and sentences and a search collection for it."""
+"""A tiny real encoder, sentences and a search collection for it, and the settings of a small run."""
 
 from __future__ import annotations
 
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -59,24 +60,26 @@ def make_topics(folder: Path, count: int = 90, *, seed: int = 0) -> Path:
     return folder
 
 
-def make_tokenizer(*, padding: int = 0, lowercase: bool = True, max_length: int = 64) -> PreTrainedTokenizerFast:
-    """Return a word-level tokenizer; ``padding`` is the id of its padding token."""
+def make_tokenizer(
+    *, padding: int = 0, lowercase: bool = True, max_length: int = 64, decoder: bool = False
+) -> PreTrainedTokenizerFast:
+    """Return a word-level tokenizer whose padding has a certain id; of a decoder with an end token only."""
     vocabulary = ["[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *WORDS]
     vocabulary.insert(padding, "[PAD]")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[(token, vocabulary.index(token)) for token in ("[CLS]", "[SEP]")]
+        single="$A [SEP]" if decoder else "[CLS] $A [SEP]",
+        special_tokens=[(token, vocabulary.index(token)) for token in ("[CLS]", "[SEP]")],
     )
+    named = {"eos_token": "[SEP]"} if decoder else {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="[PAD]",
         unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
         model_max_length=max_length,
+        **named,
     )
 
 
@@ -97,3 +100,27 @@ def make_model(folder: Path, *, width: int = 32, layers: int = 2, dropout: float
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def small_settings(model: Path | str, corpus: Path | str, pairs: Path | str, folder: Path) -> dict[str, Any]:
+    """Return the settings of a run that takes a second: 12 steps of 16 sentences."""
+    return {
+        "run": {"name": "small", "storage_path": str(folder / "runs"), "seed": 3},
+        "corpus": {"path": str(corpus), "cache_dir": str(folder / "cache")},
+        "encoder": {"model": str(model), "pooling": "mean", "max_length": 24, "precision": "fp32"},
+        "objective": {"name": "hybrid"},
+        "train": {
+            "batch_size": 16,
+            "learning_rate": 1e-3,
+            "max_steps": 12,
+            "log_every_steps": 1,
+            "evaluate_every_steps": 4,
+            "checkpoint_every_steps": 4,
+        },
+        "evaluation": {
+            "suites": ["pairs"],
+            "metric": "pairs/recall@1",
+            "pairs_dev": str(pairs),
+            "pairs_test": str(pairs),
+        },
+    }

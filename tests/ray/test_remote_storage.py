@@ -24,6 +24,7 @@ from commands import marked
 from object_stores import BUCKET, Gate, gcs_server, s3_server
 from pool_faults import actors
 from ray.cluster_utils import Cluster
+from tiny import small_settings
 from waits import seconds, soon
 
 from hncse_ray.cluster import train
@@ -85,28 +86,13 @@ def runs(scheme: str, gate: Gate) -> str:
 
 @pytest.fixture(scope="module")
 def recipe(runs: str, tiny_model: Path, corpus_file: Path, pairs_file: Path, tmp_path_factory: Any) -> Path:
-    tree = {
-        "run": {"storage_path": runs, "seed": 3},
-        "corpus": {"source": "text", "path": str(corpus_file)},
-        "encoder": {"model": str(tiny_model), "pooling": "mean", "max_length": 24, "precision": "fp32"},
-        "objective": {"name": "instance_smoothing", "buffer_size": 64, "group_size": 4},
-        "train": {
-            "batch_size": 16,
-            "learning_rate": 1e-3,
-            "max_steps": STEPS,
-            "log_every_steps": 1,
-            "evaluate_every_steps": 20,
-            "checkpoint_every_steps": 5,
-        },
-        "cluster": {"engine": "ray"},
-        "evaluation": {
-            "suites": ["pairs"],
-            "metric": "pairs/recall@1",
-            "pairs_dev": str(pairs_file),
-            "pairs_test": str(pairs_file),
-        },
-    }
     path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    tree = small_settings(tiny_model, corpus_file, pairs_file, path.parent)
+    tree["run"] = {"storage_path": runs, "seed": 3}
+    del tree["corpus"]["cache_dir"]  # each node has one of its own
+    tree["objective"] = {"name": "instance_smoothing", "buffer_size": 64, "group_size": 4}
+    tree["train"] |= {"max_steps": STEPS, "evaluate_every_steps": 20, "checkpoint_every_steps": 5}
+    tree["cluster"] = {"engine": "ray"}
     path.write_text(yaml.safe_dump(tree))
     return path
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from commands import Command
+from tiny import small_settings
 from waits import soon
 
 pytestmark = pytest.mark.timeout(900)  # a start takes 40 s on two quiet cores, and some tests make three
@@ -34,27 +35,11 @@ def recipe(
     tiny_model: Path, corpus_file: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("ray")
-    tree = {
-        "run": {"name": "reference", "storage_path": str(folder / "runs"), "seed": 3},
-        "corpus": {"source": "text", "path": str(corpus_file), "cache_dir": str(folder / "cache")},
-        "encoder": {"model": os.path.relpath(tiny_model), "pooling": "mean", "max_length": 24, "precision": "fp32"},
-        "objective": {"name": "instance_smoothing", "buffer_size": 64, "group_size": 4},
-        "train": {
-            "batch_size": 16,
-            "learning_rate": 1e-3,
-            "max_steps": STEPS,
-            "log_every_steps": 1,
-            "evaluate_every_steps": 20,
-            "checkpoint_every_steps": 10,
-        },
-        "cluster": {"engine": "ray"},
-        "evaluation": {
-            "suites": ["pairs"],
-            "metric": "pairs/recall@1",
-            "pairs_dev": str(pairs_file),
-            "pairs_test": str(pairs_file),
-        },
-    }
+    tree = small_settings(os.path.relpath(tiny_model), corpus_file, pairs_file, folder)
+    tree["run"]["name"] = "reference"
+    tree["objective"] = {"name": "instance_smoothing", "buffer_size": 64, "group_size": 4}
+    tree["train"] |= {"max_steps": STEPS, "evaluate_every_steps": 20, "checkpoint_every_steps": 10}
+    tree["cluster"] = {"engine": "ray"}
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(tree))
     yield path

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from commands import Command
 from optuna.trial import FrozenTrial, TrialState
+from tiny import small_settings
 from waits import soon
 
 import hncse_ray
@@ -36,25 +37,11 @@ SPACE = {
 def recipe(tiny_model: Path, corpus_file: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tune")
     corpus, pairs, model = map(os.path.relpath, (corpus_file, pairs_file, tiny_model))  # as they are named by hand
-    tree = {
-        "run": {"name": "small", "storage_path": str(folder / "runs"), "seed": 3},
-        "corpus": {"source": "text", "path": corpus, "cache_dir": str(folder / "cache")},
-        "encoder": {"model": model, "pooling": "mean", "max_length": 24, "precision": "fp32"},
-        "train": {
-            "batch_size": 16,
-            "learning_rate": 1e-3,
-            "max_steps": 20,
-            "log_every_steps": 5,
-            "evaluate_every_steps": 5,
-            "checkpoint_every_steps": 5,
-        },
-        "evaluation": {
-            "suites": ["pairs"],
-            "metric": "pairs/mrr",
-            "pairs_dev": pairs,
-            "pairs_test": pairs,
-        },
-    }
+    tree = small_settings(model, corpus, pairs, folder)
+    tree["objective"] = {"name": "info_nce"}
+    every = dict.fromkeys(("log_every_steps", "evaluate_every_steps", "checkpoint_every_steps"), 5)
+    tree["train"] |= {"max_steps": 20, **every}
+    tree["evaluation"]["metric"] = "pairs/mrr"
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(tree))
     (folder / "space.yaml").write_text(yaml.safe_dump(SPACE))

@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import negative_runs
 import numpy as np
 import pytest
 import torch
 from mapped import mapped
+from negative_runs import Stopped
 from safetensors.torch import load_file
 from tiny import make_collection
 
@@ -23,7 +25,6 @@ from hncse_ray.errors import StorageError, TrainingError
 from hncse_ray.evaluation import evaluate_retrieval, read_collection, uniformity
 from hncse_ray.reporting import Event, MetricsFile, Notice, RunFinished, RunStarted
 from hncse_ray.reporting.events import CheckpointSaved, Evaluated, Sampled, StageProgress, StepsLogged
-from hncse_ray.storage import write_folder
 from hncse_ray.training import EvaluationSets, TrainJob, fit, load_evaluation_sets, loop, step_log
 from hncse_ray.training.checkpoint import Request
 from hncse_ray.training.evaluator import Measured
@@ -31,30 +32,20 @@ from hncse_ray.training.guards import Guards, batch_uniformity
 from hncse_ray.training.model_flops import ModelFlops
 
 Tree = dict[str, Any]
-Merge = Callable[[Event], None]
 
 
-class Stopped(Exception):
-    """The process dies here, as far as the loop is concerned."""
-
-
-class FolderStore:
-    """The RunStore of one process: every checkpoint is kept."""
+class FolderStore(negative_runs.FolderStore):
+    """One that may stop the run, fill the disk up, ask for something or fail."""
 
     def __init__(self, root: Path, *, stop_at_save: int | None = None, full_at: int | None = None) -> None:
-        self.root, self.stop_at_save, self.full_at = root, stop_at_save, full_at
+        super().__init__(root)
+        self.stop_at_save, self.full_at = stop_at_save, full_at
         self.export_error: Exception | None = None
         self.asked, self.requests = 0, dict[int, Request]()  # what is requested, by the times of asking
 
     @property
     def model(self) -> Path:
         return self.root / "model"
-
-    def checkpoint(self, step: int) -> Path:
-        return self.root / f"checkpoints/step_{step:09d}"
-
-    def checkpoints(self) -> list[Path]:
-        return sorted((self.root / "checkpoints").glob("step_*"), reverse=True)
 
     def save(self, step: int, write: Callable[[Path], None] | None) -> None:
         assert write is not None
@@ -66,7 +57,7 @@ class FolderStore:
             if step == self.full_at:
                 raise OSError(errno.ENOSPC, "No space left on device")
 
-        write_folder(self.checkpoint(step), write_until_full)
+        super().save(step, write_until_full)
 
     def requested(self) -> Request:
         self.asked += 1
@@ -75,7 +66,7 @@ class FolderStore:
     def export(self, write: Callable[[Path], None]) -> None:
         if self.export_error is not None:
             raise self.export_error
-        write_folder(self.model, write)
+        super().export(write)
 
 
 class ScriptedSets(EvaluationSets):

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from negative_runs import FolderStore, Stopped, carry_out, fresh_encoder, negatives_settings, prepared, taken
+from negative_runs import FolderStore, carry_out, fresh_encoder, negatives_settings, prepared, stop_at, taken
 from safetensors.numpy import load_file
 
 from hncse_ray.config import OBJECTIVES
 from hncse_ray.errors import DataError, StorageError, TrainingError
-from hncse_ray.reporting import Event
 from hncse_ray.reporting.events import CheckpointSaved
 from hncse_ray.training import loop
 from hncse_ray.training.objective import Neighbours, Objective
@@ -248,12 +247,8 @@ def test_a_checkpoint_holds_the_weights_of_the_index_in_sync_only(tree: Tree, tm
 
 
 def test_another_corpus_is_refused_when_a_run_goes_on(tree: Tree, tmp_path: Path) -> None:
-    def stop(event: Event) -> None:
-        if isinstance(event, CheckpointSaved):
-            raise Stopped
-
     settings = negatives_settings(tree)
-    carry_out(settings, tmp_path, also=stop)
+    carry_out(settings, tmp_path, also=stop_at(CheckpointSaved, 4))
     changed = negatives_settings(tree, "corpus.max_sentences=299")
     run = prepared(changed)
     with pytest.raises(StorageError, match="another corpus"):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from negative_runs import FolderStore, Run, Stopped, carry_out, negatives_settings, prepared, taken
+from negative_runs import FolderStore, Run, carry_out, logged, negatives_settings, prepared, stop_at, taken
 from safetensors.torch import load_file
 from waits import seconds
 
@@ -22,10 +22,6 @@ from hncse_ray.training.prefetch import Prefetch
 
 Tree = dict[str, Any]
 AWAY, BACK, OLD = "no global negatives for now", "the negative pool answers again", "the index cannot be renewed"
-TIMED = (
-    "data/waited", "negatives/waited", "negatives/search_ms_p50", "negatives/search_ms_p99", "negatives/build_seconds",
-    "negatives/build_rows_per_s",
-)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ a source that fails
@@ -272,10 +268,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def logged(run: Run) -> dict[int, dict[str, float]]:
-    return {log.step: {k: v for k, v in log.metrics.items() if k not in TIMED} for log in run.logs}
-
-
 def exported(root: Path) -> dict[str, torch.Tensor]:
     return load_file(root / "model" / "model.safetensors")
 
@@ -283,14 +275,9 @@ def exported(root: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_stopped_run_goes_on_bit_for_bit(tree: Tree, tmp_path: Path, variant: str) -> None:
     """Stopped at 8, when the index is of step 6."""
-
-    def stop(event: Event) -> None:
-        if isinstance(event, CheckpointSaved) and event.step == 8:
-            raise Stopped
-
     settings = negatives_settings(tree, "train.max_steps=14", *VARIANTS[variant])
     whole = carry_out(settings, tmp_path / "whole")
-    before = carry_out(settings, tmp_path / "stopped", also=stop)
+    before = carry_out(settings, tmp_path / "stopped", also=stop_at(CheckpointSaved, 8))
     assert before.finished is None and whole.finished is not None
     assert FolderStore(tmp_path / "stopped").checkpoints()[0].name == "step_000000008"
     after = carry_out(settings, tmp_path / "stopped")
@@ -309,12 +296,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(tree: Tree, tmp_path: Path, variant: 
 
 
 def test_in_async_a_stopped_run_goes_on_from_a_new_index(tree: Tree, tmp_path: Path) -> None:
-    def stop(event: Event) -> None:
-        if isinstance(event, CheckpointSaved) and event.step == 8:
-            raise Stopped
-
     settings = negatives_settings(tree, "negatives.refresh=async")
-    carry_out(settings, tmp_path, also=stop)
+    carry_out(settings, tmp_path, also=stop_at(CheckpointSaved, 8))
     after = carry_out(settings, tmp_path)
     assert after.finished is not None and list(after.source.published) == [8]
     assert after.series("missing") == [1, 0, 0, 0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from negative_runs import FolderStore, Stopped, carry_out, fresh_encoder, negatives_settings, prepared, taken
+from negative_runs import assert_goes_on_bit_for_bit, carry_out, fresh_encoder, negatives_settings, prepared, taken
 from pair_tables import COLUMNS, make_pairs, write_pairs
 from rank_parity import free_port, join_group
 from torch.nn.parallel import DistributedDataParallel
@@ -24,8 +23,6 @@ from hncse_ray.encoder import SentenceEncoder, freeze_unused
 from hncse_ray.negatives import IndexVersion, plan_index, share_anchors
 from hncse_ray.negatives.in_process import InProcessSource
 from hncse_ray.objectives import WHOLE
-from hncse_ray.reporting import Event
-from hncse_ray.reporting.events import CheckpointSaved, StepsLogged
 from hncse_ray.training import distributed
 from hncse_ray.training.batch import local_batch
 from hncse_ray.training.lookup import BatchNegatives
@@ -475,16 +472,6 @@ def test_anchors_and_rows_are_embedded_side_by_side_without_dropout(tree: Tree) 
         np.testing.assert_array_equal(shard.vectors(version, everyone), shard.vectors(versions[0], everyone))
 
 
-def logged(events: list[Event]) -> dict[int, dict[str, float]]:
-    """What must not hang on interruptions."""
-    timed = ("search_ms", "build_", "rows_per_s", "waited")
-    return {
-        event.step: {name: value for name, value in event.metrics.items() if not any(word in name for word in timed)}
-        for event in events
-        if isinstance(event, StepsLogged)
-    }
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -494,22 +481,7 @@ def logged(events: list[Event]) -> dict[int, dict[str, float]]:
     ],
 )
 def test_an_interrupted_run_goes_on_bit_for_bit(tree: Tree, tmp_path: Path, changes: tuple[str, ...]) -> None:
-    def stop_at(step_: int) -> Callable[[Event], None]:
-        def stop(event: Event) -> None:
-            if isinstance(event, CheckpointSaved) and event.step == step_:
-                raise Stopped
-
-        return stop
-
-    settings = negatives_settings(tree, *changes)
-    whole = carry_out(settings, tmp_path / "whole")
-    first = carry_out(settings, tmp_path / "parts", also=stop_at(4))
-    second = carry_out(settings, tmp_path / "parts")
-    assert first.finished is None and second.finished is not None
-    assert logged(first.events) | logged(second.events) == logged(whole.events)
-    assert set(logged(second.events)) == set(range(5, 13))
-    ends = [FolderStore(tmp_path / name).checkpoint(12) / "encoder.safetensors" for name in ("whole", "parts")]
-    assert ends[0].read_bytes() == ends[1].read_bytes()
+    assert_goes_on_bit_for_bit(negatives_settings(tree, *changes), tmp_path)
 
 
 def test_prompts_that_are_not_pooled_are_left_out_of_both_sides(tree: Tree) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from negative_runs import FolderStore, Stopped, carry_out, negatives_settings
+from negative_runs import FolderStore, Stopped, carry_out, logged, negatives_settings, stop_at
 from safetensors.torch import load_file
 from waits import soon
 
@@ -40,10 +40,6 @@ class HeldStore(FolderStore):
         super().save(step, held)
 
 
-def log_of(events: list[Event]) -> dict[int, float]:
-    return {event.step: event.metrics["loss"] for event in events if isinstance(event, StepsLogged)}
-
-
 def test_training_goes_on_and_what_is_written_is_as_it_was(tree: Tree, tmp_path: Path) -> None:
     """The writing of step 4 begins after step 7, and step 8 waits for it; a run resumed from it is bit-equal."""
     settings = negatives_settings(
@@ -65,7 +61,7 @@ def test_training_goes_on_and_what_is_written_is_as_it_was(tree: Tree, tmp_path:
     stopped = carry_out(settings, store.root, store=store, also=also)
     assert seen == [(4, True)] and [path.name for path in store.checkpoints()] == ["step_000000004"]
     after = carry_out(settings, store.root)
-    assert log_of(stopped.events) | log_of(after.events) == log_of(whole.events) and min(log_of(after.events)) == 5
+    assert logged(stopped) | logged(after) == logged(whole) and min(logged(after)) == 5
     ends = [load_file(root / "model/model.safetensors") for root in (tmp_path / "whole", store.root)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
@@ -73,16 +69,12 @@ def test_training_goes_on_and_what_is_written_is_as_it_was(tree: Tree, tmp_path:
 def test_a_run_that_ends_in_an_error_finishes_what_it_writes(tree: Tree, tmp_path: Path) -> None:
     store, written = HeldStore(tmp_path), list[int]()
 
-    def also(event: Event) -> None:
-        if isinstance(event, StepsLogged) and event.step == 5:
-            raise Stopped
-
     def after(step: int) -> None:
         time.sleep(0.5)
         written.append(step)
 
     store.after = after
-    carry_out(negatives_settings(tree, "negatives.source=none"), tmp_path, store=store, also=also)
+    carry_out(negatives_settings(tree, "negatives.source=none"), tmp_path, store=store, also=stop_at(StepsLogged, 5))
     assert written == [4] and [path.name for path in tmp_path.glob("checkpoints/*")] == ["step_000000004"]
 
 

@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from negative_runs import Stopped, carry_out, fresh_encoder, negatives_settings, prepared, taken
+from negative_runs import carry_out, fresh_encoder, negatives_settings, prepared, stop_at, taken
 from passages import documents_section, make_documents
 
 from hncse_ray.config import load_settings
 from hncse_ray.errors import SettingsError
 from hncse_ray.negatives import SourceUnavailable
 from hncse_ray.negatives.lexical import LexicalIndex
-from hncse_ray.reporting import Event
 from hncse_ray.reporting.events import CheckpointSaved
 from hncse_ray.training.objective_check import check_objective
 from hncse_ray.training.views import ViewMaker
@@ -134,15 +133,7 @@ def test_a_stopped_run_goes_on_with_the_same_losses(tree: Tree, tmp_path: Path) 
         return {log.step: log.metrics["loss"] for log in run.logs}
 
     whole = losses(carry_out(settings, tmp_path / "whole"))
-    saved: list[int] = []
-
-    def stop(event: Event) -> None:
-        if isinstance(event, CheckpointSaved):
-            saved.append(event.step)
-            raise Stopped
-
-    first = losses(carry_out(settings, tmp_path / "parts", also=stop))
-    assert saved == [4]
+    first = losses(carry_out(settings, tmp_path / "parts", also=stop_at(CheckpointSaved, 4)))
     rest = losses(carry_out(settings, tmp_path / "parts"))
     assert first | rest == whole and min(rest) == 5
 

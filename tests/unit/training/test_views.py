@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from negative_runs import FolderStore, Run, Stopped, carry_out, negatives_settings, prepared, taken
+from negative_runs import Run, assert_goes_on_bit_for_bit, carry_out, negatives_settings, prepared, taken
 from passages import documents_section, make_documents
 from rank_parity import free_port, join_group
 from torch.nn.parallel import DistributedDataParallel
@@ -26,8 +25,6 @@ from hncse_ray.corpus import rank_slice, row_hash, sentences_or_runs
 from hncse_ray.errors import DataError, SettingsError
 from hncse_ray.negatives import Hits
 from hncse_ray.reading import titled
-from hncse_ray.reporting import Event
-from hncse_ray.reporting.events import CheckpointSaved, StepsLogged
 from hncse_ray.training import distributed
 from hncse_ray.training.batch import local_batch
 from hncse_ray.training.objective import Objective
@@ -406,15 +403,6 @@ def test_an_answer_without_some_shard_drops_no_pair_that_it_could_not_find(tree:
     assert run.finished is not None and run.series("partial") == [1, 1]
 
 
-def logged(events: list[Event]) -> dict[int, dict[str, float]]:
-    timed = ("search_ms", "build_", "rows_per_s", "waited")
-    return {
-        event.step: {name: value for name, value in event.metrics.items() if not any(word in name for word in timed)}
-        for event in events
-        if isinstance(event, StepsLogged)
-    }
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -424,21 +412,7 @@ def logged(events: list[Event]) -> dict[int, dict[str, float]]:
     ],
 )
 def test_an_interrupted_run_goes_on_bit_for_bit(tree: Tree, tmp_path: Path, changes: tuple[str, ...]) -> None:
-    def stop_at(step: int) -> Callable[[Event], None]:
-        def stop(event: Event) -> None:
-            if isinstance(event, CheckpointSaved) and event.step == step:
-                raise Stopped
-
-        return stop
-
-    settings = negatives_settings(tree, ALL, *changes)
-    whole = carry_out(settings, tmp_path / "whole")
-    first = carry_out(settings, tmp_path / "parts", also=stop_at(4))
-    second = carry_out(settings, tmp_path / "parts")
-    assert first.finished is None and second.finished is not None
-    assert logged(first.events) | logged(second.events) == logged(whole.events)
-    ends = [FolderStore(tmp_path / name).checkpoint(12) / "encoder.safetensors" for name in ("whole", "parts")]
-    assert ends[0].read_bytes() == ends[1].read_bytes()
+    assert_goes_on_bit_for_bit(negatives_settings(tree, ALL, *changes), tmp_path)
 
 
 @pytest.mark.parametrize("agreement", [None, 4])
