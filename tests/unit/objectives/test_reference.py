@@ -1,7 +1,6 @@
 """Every objective against Python loops written from its definition: values, metrics and gradients in fp64."""
 
 import copy
-import functools
 import math
 
 import pytest
@@ -178,6 +177,20 @@ def assert_same(case: Case, got: tuple[Tensor, dict[str, Tensor]], expected: tup
 
 
 POSITIVE = {"margin": 0.4, "w_pos": 1.3, "w_neg": 0.6}
+ALPHAS = {"hard_negative_mixing": 0.8, "hybrid": 0.3}
+OBJECTIVES = {each.__name__: each for each in (info_nce, positive_mixing, hard_negative_mixing, hybrid)}
+# Without mixing, negatives that are no columns have no use and are refused: see test_errors.py.
+COLUMNS = [(name, whose) for name in OBJECTIVES for whose in ("own", "all", "none")]
+COLUMNS.remove(("info_nce", "none"))
+GROUPS = [[0, 1, 0, 2, 0, 1, 3, 4, 5], [0, 1, 1], [0, 0], [0, 0, 0, 0, 1]]
+
+
+def assert_as_defined(case: Case, name: str, *, columns: str = "own", batch_mask: Tensor | None = None) -> None:
+    positive, alpha = POSITIVE if name in ("positive_mixing", "hybrid") else None, ALPHAS.get(name)
+    mixing = {} if alpha is None else {"k": case.k, "n_mixes": case.s, "alpha": alpha, "pairs": case.pairs}
+    masks = {"negatives_mask": case.mask, "batch_mask": batch_mask, **case.columns_keywords(columns)}
+    got = OBJECTIVES[name](case.z1, case.z2, case.g, temperature=0.2, **(positive or {}), **mixing, **masks)
+    assert_same(case, got, naive(case, temperature=0.2, positive=positive, alpha=alpha, columns=columns))
 
 
 @pytest.fixture(params=[False, True], ids=["all-usable", "masked"])
@@ -185,18 +198,10 @@ def masked(request: pytest.FixtureRequest) -> bool:
     return request.param
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize(("B", "D", "m"), SHAPES)
-def test_info_nce(B: int, D: int, m: int, masked: bool) -> None:
-    case = Case(B, D, m, masked=masked)
-    got = info_nce(case.z1, case.z2, case.g, temperature=0.2, negatives_mask=case.mask)
-    assert_same(case, got, naive(case, temperature=0.2))
-
-
-@pytest.mark.parametrize(("B", "D", "m"), SHAPES)
-def test_positive_mixing(B: int, D: int, m: int, masked: bool) -> None:
-    case = Case(B, D, m, masked=masked)
-    got = positive_mixing(case.z1, case.z2, case.g, temperature=0.2, negatives_mask=case.mask, **POSITIVE)
-    assert_same(case, got, naive(case, temperature=0.2, positive=POSITIVE))
+def test_any_shape(B: int, D: int, m: int, name: str, masked: bool) -> None:
+    assert_as_defined(Case(B, D, m, masked=masked), name)
 
 
 def test_the_random_cases_reach_every_branch_of_positive_mixing() -> None:
@@ -210,91 +215,18 @@ def test_the_random_cases_reach_every_branch_of_positive_mixing() -> None:
     assert all(total > 0 for total in shares.values()) and guarded > 0
 
 
-@pytest.mark.parametrize(("B", "D", "m"), SHAPES)
-def test_hard_negative_mixing(B: int, D: int, m: int, masked: bool) -> None:
-    alpha = 0.8
-    case = Case(B, D, m, masked=masked)
-    got = hard_negative_mixing(
-        case.z1,
-        case.z2,
-        case.g,
-        temperature=0.2,
-        k=case.k,
-        n_mixes=case.s,
-        alpha=alpha,
-        pairs=case.pairs,
-        negatives_mask=case.mask,
-    )
-    assert_same(case, got, naive(case, temperature=0.2, alpha=alpha))
-
-
-@pytest.mark.parametrize(("B", "D", "m"), SHAPES)
-def test_hybrid(B: int, D: int, m: int, masked: bool) -> None:
-    case = Case(B, D, m, masked=masked)
-    got = hybrid(
-        case.z1,
-        case.z2,
-        case.g,
-        temperature=0.2,
-        k=case.k,
-        n_mixes=case.s,
-        alpha=0.3,
-        pairs=case.pairs,
-        negatives_mask=case.mask,
-        **POSITIVE,
-    )
-    assert_same(case, got, naive(case, temperature=0.2, positive=POSITIVE, alpha=0.3))
-
-
-@pytest.mark.parametrize("columns", ["own", "all", "none"])
-@pytest.mark.parametrize("name", ["info_nce", "positive_mixing", "hard_negative_mixing", "hybrid"])
+@pytest.mark.parametrize(("name", "columns"), COLUMNS)
 @pytest.mark.parametrize(("B", "D", "m"), COLUMN_SHAPES)
 def test_whose_negatives_are_columns(B: int, D: int, m: int, name: str, columns: str, masked: bool) -> None:
-    if name == "info_nce" and columns == "none":
-        return  # refused: see test_errors.py
-    case = Case(B, D, m, masked=masked)
-    positive = POSITIVE if name in ("positive_mixing", "hybrid") else None
-    mixing = {"k": case.k, "n_mixes": case.s, "alpha": 0.3, "pairs": case.pairs}
-    objective = {
-        "info_nce": info_nce,
-        "positive_mixing": functools.partial(positive_mixing, **POSITIVE),
-        "hard_negative_mixing": functools.partial(hard_negative_mixing, **mixing),
-        "hybrid": functools.partial(hybrid, **POSITIVE, **mixing),
-    }[name]
-    keywords = {"negatives_mask": case.mask, **case.columns_keywords(columns)}
-    got = objective(case.z1, case.z2, case.g, temperature=0.2, **keywords)
-    alpha = 0.3 if name in ("hard_negative_mixing", "hybrid") else None
-    assert_same(case, got, naive(case, temperature=0.2, positive=positive, alpha=alpha, columns=columns))
+    assert_as_defined(Case(B, D, m, masked=masked), name, columns=columns)
 
 
-GROUPS = [[0, 1, 0, 2, 0, 1, 3, 4, 5], [0, 1, 1], [0, 0], [0, 0, 0, 0, 1]]
-
-
-@pytest.mark.parametrize("columns", ["own", "all", "none"])
-@pytest.mark.parametrize("name", ["info_nce", "positive_mixing", "hard_negative_mixing", "hybrid", "three_view"])
+@pytest.mark.parametrize(("name", "columns"), COLUMNS)
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("m", [0, 2])
 def test_rows_that_do_not_repel_each_other(groups: list[int], m: int, name: str, columns: str, masked: bool) -> None:
-    if name in ("info_nce", "three_view") and columns == "none":
-        return
     case = Case(len(groups), 5, m, masked=masked, groups=groups)
-    positive = POSITIVE if name in ("positive_mixing", "hybrid") else None
-    mixing = {"k": case.k, "n_mixes": case.s, "alpha": 0.3, "pairs": case.pairs}
-    objective = {
-        "info_nce": info_nce,
-        "positive_mixing": functools.partial(positive_mixing, **POSITIVE),
-        "hard_negative_mixing": functools.partial(hard_negative_mixing, **mixing),
-        "hybrid": functools.partial(hybrid, **POSITIVE, **mixing),
-        "three_view": lambda z1, z2, *rest, **keywords: three_view(z1, z2, case.z3, *rest, **keywords),
-    }[name]
-    keywords = {"negatives_mask": case.mask, "batch_mask": case.batch_mask, **case.columns_keywords(columns)}
-    got = objective(case.z1, case.z2, case.g, temperature=0.2, **keywords)
-    if name == "three_view":
-        expected = naive_three_view(case, columns=columns)
-    else:
-        alpha = 0.3 if name in ("hard_negative_mixing", "hybrid") else None
-        expected = naive(case, temperature=0.2, positive=positive, alpha=alpha, columns=columns)
-    assert_same(case, got, expected)
+    assert_as_defined(case, name, columns=columns, batch_mask=case.batch_mask)
 
 
 @pytest.mark.parametrize("groups", GROUPS)
@@ -363,6 +295,18 @@ def test_three_view(B: int, D: int) -> None:
     case = Case(B, D, 0, masked=False)
     got = three_view(case.z1, case.z2, case.z3, temperature=0.2)
     assert_same(case, got, naive_three_view(case, columns=None))
+
+
+@pytest.mark.parametrize("columns", ["own", "all"])
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("m", [0, 2])
+def test_three_views_of_rows_that_do_not_repel_each_other(
+    groups: list[int], m: int, columns: str, masked: bool
+) -> None:
+    case = Case(len(groups), 5, m, masked=masked, groups=groups)
+    keywords = {"negatives_mask": case.mask, "batch_mask": case.batch_mask, **case.columns_keywords(columns)}
+    got = three_view(case.z1, case.z2, case.z3, case.g, temperature=0.2, **keywords)
+    assert_same(case, got, naive_three_view(case, columns=columns))
 
 
 @pytest.mark.parametrize("columns", ["own", "all"])
