@@ -13,6 +13,8 @@ from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag, fiel
 
 from hncse_ray.config.base import Section, as_tuple
 
+_Temperature = Annotated[float, Field(gt=0, le=10, description="similarities are divided by it")]
+
 
 class _Objective(Section):
     name: str
@@ -32,7 +34,7 @@ class InfoNCE(_Objective):
     """Unsupervised SimCSE, arXiv 2104.08821."""
 
     name: Literal["info_nce"] = "info_nce"
-    temperature: float = Field(0.05, gt=0, le=10, description="similarities are divided by it")
+    temperature: _Temperature = 0.05
 
 
 class _PositiveMixing(_Objective):
@@ -51,35 +53,35 @@ class PositiveMixing(_PositiveMixing):
     """HNCSE-PM, arXiv 2411.12156."""
 
     name: Literal["positive_mixing"] = "positive_mixing"
-    temperature: float = Field(0.05, gt=0, le=10, description="similarities are divided by it")
+    temperature: _Temperature = 0.05
 
 
 class HardNegativeMixing(_HardNegativeMixing):
     """HNCSE-HNM, arXiv 2411.12156."""
 
     name: Literal["hard_negative_mixing"] = "hard_negative_mixing"
-    temperature: float = Field(0.05, gt=0, le=10, description="similarities are divided by it")
+    temperature: _Temperature = 0.05
 
 
 class Hybrid(_PositiveMixing, _HardNegativeMixing):
     """HNCSE, both mixings, arXiv 2411.12156."""
 
     name: Literal["hybrid"] = "hybrid"
-    temperature: float = Field(0.05, gt=0, le=10, description="similarities are divided by it")
+    temperature: _Temperature = 0.05
 
 
 class ThreeView(_Objective):
     """Three dropout passes: info_nce(z1, z2) + info_nce(z2, z3)."""
 
     name: Literal["three_view"] = "three_view"
-    temperature: float = Field(0.05, gt=0, le=10, description="similarities are divided by it")
+    temperature: _Temperature = 0.05
 
 
 class InstanceSmoothing(_Objective):
     """IS-CSE, arXiv 2305.07424."""
 
     name: Literal["instance_smoothing"] = "instance_smoothing"
-    temperature: float = Field(0.05, gt=0, le=10, description="similarities are divided by it")
+    temperature: _Temperature = 0.05
     buffer_size: int = Field(1024, ge=2, le=1_048_576, description="past embeddings that are kept")
     group_size: int = Field(16, ge=1, le=1_048_575, description="neighbours that a positive is averaged with")
     attention_temperature: float = Field(
@@ -101,7 +103,7 @@ class Distillation(_Objective):
     """Anchors learn to rank a list of documents as a teacher does: the index, by `negatives.score`."""
 
     name: Literal["distillation"] = "distillation"
-    temperature: float = Field(0.05, gt=0, le=10, description="similarities are divided by it")
+    temperature: _Temperature = 0.05
     teacher_temperature: float = Field(0.05, gt=0, le=10, description="the teacher's scores are divided by it")
     list_loss: Literal["kl", "margin_mse"] = Field(
         "kl",
