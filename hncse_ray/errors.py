@@ -11,7 +11,8 @@ def counted(count: float, noun: str) -> str:
 
 def first_line(error: BaseException) -> str:
     """Return the kind of an error of other code, and the first line of what it says."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    said = next(iter(str(error).strip().splitlines()), "").rstrip(".")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 class HncseError(Exception):

@@ -39,7 +39,7 @@ from hncse_ray.corpus.runs import (
     write_run,
 )
 from hncse_ray.corpus.sources import Part
-from hncse_ray.errors import ClusterError, DataError, HncseError, counted
+from hncse_ray.errors import ClusterError, DataError, HncseError, counted, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +198,5 @@ def _expected(error: BaseException) -> HncseError | None:
 
 
 def _lost(error: RayError) -> ClusterError:
-    first = f"{type(error).__name__}: {error}".splitlines()[0]
-    return ClusterError(f"the workers that prepare the corpus were lost ({first})", "--workers",
+    return ClusterError(f"the workers that prepare the corpus were lost ({first_line(error)})", "--workers",
                         "The same command again begins anew; ask for fewer workers if memory is short")  # fmt: skip

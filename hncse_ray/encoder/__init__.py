@@ -7,7 +7,7 @@ gc.disable()  # importing makes 700,000 objects and no garbage: a quarter of its
 try:
     from hncse_ray.encoder.encoder import Progress, SentenceEncoder
     from hncse_ray.encoder.hardware import autocast_dtype, choose_device, ready_for, to_device
-    from hncse_ray.encoder.lengths import TokenRows, length_batches
+    from hncse_ray.encoder.lengths import length_batches
     from hncse_ray.encoder.load import freeze_unused, has_dropout, load_encoder
     from hncse_ray.encoder.resolve import check_weights, hub_name, resolve_model
 finally:
@@ -20,7 +20,6 @@ finally:
 __all__ = [
     "Progress",
     "SentenceEncoder",
-    "TokenRows",
     "autocast_dtype",
     "check_weights",
     "choose_device",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,7 @@ from hncse_ray.encoder.head import add_head
 from hncse_ray.encoder.layers import use_fast_layers
 from hncse_ray.encoder.quiet import quiet
 from hncse_ray.encoder.resolve import check_weights, resolve_model
-from hncse_ray.errors import ModelError, counted
-
-logger = logging.getLogger(__name__)
+from hncse_ray.errors import ModelError, counted, first_line
 
 _LAYER_MEANS = {"first_last_mean": (0, -1), "last_two_mean": (-2, -1)}
 _CAUSAL_POOLING = ("lasttoken", "weightedmean")
@@ -112,7 +109,7 @@ def _load(folder: Path, settings: EncoderSettings, name: str) -> SentenceTransfo
             hint = "It comes with code of its own: read it, then set encoder.trust_remote_code=true"
         elif (folder / "modules.json").is_file():
             hint = "Its JSON files must be whole, and every stage in modules.json have a folder and a known class"
-        raise ModelError(f"cannot be loaded ({_first_line(error)})", name, hint) from error
+        raise ModelError(f"cannot be loaded ({first_line(error)})", name, hint) from error
 
 
 def _dropout_config(folder: Path, settings: EncoderSettings, name: str) -> dict[str, float | None]:
@@ -124,7 +121,7 @@ def _dropout_config(folder: Path, settings: EncoderSettings, name: str) -> dict[
             folder / stages[0]["path"], trust_remote_code=settings.trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"its configuration cannot be used ({_first_line(error)})", name) from error
+        raise ModelError(f"its configuration cannot be used ({first_line(error)})", name) from error
     rates = {
         key: settings.dropout
         for key, value in config.to_dict().items()
@@ -254,7 +251,3 @@ def _used(model: SentenceTransformer) -> set[nn.Parameter]:
     used = {parameter for parameter in model.parameters() if parameter.grad is not None}
     model.zero_grad()
     return used
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0].rstrip('.')}"

@@ -6,7 +6,6 @@ tried, what they scored and when, which were stopped and which were at work. `op
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 import sqlite3
@@ -25,8 +24,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hncse_ray.errors import StorageError, TrainingError
 from hncse_ray.tuning.space import SearchSpace, Values
-
-logger = logging.getLogger(__name__)
 
 Stopping = Literal["asha", "median", "none"]
 _MOST_MISFITS = 200  # combinations in a row that no settings allow, before the space is called impossible
