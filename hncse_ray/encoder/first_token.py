@@ -6,12 +6,16 @@ apart and is asked for one of them: an eighth of a training step of six layers (
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+
+_FORWARD = threading.local()  # where the packed rows of this thread's forward begin: an index is made by several threads
 
 
 def drop_unpooled_tokens(model: SentenceTransformer) -> list[RemovableHandle]:
@@ -35,13 +39,13 @@ def drop_unpooled_tokens(model: SentenceTransformer) -> list[RemovableHandle]:
     ]
 
 
-def _note_starts(attention: Any, _: Any, options: dict[str, Any]) -> None:
+def _note_starts(_: nn.Module, __: Any, options: dict[str, Any]) -> None:
     bounds = options.get("cu_seq_lens_q")
-    attention.output.starts = None if bounds is None else bounds[:-1]
+    _FORWARD.starts = None if bounds is None else bounds[:-1]
 
 
-def _drop(output: Any, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return states if output.starts is None else tuple(x.index_select(1, output.starts) for x in states)
+def _drop(_: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return states if _FORWARD.starts is None else tuple(x.index_select(1, _FORWARD.starts) for x in states)
 
 
 def _hand_to_pooling(_: nn.Module, __: Any, features: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,22 @@ def test_two_batches_may_pass_before_their_gradient_is_asked_for(tiny_model: Pat
         (first * second).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None]))
     torch.testing.assert_close(*gradients)
+
+
+def test_two_threads_may_encode_at_once(tiny_model: Path) -> None:
+    encoder = tiny(tiny_model, "cls")
+    rows = encoder.tokenize(SENTENCES)
+    alone = [encoder.encode_rows(part) for part in (rows[:6], rows[6:])]
+    meanwhile: list[np.ndarray] = []
+
+    def encode_others(*_: Any) -> None:  # in the middle of the last layer
+        hook.remove()
+        with ThreadPoolExecutor(1) as thread:
+            meanwhile.append(thread.submit(encoder.encode_rows, rows[6:]).result())
+
+    hook = encoder.backbone.encoder.layer[-1].attention.self.register_forward_pre_hook(encode_others)
+    for found, wanted in zip((encoder.encode_rows(rows[:6]), *meanwhile), alone, strict=True):
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_a_prompt_that_is_not_pooled_leaves_the_last_layer_as_it_is(tiny_model: Path, tmp_path: Path) -> None:
