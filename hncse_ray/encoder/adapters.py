@@ -10,11 +10,12 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from hncse_ray.config import LoraSettings
+from hncse_ray.encoder.head import HEAD
 from hncse_ray.errors import ModelError
 
 
 def add_adapters(model: SentenceTransformer, settings: LoraSettings, *, seed: int, name: str) -> None:
-    """Put adapters beside a transformer's linear layers and freeze all else of it.
+    """Put adapters beside a transformer's linear layers and freeze all else of the model, but for a new head.
 
     Args:
         model: gets them; the vectors stay the same until they are trained.
@@ -29,6 +30,9 @@ def add_adapters(model: SentenceTransformer, settings: LoraSettings, *, seed: in
         raise ModelError("encoder.lora needs peft", name, "pip install 'hncse-ray[lora]'")
     from peft import LoraConfig, get_peft_model
 
+    for stage_name, stage in model.named_children():  # a Dense stage of the model's own, say
+        if stage_name != HEAD:
+            stage.requires_grad_(False)
     transformer: Any = model[0]
     config = LoraConfig(
         r=settings.r,

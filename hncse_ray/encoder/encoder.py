@@ -26,7 +26,7 @@ from hncse_ray.encoder.adapters import has_adapters
 from hncse_ray.encoder.attention import use_packed_attention
 from hncse_ray.encoder.first_token import drop_unpooled_tokens
 from hncse_ray.encoder.hardware import autocast_dtype, ready_for, to_device
-from hncse_ray.encoder.head import TrainingHead
+from hncse_ray.encoder.head import HEAD, TrainingHead
 from hncse_ray.encoder.lengths import TokenRows, attention_reach, first_position, length_batches, length_limit, passes
 from hncse_ray.encoder.quiet import quiet
 from hncse_ray.encoder.texts import list_of_texts
@@ -327,7 +327,7 @@ class SentenceEncoder(nn.Module):
         return {
             name: value.detach()
             for name, value in self.state_dict().items()
-            if not has_adapters(self.model) or "lora_" in name or name.startswith("model.head.")
+            if not has_adapters(self.model) or "lora_" in name or name.startswith(f"model.{HEAD}.")
         }
 
     def weights(self) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
 from torch import nn
 
+HEAD = "head"  # what the stage is called
 _INIT_STD = 0.02  # BERT's initializer_range, which the published SimCSE code applies to its head
 
 
@@ -43,4 +44,4 @@ def add_head(model: SentenceTransformer, *, training_only: bool, seed: int) -> N
     head = (TrainingHead if training_only else Dense)(width, width, activation_function=nn.Tanh())
     nn.init.normal_(head.linear.weight, std=_INIT_STD, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(head.linear.bias)
-    model._modules = dict([*stages[:place], ("head", head.to(model.device)), *stages[place:]])
+    model._modules = dict([*stages[:place], (HEAD, head.to(model.device)), *stages[place:]])

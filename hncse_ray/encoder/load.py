@@ -18,7 +18,7 @@ from hncse_ray.config import EncoderSettings
 from hncse_ray.encoder.adapters import add_adapters
 from hncse_ray.encoder.encoder import SentenceEncoder
 from hncse_ray.encoder.hardware import choose_device, keep_large_blocks
-from hncse_ray.encoder.head import add_head
+from hncse_ray.encoder.head import HEAD, add_head
 from hncse_ray.encoder.layers import use_fast_layers
 from hncse_ray.encoder.quiet import quiet
 from hncse_ray.encoder.resolve import check_weights, resolve_model
@@ -61,6 +61,9 @@ def load_encoder(
     _set_prompts(loaded, settings, name)
     _set_pooling(loaded, settings.pooling, told=(folder / "modules.json").is_file(), name=name)
     if settings.head == "tanh":
+        if HEAD in loaded._modules:
+            raise ModelError("has a head already, which encoder.head=tanh would replace by a new one", name,
+                             "Set encoder.head=none: its own is trained and exported")  # fmt: skip
         add_head(loaded, training_only=settings.head_in_training_only, seed=seed)
     if settings.lora is not None:
         add_adapters(loaded, settings.lora, seed=seed, name=name)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import make_family
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense
 from tiny import make_sentences
 
 from hncse_ray.config import EncoderSettings
@@ -89,3 +90,16 @@ def test_recomputed_activations_give_the_same_gradient(folder: Path) -> None:
     assert len(gradients[0]) == len(gradients[1]) > 10
     for first, second in zip(*gradients, strict=True):
         torch.testing.assert_close(first, second)
+
+
+def test_a_dense_stage_of_the_models_own_stands_still(tmp_path: Path) -> None:
+    theirs = SentenceTransformer(str(make_family("bert", tmp_path / "base")), device="cpu")
+    theirs.append(Dense(theirs.get_embedding_dimension(), 8))
+    theirs.save(str(tmp_path / "dense"))
+    encoder, shard = with_lora(tmp_path / "dense"), with_lora(tmp_path / "dense")
+    train(encoder)
+    kept = encoder.weights()
+    assert {name for name, parameter in encoder.named_parameters() if parameter.requires_grad} <= kept.keys()
+    assert any(name.startswith("model.head.") for name in kept)
+    shard.load_weights(kept)
+    np.testing.assert_array_equal(shard.encode(TEXTS), encoder.encode(TEXTS))

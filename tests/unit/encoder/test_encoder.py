@@ -258,6 +258,16 @@ def test_a_head_stands_before_a_closing_normalize(tiny_model: Path, tmp_path: Pa
     np.testing.assert_allclose(np.linalg.norm(encoder.encode(TEXTS), axis=1), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("in_training_only", [True, False])
+def test_a_head_that_a_model_has_is_not_replaced(tiny_model: Path, tmp_path: Path, in_training_only: bool) -> None:
+    trained = load_encoder(tiny_model, settings(tiny_model, head="tanh", head_in_training_only=False))
+    trained.save(tmp_path, readme="")
+    with pytest.raises(ModelError, match=r"has a head already.*\n?.*encoder\.head=none"):
+        load_encoder(tmp_path, settings(tmp_path, head="tanh", head_in_training_only=in_training_only))
+    again = load_encoder(tmp_path, settings(tmp_path, pooling="auto"))
+    np.testing.assert_allclose(again.encode(TEXTS), trained.encode(TEXTS), atol=1e-6)
+
+
 def test_the_seed_decides_a_new_head(tiny_model: Path) -> None:
     chosen = settings(tiny_model, head="tanh", head_in_training_only=False)
     first, again, other = (load_encoder(tiny_model, chosen, seed=seed).encode(TEXTS) for seed in (1, 1, 2))
