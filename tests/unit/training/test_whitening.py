@@ -109,14 +109,16 @@ def test_weights_are_interpolated(tiny_model: Path) -> None:
         torch.testing.assert_close(value, 0.25 * base[name] + 0.75 * trained[name])
 
 
-def test_of_adapters_their_difference_is_scaled(tiny_model: Path) -> None:
+@pytest.mark.parametrize("modules", [(), ("query", "word_embeddings")])
+def test_of_adapters_their_difference_is_scaled(tiny_model: Path, modules: tuple[str, ...]) -> None:
     """Adapters merged into the weights, then interpolated, are the adapters interpolated, then merged."""
     pytest.importorskip("peft", reason="peft is not installed (the extra lora)")
-    encoder = load(tiny_model, lora=LoraSettings(r=4))
+    lora = LoraSettings(r=4, target_modules=modules)
+    encoder = load(tiny_model, lora=lora)
     base, trained = encoder.weights(), stirred(encoder)
 
     def folded(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        other = load(tiny_model, lora=LoraSettings(r=4))
+        other = load(tiny_model, lora=lora)
         other.load_weights(weights)
         return dict(other.model[0].model.merge_and_unload().state_dict())
 
