@@ -21,6 +21,9 @@ from hncse_ray.training.objective import Metrics, Neighbours, Objective
 from hncse_ray.training.repelled import ColumnFacts, apart, columns_mask, share_a_key
 
 
+_NO_RANK = 2**32 - 1  # in seeds; what is left out there counts as 0, which is a rank
+
+
 @dataclass(frozen=True)
 class LocalBatch:
     """This rank's part of one global contrastive batch.
@@ -183,7 +186,7 @@ def _loss(embedded: list[Tensor], batch: LocalBatch, context: StepContext) -> tu
     views, fresh = embedded[: context.objective.views], embedded[context.objective.views :]
     device, share = views[0].device, RankShare.of(batch.sizes)
     # Every rank draws the same pairs: the generator knows the batch's number, not the rank.
-    generator = torch.Generator(device=device).manual_seed(_seed(context.seed, batch.number))
+    generator = torch.Generator(device=device).manual_seed(_seed(context.seed, batch.number, _NO_RANK))
     neighbours = None
     if (negatives := batch.negatives) is not None:
         stored = [] if negatives.stored_bmD is None else [to_device(negatives.stored_bmD, device)]

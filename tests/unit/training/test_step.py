@@ -109,6 +109,24 @@ def test_random_pairs_hang_on_seed_and_batch_alone(tiny_model: Path) -> None:
     assert len(set(losses)) == 3
 
 
+def test_random_pairs_and_the_dropout_of_a_rank_have_seeds_of_their_own(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, watched = build(tiny_model, "objective.name=hard_negative_mixing")
+    seeds: list[int] = []
+    seed_dropout, seed_pairs = torch.manual_seed, torch.Generator.manual_seed
+
+    class Generator(torch.Generator):
+        def manual_seed(self, seed: int) -> torch.Generator:
+            seeds.append(seed)
+            return seed_pairs(self, seed)
+
+    monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), seed_dropout(seed))[1])
+    take(encoder, watched, 7, chunk=4)
+    assert len(seeds) == 5 and len(set(seeds)) == 3  # two chunks, each twice, and the pairs
+
+
 @pytest.mark.parametrize("bound", [0.01, 1e9])
 def test_the_gradient_is_clipped_and_its_true_norm_reported(tiny_model: Path, bound: float) -> None:
     encoder, watched = build(tiny_model)
