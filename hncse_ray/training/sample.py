@@ -39,6 +39,7 @@ _TEXT = 300  # characters kept
 _DRAW = (0, 4)  # a stream of random numbers beside those of the run
 _BINS = 40
 _HISTOGRAMS = 8  # of the cosines of a batch, beside that of the first step
+_MOST_ROWS = 1024  # of a batch that are looked at: all pairs of a large one would be gigabytes
 
 Counts = list[int]
 
@@ -163,17 +164,23 @@ class SampleRecorder:
 def similarities(seen: Seen) -> dict[str, Any]:
     """Count the cosines that a step has compared, of this rank's rows: nothing is encoded for it.
 
+    Of more than 1,024 rows it takes 1,024, evenly spaced.
+
     Returns:
         ``bins``, the edges, and counts of ``positive`` pairs, of pairs ``in batch`` that repel each other, and of
         anchors and their ``global`` negatives, without those of which there are none.
     """
-    scores_bb = (seen.z1_bD @ seen.z2_bD.T).float()
-    itself_bb = torch.eye(len(scores_bb), dtype=torch.bool, device=scores_bb.device)
-    apart_bb = ~itself_bb if seen.mask_bb is None else seen.mask_bb & ~itself_bb
+    b = len(seen.z1_bD)
+    rows = torch.linspace(0, b - 1, min(b, _MOST_ROWS), device=seen.z1_bD.device, dtype=torch.float64).long()
+    z1_bD, z2_bD = seen.z1_bD[rows], seen.z2_bD[rows]
+    scores_bb = (z1_bD @ z2_bD.T).float()
+    apart_bb = ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    if seen.mask_bb is not None:
+        apart_bb &= seen.mask_bb[rows][:, rows]
     parts = {"positive": scores_bb.diagonal(), "in batch": scores_bb[apart_bb]}
     if (found := seen.neighbours) is not None:
-        own_bm = torch.einsum("bd,bmd->bm", seen.z1_bD.float(), found.vectors_BmD.float())
-        parts["global"] = own_bm[found.mask_Bm]
+        own_bm = torch.einsum("bd,bmd->bm", z1_bD.float(), found.vectors_BmD[rows].float())
+        parts["global"] = own_bm[found.mask_Bm[rows]]
     counts = {name: _counts(cosines) for name, cosines in parts.items() if cosines.numel()}
     return {"bins": np.round(np.linspace(-1, 1, _BINS + 1), 3).tolist()} | counts
 

@@ -148,6 +148,15 @@ def test_cosines_are_counted_of_positives_of_who_repels_whom_and_of_usable_negat
     assert "global" not in similarities(Seen(z1_bD, z2_bD, None, None))
 
 
+def test_of_a_large_batch_some_rows_are_looked_at() -> None:
+    z_bD = torch.nn.functional.normalize(torch.randn(3000, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    negatives = Neighbours(z_bD[:, None], torch.ones(3000, 1, dtype=torch.bool), None)
+    mask_bb = ~torch.eye(3000, dtype=torch.bool)
+    mask_bb[0, -1] = mask_bb[-1, 0] = False  # the first and the last are among them
+    counts = {name: sum(counts) for name, counts in similarities(Seen(z_bD, z_bD, mask_bb, negatives)).items()}
+    assert counts["positive"] == counts["global"] == 1024 and counts["in batch"] == 1024 * 1023 - 2
+
+
 def test_a_resumed_run_keeps_the_same(tree: Tree, tmp_path: Path) -> None:
     settings = negatives_settings(tree, "train.max_steps=10")
     files = {name: SamplesFile(tmp_path / f"{name}.jsonl") for name in ("straight", "stopped")}
