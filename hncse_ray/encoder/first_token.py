@@ -14,8 +14,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-
-_FORWARD = threading.local()  # where the packed rows of this thread's forward begin: an index is made by several threads
+_FORWARD = threading.local()  # where the rows of a thread's forward begin: an index is made by several threads
 
 
 def drop_unpooled_tokens(model: SentenceTransformer) -> list[RemovableHandle]:

@@ -8,8 +8,8 @@ from hncse_ray.training.checkpoint import Weights
 def merged(base: Weights, trained: Weights, share: float) -> Weights:
     """Return ``share`` of the trained weights and the rest of the base's; at 0 and 1 these themselves.
 
-    Of adapters the difference that they make to a weight is B A, and one of the two is 0 in the base, B of linear layers
-    and A of embeddings: the share of that one is the share of the difference, and the other stays as it was trained.
+    Of adapters the difference that they make to a weight is B A, and one of the two is 0 in the base: B of linear
+    layers, A of embeddings. The share of that one is the share of the difference, and the other stays as trained.
     """
     if share in (0.0, 1.0):
         return trained if share else base

@@ -20,7 +20,6 @@ from hncse_ray.training.distributed import RankShare, rank, world_size
 from hncse_ray.training.objective import Metrics, Neighbours, Objective
 from hncse_ray.training.repelled import ColumnFacts, apart, columns_mask, share_a_key
 
-
 _NO_RANK = 2**32 - 1  # in seeds; what is left out there counts as 0, which is a rank
 
 
