@@ -5,18 +5,22 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from hncse_ray.errors import StorageError
 
 BLOCK = 4096  # bytes; what goes past the cache is a multiple of it, in memory too
 _SMALL, _PIECE = 1 << 20, 64 << 20
 _OF_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the command of a submitted job
+_TRIES, _PAUSE_S = 5, 0.02  # of a lock
 
 
 def is_job() -> bool:
@@ -136,13 +140,14 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
         StorageError: the disk is full or the place cannot be written; nothing of the attempt remains.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    replaced = path.with_name(f".{path.name}.old.{uuid.uuid4().hex[:8]}")
+    replaced = partial.with_name(f"{partial.name}.old")
     try:
         # What a process left that was killed while it wrote; between its two renames, the old folder too.
-        kept = next(path.parent.glob(f".{path.name}.old.*"), None)
+        left = _left_of(path)
+        kept = next((folder for folder in left if folder.suffix == ".old"), None)
         if kept is not None and not path.exists():
             os.replace(kept, path)
-        for leftover in path.parent.glob(f".{path.name}.*"):
+        for leftover in left:
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
         write(partial)
@@ -159,6 +164,14 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
         # safetensors and torch report a full disk as errors of their own, not as OSError.
         raise StorageError(f"cannot be written ({error})", str(path), "Is the disk full?") from error
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _left_of(path: Path) -> list[Path]:
+    """Return the folders beside a path that :func:`write_folder` has made for it, and nothing that is called alike."""
+    if not path.parent.is_dir():
+        return []
+    own = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}(\.old)?")
+    return [entry for entry in path.parent.iterdir() if own.fullmatch(entry.name)]
 
 
 def _share(folder: Path) -> None:
@@ -187,19 +200,41 @@ def locked(path: Path, *, hint: str, wait: bool = False, of: str | None = None) 
         StorageError: it cannot be written, or another process holds it.
     """
     folder = path.parent
-    made = [place for place in (folder, *folder.absolute().parents) if not os.path.exists(place)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = path.open("a")
-    except OSError as error:
-        raise StorageError(f"cannot be written ({error.strerror})", str(folder), hint) from error
-    with lock:
+    while True:
+        made = [place for place in (folder, *folder.absolute().parents) if not os.path.exists(place)]
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = path.open("a")
         except OSError as error:
-            ways = f"{hint}, or wait until that process has ended"
-            raise StorageError("is in use by another process", of or str(folder), ways) from error
-        yield made
+            raise StorageError(f"cannot be written ({error.strerror})", str(folder), hint) from error
+        with lock:
+            try:
+                _take(lock, wait=wait)
+            except OSError as error:
+                ways = f"{hint}, or wait until that process has ended"
+                raise StorageError("is in use by another process", of or str(folder), ways) from error
+            if _is_at(lock, path):
+                yield made
+                return
+            # Whoever held it has removed it by leave_nothing: the next one makes another.
+
+
+def _take(lock: IO[str], *, wait: bool) -> None:
+    """Lock a file; one that :func:`is_locked` looks at is free in a moment."""
+    for left in reversed(range(_TRIES)):
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            if not left:
+                raise
+            time.sleep(_PAUSE_S)
+
+
+def _is_at(lock: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def leave_nothing(folder: Path, files: Collection[str], made: Collection[Path]) -> bool:

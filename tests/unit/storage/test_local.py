@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,17 @@ from invoke import assert_refused, hncse
 from safetensors.numpy import save_file
 
 from hncse_ray.errors import StorageError
-from hncse_ray.storage import BLOCK, check_outlasts_job, check_writable, replacing, write_folder, write_past_cache
+from hncse_ray.storage import (
+    BLOCK,
+    check_outlasts_job,
+    check_writable,
+    is_locked,
+    leave_nothing,
+    locked,
+    replacing,
+    write_folder,
+    write_past_cache,
+)
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -27,6 +39,53 @@ def test_whoever_may_read_a_folder_may_read_its_files(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("with the rights that the umask leaves")
     wanted = (tmp_path / "plain").stat().st_mode
     assert [path.stat().st_mode for path in (tmp_path / "model").rglob("*.safetensors")] == [wanted] * 2
+
+
+@pytest.mark.parametrize("name", ["model", "m*", "[m]", "model.v2"])
+def test_a_folder_that_is_written_leaves_others_of_like_names_alone(tmp_path: Path, name: str) -> None:
+    others = [".model.backup", ".m.x", ".model.v2.12345678", ".model.old.12345678", f".{name}.1234567", f".{name}.lock"]
+    for other in others:
+        (tmp_path / other).mkdir()
+    (tmp_path / f".{name}.12345678").mkdir(exist_ok=True)
+    write_folder(tmp_path / name, lambda folder: (folder / "file").touch())
+    kept = [other for other in others if other != f".{name}.12345678"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, name])
+
+
+def test_a_folder_can_be_written_while_one_of_a_like_name_is(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        write_folder(tmp_path / "model", lambda inner: (inner / "file").touch())
+        (folder / "file").touch()
+
+    write_folder(tmp_path / "model.v2", write)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.v2"]
+
+
+def test_a_lock_that_is_removed_while_one_waits_for_it_is_given_to_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, really, removed = tmp_path / "run/.lock", fcntl.flock, list[int]()
+
+    def flock(lock: int, how: int) -> None:
+        if not removed:  # between its opening and its locking the one who held it leaves nothing
+            removed.append(1)
+            assert leave_nothing(path.parent, (".lock",), [path.parent])
+        really(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(path, hint="Wait") as made:
+        assert made == [path.parent] and is_locked(path)
+        with pytest.raises(StorageError, match="is in use"), locked(path, hint="Wait"):
+            pytest.fail("both have it")
+
+
+def test_who_looks_at_a_lock_keeps_nobody_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / ".lock"
+    with path.open("w") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        monkeypatch.setattr(time, "sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
+        with locked(path, hint="Wait"):
+            assert is_locked(path)
 
 
 @pytest.fixture
