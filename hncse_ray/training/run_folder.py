@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from hncse_ray.reporting.records import METRICS, SAMPLES
 from hncse_ray.storage import check_outlasts_job, leave_nothing, locked, write_atomically
 from hncse_ray.storage.lease import LAST_LEASE, LEASES, Lease, leased
 from hncse_ray.storage.remote import Remote, is_url
-from hncse_ray.storage.sending import keep_trying
+from hncse_ray.storage.sending import LeaseLost, keep_trying
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +155,14 @@ class RunFolder:
                 remote.upload(self.path / file, file)
                 self._sent[file] = facts[file]
 
+    def withdraw(self, name: str) -> None:
+        """Delete a file at the run's URL, unless another process has taken the run over: then it is that one's."""
+        if self.lease is None:
+            return
+        with suppress(LeaseLost):
+            self.lease.check()
+            self.lease.remote.delete(name)
+
 
 def _facts(file: Path) -> tuple[int, int]:
     """Return what differs once a file has been written again."""
@@ -186,7 +194,7 @@ def claim_run(settings: Settings) -> Iterator[RunFolder]:
             yield folder
         except BaseException:
             if stored is None and leave_nothing(path, (*_OF_THE_CLAIM, "settings.yaml"), made):
-                store.delete("settings.yaml")
+                folder.withdraw("settings.yaml")
             raise
         finally:
             try:

@@ -21,6 +21,7 @@ from hncse_ray.training.run_folder import LAST_FILE, PATIENCE_S, RECORDS, RunFol
 logger = logging.getLogger(__name__)
 
 _KEPT_CHECKPOINTS = 2  # the newest, and the one before it in case the newest was damaged
+_OF_CHECKPOINT = re.compile(r"checkpoints/(step_[0-9]+)/.+")
 _LAST_WORDS_S = 20.0  # of a run that fails, and has a cause of its own to tell
 
 
@@ -60,12 +61,11 @@ class FolderStore:
         name = f"step_{step:09d}"
         if write is not None:
             write_folder(self._folder.checkpoints / name, write)
+            _remove_halves(self._folder)
         if self._cleans:
             for old in superseded([path.name for path in self.checkpoints()], name):
                 if old != self._sending:
                     shutil.rmtree(self._folder.checkpoints / old, ignore_errors=True)
-            for half in self._folder.checkpoints.glob(".step_*"):  # of a process that was killed while it wrote
-                shutil.rmtree(half, ignore_errors=True)
         if self._sender is not None:
             self._sender.wake()
 
@@ -107,11 +107,25 @@ class FolderStore:
         if newest is not None:
             if remote.read(f"checkpoints/{newest.name}/{LAST_FILE}") != (newest / LAST_FILE).read_bytes():
                 folder.send(f"checkpoints/{newest.name}")
-            for name in superseded(stored_checkpoints(remote), newest.name):
-                for file in [f"checkpoints/{name}/{LAST_FILE}", *remote.names(f"checkpoints/{name}")]:
+            whole = stored_checkpoints(remote)
+            old = superseded(whole, newest.name)
+            for name in old:
+                remote.delete(f"checkpoints/{name}/{LAST_FILE}")
+            kept = set(whole) - set(old)
+            for file in remote.names("checkpoints"):  # of those, and of such as were not sent to the end
+                if (match := _OF_CHECKPOINT.fullmatch(file)) and match[1] not in kept:
                     remote.delete(file)
         self._sending = ""
         folder.send("model")
+
+
+def _remove_halves(folder: RunFolder) -> None:
+    """Remove checkpoints of processes that were killed while they wrote; only while nobody writes one.
+
+    The first rank does when it has written its own. Nodes may share a cache, so the others must not meanwhile.
+    """
+    for half in folder.checkpoints.glob(".step_*"):
+        shutil.rmtree(half, ignore_errors=True)
 
 
 def superseded(checkpoints: Sequence[str], newest: str) -> list[str]:
@@ -149,6 +163,7 @@ def fetch_run(folder: RunFolder, notify: Callable[[str], None]) -> None:
 
 
 def _fetch(folder: RunFolder, remote: Remote, notify: Callable[[str], None]) -> None:
+    _remove_halves(folder)
     newest_here = max((path.name for path in folder.checkpoints.glob("step_*")), default="")
     for name in stored_checkpoints(remote):
         below = f"checkpoints/{name}"

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -115,6 +116,18 @@ class TestClaiming:
         with pytest.raises(RuntimeError), claim_run(chosen):
             raise RuntimeError
         assert listing(tmp_path / "store") == {} and not working_folder(chosen).exists()
+
+    def test_one_who_was_taken_over_and_fails_leaves_the_settings_of_the_other(self, tmp_path: Path) -> None:
+        with ExitStack() as other:
+            with pytest.raises(RuntimeError), claim_run(settings(tmp_path)) as folder:
+                assert folder.lease is not None
+                (tmp_path / "store/run" / folder.lease.name).unlink()
+                theirs = other.enter_context(claim_run(settings(tmp_path, machine="b")))
+                (theirs.path / "log.txt").write_text("theirs\n")
+                raise RuntimeError
+            assert (tmp_path / "store/run/settings.yaml").exists()
+        with claim_run(settings(tmp_path, machine="c")) as folder:
+            assert (folder.path / "log.txt").read_text() == "theirs\n"
 
     def test_a_finished_run_is_finished_on_every_machine(self, tmp_path: Path) -> None:
         with claim_run(settings(tmp_path)) as folder:
@@ -289,6 +302,7 @@ class TestTravelling:
         monkeypatch.setattr(Remote, "upload", really)
         self.send(remote, here, 12)
         assert stored_checkpoints(remote) == ["step_000000012", "step_000000004"]
+        assert not [name for name in remote.names() if "step_000000008" in name]  # nor is its half there for ever
 
     @pytest.mark.parametrize("name", ["", ".", "..", "step_", "step_x", "step_1x", "a/step_1"])
     def test_a_name_in_the_bucket_that_leads_elsewhere_is_not_followed(
@@ -351,6 +365,31 @@ class TestTravelling:
             assert self.steps(here) == [4, 12, 16]
             free.set()
         assert stored_checkpoints(remote) == ["step_000000016", "step_000000004"]  # of those that waited the latest
+
+    def test_nodes_may_share_a_cache(self, remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The first rank of another node is done with a checkpoint while that of the run still writes it."""
+        work = tmp_path / "shared"
+        with monkeypatch.context() as patch:
+            patch.setattr(store_module, "rank", lambda: 1)
+            other = FolderStore(self.at(remote, work), pytest.fail)
+
+        def write(folder: Path) -> None:
+            other.save(4, None)
+            checkpoint(4)(folder)
+
+        with FolderStore(self.at(remote, work), pytest.fail) as store:
+            store.save(4, write)
+        assert self.steps(work) == [4] and stored_checkpoints(remote) == ["step_000000004"]
+
+    def test_what_a_killed_writer_left_is_removed(self, remote: Remote, tmp_path: Path) -> None:
+        for how in ("by the next checkpoint", "by a fetch"):
+            half = tmp_path / "here/checkpoints/.step_000000002.12345678"
+            half.mkdir(parents=True)
+            if how == "by a fetch":
+                fetch_run(self.at(remote, tmp_path / "here"), pytest.fail)
+            else:
+                self.send(remote, tmp_path / "here", 4)
+            assert not half.exists(), how
 
     def test_one_who_was_taken_over_overwrites_nothing(self, remote: Remote, tmp_path: Path) -> None:
         here = tmp_path / "here"

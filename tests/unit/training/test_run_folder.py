@@ -253,7 +253,7 @@ class TestWritingAFolder:
     def test_a_writer_killed_between_its_two_renames_loses_nothing(self, tmp_path: Path) -> None:
         """What such a kill leaves: the old folder aside, the new one whole but not in place. The next write fails."""
         write_folder(tmp_path / "model", self.fill("old"))
-        (tmp_path / "model").rename(tmp_path / ".model.old.12345678")
+        (tmp_path / "model").rename(tmp_path / ".model.12345678.old")
 
         def fail(folder: Path) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
