@@ -112,7 +112,8 @@ class GlobalNegatives:
         )
         self._prefetch: Prefetch[LookedUp] = Prefetch(s.timeout_s)
         self._publisher = Publisher(source)
-        self._published: Weights | None = None
+        self._weights: dict[int, Weights] = {}  # in ``sync`` mode, by step: what versions in use were made from
+        self._used_step: int | None = None
         self._positive_similarity = 1.0
         self._served: IndexVersion | None = None
         self._told: tuple[IndexVersion, float] | None = None  # what look-ups ask from now on
@@ -191,6 +192,7 @@ class GlobalNegatives:
                 self._window.missed += 1
                 taken.append(self._ask.nothing(number))
         if (version := taken[-1].version) is not None:
+            self._used_step = version.step
             state.index_version = asdict(version) | {"positive_similarity": self._positive_similarity}
         return taken, waited_s
 
@@ -236,8 +238,8 @@ class GlobalNegatives:
 
     @property
     def index_weights(self) -> Weights | None:
-        """What the served version was made from, if a checkpoint must keep it: in ``sync`` mode."""
-        return self._published if self._sync else None
+        """What the version in use was made from, if a checkpoint must keep it: in ``sync`` mode."""
+        return None if self._used_step is None else self._weights.get(self._used_step)
 
     def close(self) -> None:
         """Stop looking ahead and let go of the source."""
@@ -399,7 +401,9 @@ class GlobalNegatives:
             self._publisher.begin(weights, step=step, key=key)
             taken = self._hear(wait=True)
         if taken:
-            self._published = weights() if self._sync else None
+            if self._sync:  # those in use are kept too: the build may fail
+                in_use = {self._used_step, None if self._served is None else self._served.step}
+                self._weights = {s: kept for s, kept in self._weights.items() if s in in_use} | {step: weights()}
             self._wait()
 
     def _hear(self, *, wait: bool) -> bool | None:

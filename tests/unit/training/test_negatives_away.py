@@ -295,6 +295,35 @@ def test_a_stopped_run_goes_on_bit_for_bit(tree: Tree, tmp_path: Path, variant: 
     assert all(np.array_equal(after.source.published[index][name], original[name]) for name in original)
 
 
+class FailsToBuild:
+    """Takes the weights of a step, as a pool does, and never serves a version of them."""
+
+    def __init__(self, run: Run, step: int) -> None:
+        self._source, self._step = run.source, step
+
+    def publish(self, weights: Any, *, step: int, key: str) -> bool:
+        return step == self._step or self._source.publish(weights, step=step, key=key)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+
+def test_a_run_stopped_after_a_build_that_failed_goes_on_with_the_version_before(tree: Tree, tmp_path: Path) -> None:
+    def stop(event: Event) -> None:
+        if isinstance(event, CheckpointSaved) and event.step == 8:
+            raise Stopped
+
+    def carried_out(root: Path, also: Callable[[Event], None] = lambda event: None) -> Run:
+        run = prepared(settings)
+        return carry_out(settings, root, run=run, source=FailsToBuild(run, 6), also=also)
+
+    settings = negatives_settings(tree, "train.max_steps=14")
+    whole, before = carried_out(tmp_path / "whole"), carried_out(tmp_path / "stopped", stop)
+    after = carried_out(tmp_path / "stopped")
+    assert whole.series("index_step") == [0] * 12 + [12] * 2
+    assert logged(before) | logged(after) == logged(whole)
+
+
 def test_in_async_a_stopped_run_goes_on_from_a_new_index(tree: Tree, tmp_path: Path) -> None:
     settings = negatives_settings(tree, "negatives.refresh=async")
     carry_out(settings, tmp_path, also=stop_at(CheckpointSaved, 8))
