@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from hncse_ray.config import CorpusSettings, Side
 from hncse_ray.corpus.batches import RowLengths
-from hncse_ray.corpus.files import DAMAGED, Chunk, Manifest, Shard
+from hncse_ray.corpus.files import DAMAGED, Chunk, Manifest, Shard, damage
 from hncse_ray.corpus.text import row_hash
 from hncse_ray.errors import DataError
 
@@ -106,7 +106,7 @@ class Corpus:
         try:
             return cls(manifest)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"is a damaged corpus ({error})", str(path), DAMAGED) from None
+            raise damage(Path(path), error) from None
 
     def scattered(self) -> Corpus:
         """Return the same corpus, mapped for those who ask for rows from all over it, as a trainer does.

@@ -8,6 +8,7 @@ mapped a file of numbers reads any row's number without looking for its shard.
 from __future__ import annotations
 
 import ctypes
+import errno
 import itertools
 import json
 import mmap
@@ -34,6 +35,18 @@ DAMAGED = "Delete this folder and prepare the corpus again"
 
 _TOKENS = pa.list_(pa.int32())
 _READ_BYTES = 2**22
+
+
+class Unreadable(DataError):
+    """A corpus is there and cannot be read now; it may be whole."""
+
+
+def damage(folder: Path, error: Exception, what: str = "") -> DataError:
+    """Return the error of a corpus that cannot be opened: it is damaged, unless the system refuses to read it."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):  # Arrow's of what it reads have none
+        hint = "Is it another user's, or has this process too many files open? See corpus.cache_dir"
+        return Unreadable(f"cannot be read ({os.strerror(error.errno)})", str(folder), hint)
+    return DataError(f"is a damaged corpus{what and ': '}{what} ({error})", str(folder), DAMAGED)
 
 
 def row_schema(*, pairs: bool, negatives: bool, documents: bool, passages: bool) -> pa.Schema:
@@ -197,9 +210,9 @@ class Manifest:
             DataError: the folder holds no corpus, one of another format, or a damaged one.
         """
         path = folder / MANIFEST
-        if not path.is_file():
-            raise DataError("holds no prepared corpus", str(folder), "Run `hncse prepare`")
         try:
+            if not path.is_file():
+                raise DataError("holds no prepared corpus", str(folder), "Run `hncse prepare`")
             facts = json.loads(path.read_text(encoding="utf-8"))
             if facts["format"] != FORMAT_VERSION:
                 raise DataError(f"has format {facts['format']}, not {FORMAT_VERSION}", str(folder), DAMAGED)
@@ -209,7 +222,7 @@ class Manifest:
                 raise ValueError(f"shards of {found.rows} rows where rows = {facts['rows']}")
             found._check_sizes()
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"is a damaged corpus ({MANIFEST}: {error})", str(folder), DAMAGED) from None
+            raise damage(folder, error, MANIFEST) from None
         return found
 
     @property
@@ -247,7 +260,7 @@ class Manifest:
         try:
             whole = _digest(self.folder / shard_name(number), numbers) == self.shards[number].digest
         except OSError as error:
-            raise DataError(f"is a damaged corpus ({error})", str(self.folder), DAMAGED) from None
+            raise damage(self.folder, error) from None
         if not whole:
             files = " or ".join([shard_name(number), *map(numbers_name, self.numbers)])
             what = f"is a damaged corpus: rows {start:,} to {start + self.shards[number].rows - 1:,} in {files}"
@@ -340,5 +353,4 @@ class Shard:
         try:
             yield
         except (OSError, ValueError, IndexError, pa.ArrowException) as error:
-            what = f"is a damaged corpus: {self.name} cannot be read ({error})"
-            raise DataError(what, str(self._manifest.folder), DAMAGED) from None
+            raise damage(self._manifest.folder, error, f"{self.name} cannot be read") from None

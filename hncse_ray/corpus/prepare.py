@@ -30,6 +30,7 @@ from hncse_ray.corpus.files import (
     MANIFEST,
     NUMBERS,
     ShardFacts,
+    Unreadable,
     numbers_name,
     record_batches,
     row_schema,
@@ -157,7 +158,7 @@ def prepare_corpus(
 
 
 def _open_if_whole(final: Path, tokenizer_digest: str, *, digests: bool) -> Corpus | None:
-    if not final.exists():
+    if not os.path.exists(final):
         return None
     try:
         corpus = Corpus.open(final)
@@ -166,6 +167,8 @@ def _open_if_whole(final: Path, tokenizer_digest: str, *, digests: bool) -> Corp
             raise DataError(f"holds another corpus{other}", str(final))
         corpus.check(digests=digests)
         return corpus
+    except Unreadable:  # nothing is wrong with it
+        raise
     except DataError as error:
         # Moved before it is removed: no other process meets it half gone.
         log.warning("%s %s; preparing it anew", final, error.what)

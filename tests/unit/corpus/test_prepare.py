@@ -1,8 +1,10 @@
+import contextlib
 import copy
 import json
 import multiprocessing
 import os
 import pickle
+import resource
 import shutil
 import signal
 import sys
@@ -16,7 +18,7 @@ from mapped import mapped
 from waits import seconds, soon
 
 from hncse_ray.config import CorpusSettings
-from hncse_ray.corpus import Corpus, files, row_hash
+from hncse_ray.corpus import Corpus, files, prepare_corpus, row_hash
 from hncse_ray.corpus.sampling import sample
 from hncse_ray.errors import DataError
 
@@ -265,6 +267,26 @@ def test_damage_is_seen_on_opening_and_mended_by_preparing(prepare, text_file, t
         Corpus.open(path)
     assert prepare(path=text_file).texts([1]) == [LINES[1]]
     assert folders(tmp_path) == [path.name]
+
+
+@contextlib.contextmanager
+def too_many_files_open():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_corpus_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(tmp_path, tokenize):
+    settings = CorpusSettings(source="memory", cache_dir=str(tmp_path))
+    how = {"tokenize": tokenize, "tokenizer_digest": "x", "max_length": 16, "sentences": ["one", "two"]}
+    path = prepare_corpus(settings, **how).path
+    made = path.stat().st_ino
+    with too_many_files_open(), pytest.raises(DataError, match=r"cannot be read \(Too many open files\)"):
+        prepare_corpus(settings, **how)
+    assert prepare_corpus(settings, **how).path.stat().st_ino == made
 
 
 def test_what_is_damaged_is_named(prepare, text_file):
