@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import shutil
+import threading
 import time
 import uuid
 from collections import Counter
@@ -204,24 +205,26 @@ def _mine_blocks(source: NegativeSource, parts: _Parts, settings: Settings, repo
     total = len(parts.corpus)
     waiting = iter(parts.blocks())
     done = total - sum(len(parts.ids(first)) for first in parts.blocks())
+    over = threading.Event()
     with ThreadPoolExecutor(_IN_FLIGHT) as threads:
         running: set[Future[int]] = set()
         try:
             while True:
                 for first in itertools.islice(waiting, _IN_FLIGHT - len(running)):
-                    running.add(threads.submit(_mine_block, source, parts, settings, first))
+                    running.add(threads.submit(_mine_block, source, parts, settings, first, over))
                 if not running:
                     return
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 done += sum(future.result() for future in finished)
                 reporter.on(StageProgress("mining", done, total))
         finally:
+            over.set()  # or one that waits for a lost shard would go on, and keep Ctrl-C waiting
             threads.shutdown(cancel_futures=True)
 
 
-def _mine_block(source: NegativeSource, parts: _Parts, settings: Settings, first: int) -> int:
+def _mine_block(source: NegativeSource, parts: _Parts, settings: Settings, first: int, over: threading.Event) -> int:
     negatives, corpus, ids_B = settings.negatives, parts.corpus, parts.ids(first)
-    hits = _search(source, ids_B, corpus, settings)
+    hits = _search(source, ids_B, corpus, settings, over)
     positive_B = np.ones(len(ids_B), np.float32)  # a row that is its own positive
     if corpus.has_pairs:
         own_B, last_B = own_scores(hits.ids_Bk, hits.scores_Bk, corpus.target_hashes, ids_B)
@@ -251,8 +254,10 @@ def _mine_block(source: NegativeSource, parts: _Parts, settings: Settings, first
     return len(ids_B)
 
 
-def _search(source: NegativeSource, ids_B: np.ndarray, corpus: Corpus, settings: Settings) -> Hits:
-    """Ask until every row is answered: a shard that was lost comes back."""
+def _search(
+    source: NegativeSource, ids_B: np.ndarray, corpus: Corpus, settings: Settings, over: threading.Event
+) -> Hits:
+    """Ask until every row is answered, as a shard that was lost comes back, or until the command is over."""
     anchors = corpus.token_rows(ids_B) if corpus.has_pairs else None
     words = WordQuery.of(settings.negatives, lambda: corpus.texts(ids_B))
     deadline = time.monotonic() + settings.negatives.build_timeout_s
@@ -264,10 +269,10 @@ def _search(source: NegativeSource, ids_B: np.ndarray, corpus: Corpus, settings:
             reason = "a shard is being brought back"
         except SourceUnavailable as error:
             reason = str(error)
-        if time.monotonic() > deadline:
+        if over.is_set() or time.monotonic() > deadline:
             raise ClusterError(f"the pool does not answer any more ({reason})", "negatives",
                                "Start the same command again: it goes on where it stopped")  # fmt: skip
-        time.sleep(_RETRY_S)
+        over.wait(_RETRY_S)
 
 
 def _columns(per_anchor: int) -> list[str]:
@@ -284,7 +289,9 @@ def _fingerprint(settings: Settings, encoder: SentenceEncoder, corpus: Corpus) -
             "sampling_temperature", "bands", "score", "lexical_weight", "index", "nprobe",
         }
     )  # fmt: skip
-    text = json.dumps([weights, corpus.digest, rules, settings.run.seed], sort_keys=True)
+    used = [settings.encoder.pooling, settings.encoder.head, settings.encoder.precision]
+    apart = settings.corpus.repel_within_document
+    text = json.dumps([weights, used, corpus.digest, apart, rules, settings.run.seed], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

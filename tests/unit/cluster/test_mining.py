@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from pair_tables import COLUMNS, make_pairs, write_pairs
-from waits import seconds
+from waits import seconds, soon
 
 from hncse_ray.cluster import mining as mine_module
 from hncse_ray.cluster.mining import _build, _check_out, _fingerprint, _mine_blocks, _Parts
@@ -265,6 +265,21 @@ def test_the_parts_of_another_job_are_refused(world: World, tmp_path: Path, chan
         pass
 
 
+@pytest.mark.parametrize(
+    ("section", "change"), [("encoder", {"pooling": "cls"}), ("corpus", {"repel_within_document": True})]
+)
+def test_so_are_those_of_other_vectors_or_other_limits(
+    world: World, tmp_path: Path, section: str, change: dict[str, Any]
+) -> None:
+    """The weights, and the prepared corpus, are the same."""
+    out, tree = tmp_path / "mined.parquet", world.tree | {"corpus": world.tree["corpus"] | {"document_column": "d"}}
+    other = load_settings(tree | {section: tree[section] | change})
+    with world.parts(out, load_settings(tree)):
+        pass
+    with pytest.raises(StorageError, match="another model"), world.parts(out, other):
+        pass
+
+
 def test_one_command_at_a_time_makes_a_file(world: World, tmp_path: Path) -> None:
     """Two would write the same blocks, and the first to end would take the other's away."""
     out = tmp_path / "mined.parquet"
@@ -299,6 +314,23 @@ def test_a_shard_that_comes_back_is_waited_for_and_half_answers_are_not_used(wor
     source.fails, source.incomplete = {0: 3, 192: 1}, {64: 2, 192: 2}
     assert world.mine(tmp_path / "mined.parquet", source=source) == expected
     assert [source.searched.count(first) for first in range(0, ROWS, BLOCK)] == [4, 3, 1, 4, 1]
+
+
+def test_a_command_that_ends_does_not_wait_for_a_shard_that_is_lost(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mine_module, "_RETRY_S", 3600)
+    source = Source(world.inner)
+    source.fails = {64: 1_000_000}
+
+    def save(parts: _Parts, first: int, *what: Any) -> None:
+        soon(lambda: 64 in source.searched, within_s=60, what="the search that waits")
+        raise StorageError("is full", "disk")
+
+    monkeypatch.setattr(_Parts, "save", save)
+    with pytest.raises(StorageError, match="is full"):
+        world.mine(tmp_path / "mined.parquet", source=source)
+    assert source.searched.count(64) <= 2
 
 
 def test_a_source_that_stays_incomplete_ends_the_run(world: World, tmp_path: Path) -> None:
