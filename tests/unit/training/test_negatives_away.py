@@ -309,16 +309,12 @@ class FailsToBuild:
 
 
 def test_a_run_stopped_after_a_build_that_failed_goes_on_with_the_version_before(tree: Tree, tmp_path: Path) -> None:
-    def stop(event: Event) -> None:
-        if isinstance(event, CheckpointSaved) and event.step == 8:
-            raise Stopped
-
     def carried_out(root: Path, also: Callable[[Event], None] = lambda event: None) -> Run:
         run = prepared(settings)
         return carry_out(settings, root, run=run, source=FailsToBuild(run, 6), also=also)
 
     settings = negatives_settings(tree, "train.max_steps=14")
-    whole, before = carried_out(tmp_path / "whole"), carried_out(tmp_path / "stopped", stop)
+    whole, before = carried_out(tmp_path / "whole"), carried_out(tmp_path / "stopped", stop_at(CheckpointSaved, 8))
     after = carried_out(tmp_path / "stopped")
     assert whole.series("index_step") == [0] * 12 + [12] * 2
     assert logged(before) | logged(after) == logged(whole)
