@@ -6,8 +6,7 @@ random, which changes no speed. The contestants take turns; warm-up steps are no
 - packed: ``train_step`` with the rows of a batch behind each other, attention by PyTorch's kernels for ragged rows;
 - padded: the same step with every row padded to the longest of the batch;
 - sentence-transformers: its trainer with ``MultipleNegativesRankingLoss``, PyTorch's scaled dot product attention on
-  padded rows. It can flatten rows for flash-attention 2, a package of its own that this benchmark does not ask for;
-- compiled: packed, with ``encoder.compile``, the first batch size alone and at the very end: it takes minutes to begin.
+  padded rows. It can flatten rows for flash-attention 2, a package of its own that this benchmark does not ask for.
 
 Batches above ``--chunk-size`` rows go by gradient caching, everyone's. Where the time of a packed step goes is written
 beside the result: ``gpu_profile_512.txt`` and so on, PyTorch's profiler and where the host waited for the GPU.
@@ -64,12 +63,10 @@ def main() -> None:
             "peak_flops": peak,
             "contestants": {},
         }
-        for size, compiled in [*((size, False) for size in args.batch_sizes), (args.batch_sizes[0], True)]:
-            if compiled and not args.compile:
-                break
+        for size in args.batch_sizes:
             args.batch_size, args.steps = size, max(2, args.rows_a_round // size)
             args.chunk_size = args.most_rows if size > args.most_rows else None
-            contestants = lineup(args, corpus, texts, folder, compiled=compiled)
+            contestants = lineup(args, corpus, texts, folder)
             rounds, allocations = contest(args, contestants)
             for who, speeds in rounds.items():
                 row: dict[str, Any] = {"batch_size": size, "chunk_size": args.chunk_size, "contestant": who}
@@ -80,9 +77,8 @@ def main() -> None:
                 result["contestants"][f"{who}, {size}"] = row
                 print(row, flush=True)
             write(args.out, "gpu_encoder.json", json.dumps(result, indent=2))
-            who = "compiled" if compiled else "packed"
-            if rounds[who]:
-                write(args.out, f"gpu_profile_{who}_{size}.txt", where_time_goes(contestants[who], args))
+            if rounds["packed"]:
+                write(args.out, f"gpu_profile_packed_{size}.txt", where_time_goes(contestants["packed"], args))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -97,7 +93,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=32)
     parser.add_argument("--sentences", type=int, default=40_000)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, help="folder of the result and the profiles")
     parser.set_defaults(cpu_seconds=False)
     return parser.parse_args()
@@ -109,13 +104,10 @@ def write(folder: Path | None, name: str, text: str) -> None:
         (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
-def lineup(args: argparse.Namespace, corpus: Any, texts: list[str], folder: str, *, compiled: bool) -> dict[str, Any]:
+def lineup(args: argparse.Namespace, corpus: Any, texts: list[str], folder: str) -> dict[str, Any]:
     """Return who takes turns."""
     packed = Ours(args, corpus, "bf16")
     assert packed.encoder.packs, "the rows of this model are not packed here"
-    if compiled:
-        packed.encoder.backbone.compile(dynamic=True)
-        return {"compiled": packed}
     padded = Ours(args, corpus, "bf16")
     padded.encoder.packs = False
     theirs = Theirs(args, texts, folder, "bf16", args.max_length)

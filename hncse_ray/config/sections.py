@@ -104,7 +104,6 @@ class EncoderSettings(Section):
     gradient_checkpointing: bool = Field(
         False, description="less memory, a third more time: activations are recomputed"
     )
-    compile: bool = Field(False, description="torch.compile the backbone")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
 

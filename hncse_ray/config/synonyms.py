@@ -29,7 +29,6 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "encoder.precision": ("fp16", "bf16", "dtype", "torch_dtype", "amp", "mixed_precision"),
     "encoder.lora": ("adapter", "adapters", "peft", "use_lora"),
     "encoder.lora.r": ("rank", "lora_r", "lora_rank"),
-    "encoder.compile": ("torch_compile",),
     "objective.name": ("loss", "loss_function", "criterion", "method"),
     "objective.temperature": ("temp", "tau", "t", "scale", "softmax_temperature"),
     "objective.dimensions": ("dims", "matryoshka", "matryoshka_dims"),

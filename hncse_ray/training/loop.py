@@ -136,8 +136,6 @@ class _Trainer:
             self.negatives.resume(self.state, resumed.index)
         self.input = Input(self._make_batch, None if self.negatives is None else self.negatives.nothing)
         stack.callback(self.input.close)
-        if self.settings.encoder.compile:
-            self.encoder.backbone.compile(dynamic=True)
         self.model: SentenceEncoder | DistributedDataParallel = self.encoder
         if world_size() > 1:
             self.model = DistributedDataParallel(self.encoder, broadcast_buffers=False, gradient_as_bucket_view=True)

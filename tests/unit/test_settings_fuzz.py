@@ -98,7 +98,7 @@ def test_search_spaces(examples: int, tmp_path: Path) -> None:
     numbers = st.one_of(st.integers(-5, 200), st.floats(0, 2), st.sampled_from(["1e-5", "1e3", "0.3", "0100", "none"]))
     keys = st.sampled_from(["train.batch_size", "train.epochs", "train.max_steps", "objective.temperature",
                             "corpus.subset", "negatives.source", "negatives.max_score", "objective.name",
-                            "encoder.compile"])  # fmt: skip
+                            "encoder.gradient_checkpointing"])  # fmt: skip
     values = st.one_of(numbers, st.sampled_from(["none", "pool", "hybrid", "info_nce", "7", "on", ""]))
     spec = st.fixed_dictionaries(
         {},

@@ -113,7 +113,7 @@ def test_octal_sexagesimal_and_other_readings_are_refused(setting: str, text: st
 
 @pytest.mark.parametrize(("text", "value"), [("true", True), ("No", False), ("on", True), ("FALSE", False)])
 def test_switches(text: str, value: bool, tmp_path: Path) -> None:
-    for setting in ("encoder.compile", "cluster.use_gpu"):
+    for setting in ("encoder.gradient_checkpointing", "cluster.use_gpu"):
         assert of_override(setting, text) is value
         assert of_recipe(tmp_path, setting, text) is value
 
