@@ -152,6 +152,7 @@ class RunFolder:
                 if old in last or old not in facts:
                     remote.delete(old)
             for file in (*sorted(changed - last), *last):
+                self.lease.check()  # each may take minutes, and this machine may be put to sleep meanwhile
                 remote.upload(self.path / file, file)
                 self._sent[file] = facts[file]
 

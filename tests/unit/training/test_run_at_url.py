@@ -391,6 +391,21 @@ class TestTravelling:
                 self.send(remote, tmp_path / "here", 4)
             assert not half.exists(), how
 
+    def test_one_who_is_taken_over_between_two_files_sends_the_second_no_more(
+        self, remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        here, really = tmp_path / "here", Remote.upload
+
+        def upload(self: Remote, file: Path, name: str) -> None:
+            really(self, file, name)
+            if name.endswith("/encoder.safetensors"):
+                self.delete("lease.me.json")
+
+        monkeypatch.setattr(Remote, "upload", upload)
+        with pytest.raises(LeaseLost):
+            self.send(remote, here, 4)
+        assert remote.names("checkpoints") == ["checkpoints/step_000000004/encoder.safetensors"]
+
     def test_one_who_was_taken_over_overwrites_nothing(self, remote: Remote, tmp_path: Path) -> None:
         here = tmp_path / "here"
         with pytest.raises(LeaseLost), FolderStore(self.at(remote, here), pytest.fail) as store:
