@@ -21,7 +21,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 
 BEAT_S, STALE_S = 10.0, 60.0  # between two signs of life; after so long without any it is taken over
 LEASES = "lease."  # how their names begin
-LAST_LEASE = ".lease"  # the file in a local folder with the name of the last that was had from it
+LAST_LEASE = ".lease"  # the file in a local folder with the names of the last that were asked for from it
+_MOST_KEPT = 20  # of these: the one that was had stands before those of starts that failed
 _LONG_AGO_S, _PAUSE_S = 3600.0, 1.0
 _Sign = tuple[str, str, float]  # of life: host, process, time
 
@@ -76,8 +77,8 @@ def leased(remote: Remote, folder: Path, *, each_beat: Callable[[], None] = lamb
     """
     lease, ended = Lease(remote, f"{LEASES}{uuid.uuid4().hex}.json"), threading.Event()
     kept = folder / LAST_LEASE
-    last = kept.read_text(errors="replace") if kept.exists() else ""
-    write_atomically(kept, lease.name)
+    last = kept.read_text(errors="replace").split()[-_MOST_KEPT:] if kept.exists() else []
+    write_atomically(kept, "\n".join([*last, lease.name]))
     dead = _acquire(lease, last)
 
     def beat() -> None:
@@ -107,7 +108,7 @@ def leased(remote: Remote, folder: Path, *, each_beat: Callable[[], None] = lamb
             logger.warning("the lease stays, and is stale in %g s: %s", STALE_S, error)
 
 
-def _acquire(lease: Lease, last: str) -> list[str]:
+def _acquire(lease: Lease, last: Collection[str]) -> list[str]:
     """Be the only one who has a lease; return the names of those that were taken over."""
     dead = _see_they_are_dead(lease, last)
     for name in dead:
@@ -122,10 +123,14 @@ def _acquire(lease: Lease, last: str) -> list[str]:
             raise _in_use(lease, others)
 
 
-def _see_they_are_dead(lease: Lease, last: str) -> list[str]:
-    """Return the names of the leases of others, once it is certain that these show no life; ``last`` shows none."""
-    found, end, own = _others(lease), time.monotonic() + STALE_S, (last, socket.gethostname())
-    sure = {name for name, (host, _, at) in found.items() if (name, host) == own or time.time() - at > _LONG_AGO_S}
+def _see_they_are_dead(lease: Lease, last: Collection[str]) -> list[str]:
+    """Return the names of the leases of others, once it is certain that these show no life; ``last`` show none."""
+    found, end, here = _others(lease), time.monotonic() + STALE_S, socket.gethostname()
+    sure = {
+        name
+        for name, (host, _, at) in found.items()
+        if (name in last and host == here) or time.time() - at > _LONG_AGO_S
+    }
     if found.keys() - sure:
         logger.warning("%s is or was in use by %s; seeing for up to %g s whether it lives",
                        lease.remote.url, _holders(found), STALE_S)  # fmt: skip

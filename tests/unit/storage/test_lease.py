@@ -96,6 +96,20 @@ def test_one_of_a_process_that_died_in_this_very_folder_is_taken_over_at_once(re
         assert time.monotonic() - started < STALE_S
 
 
+def test_so_is_it_after_a_start_that_failed(remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with lease(remote, tmp_path) as dead:
+        content = remote.read(dead.name)
+    assert content is not None
+    remote.write(dead.name, content)
+    with monkeypatch.context() as patch:
+        patch.setattr(Remote, "names", lambda self: (_ for _ in ()).throw(StorageError("no connection", self.url)))
+        with pytest.raises(StorageError, match="no connection"), lease(remote, tmp_path):
+            pytest.fail("it was had")
+    monkeypatch.setattr("hncse_ray.storage.lease.STALE_S", 3600)
+    with lease(remote, tmp_path) as mine:
+        assert remote.names() == [mine.name]
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"time": "x"}', b"\xff"])
 def test_one_that_cannot_be_read_is_watched_like_any_other(
     remote: Remote, tmp_path: Path, content: bytes, nobody_lives: None
