@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import quote, urlsplit
 
 from hncse_ray.errors import DataError, HncseError
-from hncse_ray.storage import is_url, open_filesystem, reason_of, without_secret
+from hncse_ray.storage import flaw_of, is_url, open_filesystem, reason_of, without_secret
 
 PATIENCE_S = 30.0  # without a byte of a web server; the clients of S3 and Google's storage have limits of their own
 PAUSES_S = (1.0, 4.0)  # before a second and a third try
@@ -89,7 +89,10 @@ def local_path(path: str) -> str:
     """
     if not path.startswith("file://"):
         return os.path.expanduser(path)
-    url = urlsplit(path)
+    try:
+        url = urlsplit(path)
+    except ValueError:
+        raise DataError(flaw_of(path), path, "A file here is file:///folder/name, with three strokes") from None
     if url.netloc not in ("", "localhost"):
         raise DataError("is of another machine", path, "A file here is file:///folder/name, with three strokes")
     return urllib.request.url2pathname(url.path)
@@ -104,9 +107,9 @@ def files_at(url: str) -> list[UrlFile]:
         DataError: it cannot be reached or does not exist, or no file is there.
         StorageError: the URL makes no sense, or what reads its kind is not installed.
     """
-    if (shown := without_secret(url)) != url:
-        raise DataError("has a password, a query or a fragment in it, and settings are kept and shown", shown,
-                        f"Leave it out, or fetch the file first. {_hint(url)}")  # fmt: skip
+    if flaw := flaw_of(url):
+        shown = without_secret(url)
+        raise DataError(flaw, shown, f"Leave it out, or fetch the file first. {_hint(shown)}")
     if urlsplit(url).scheme in _WEB:
         if url.endswith("/") or "*" in url:
             raise DataError("is no file, and what else a web server has is not known", url, "Name its files")

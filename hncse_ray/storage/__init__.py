@@ -13,12 +13,13 @@ from hncse_ray.storage.local import (
     write_folder,
     write_past_cache,
 )
-from hncse_ray.storage.remote import is_url, open_filesystem, reason_of, without_secret
+from hncse_ray.storage.remote import flaw_of, is_url, open_filesystem, reason_of, without_secret
 
 __all__ = [
     "BLOCK",
     "check_outlasts_job",
     "check_writable",
+    "flaw_of",
     "is_job",
     "is_locked",
     "is_url",

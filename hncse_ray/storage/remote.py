@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from hncse_ray.errors import StorageError
 from hncse_ray.storage.local import replacing
 
-_ARROW_SCHEMES = ("s3", "gs")
+_ARROW_SCHEMES, _WEB_SCHEMES = ("s3", "gs"), ("http", "https")
 _GCS_RETRY_S = 60  # Google's client goes on for 15 minutes by default; whoever calls here tries again anyway
 
 
@@ -23,12 +23,30 @@ def is_url(path: str) -> bool:
 
 
 def without_secret(url: str) -> str:
-    """Return a URL as it may be shown: as it is, unless it holds a password, or a query that may be a key."""
-    parts = urlsplit(url)
-    # A secret of S3 may have a stroke in it, and then looks like a path.
-    if parts.password is not None or (parts.scheme in _ARROW_SCHEMES and ":" in parts.netloc):
-        return f"{parts.scheme}://.../{url.rpartition('/')[2].rpartition('@')[2]}"
+    """Return a URL as it may be shown: as it is, unless it is none, or holds what may be a secret."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # a bracket in the host, which may be a part of a password
+        return _cut(url)
+    # A secret of S3 may have a stroke in it, and then looks like a path. Of web servers a user may be a token.
+    in_name = parts.scheme in _ARROW_SCHEMES and ":" in parts.netloc
+    if parts.password is not None or in_name or (parts.username is not None and parts.scheme in _WEB_SCHEMES):
+        return _cut(url)
     return re.split("[?#]", url)[0]
+
+
+def _cut(url: str) -> str:
+    return f"{url.partition('://')[0].lower()}://.../{url.rpartition('/')[2].rpartition('@')[2]}"
+
+
+def flaw_of(url: str) -> str:
+    """Say why a URL cannot be used, as it can be neither kept nor shown; empty if it can."""
+    try:
+        urlsplit(url)
+    except ValueError:
+        return "is no URL, as its host has a bracket"
+    secret = "has a user, a password, a query or a fragment in it, and settings are kept and shown"
+    return secret if without_secret(url) != url else ""
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
@@ -46,8 +64,8 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     scheme, _, rest = url.partition("://")
     if not rest or (scheme in _ARROW_SCHEMES and rest.startswith("/")):
         raise StorageError("names no bucket or folder", url, "Give a URL such as s3://bucket/folder")
-    if (shown := without_secret(url)) != url:
-        raise StorageError("has a password, a query or a fragment in it, and settings are kept and shown", shown,
+    if flaw := flaw_of(url):
+        raise StorageError(flaw, without_secret(url),
                            "Give bucket and folder only; the rest belongs into the environment, such as"
                            " AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_ENDPOINT_URL")  # fmt: skip
     try:

@@ -86,7 +86,7 @@ def test_a_file_that_changes_while_it_is_read(server: Web) -> None:
         ({"silent_s": 0.5}, "/a.txt", "no byte came within 0.1 s, 3 times"),
         ({}, "/", "Name its files"),
         ({}, "/*.txt", "Name its files"),
-        ({}, "/a.txt?key=secret", "has a password, a query or a fragment"),
+        ({}, "/a.txt?key=secret", "has a user, a password, a query or a fragment"),
     ],
 )
 def test_what_a_web_server_does_not_give(
@@ -112,9 +112,12 @@ def test_an_empty_file(server: Web) -> None:
     [
         ("http://127.0.0.1:PORT/a.txt", "cannot be read, 3 times .*refused"),
         ("http://no-such-host.invalid/a.txt", "cannot be read.*[Nn]ame"),
-        ("https://me:secret@host/a.txt", r"https://\.\.\./a.txt: has a password"),
-        ("s3://key:secret@bucket/a.txt", r"s3://\.\.\./a.txt: has a password.*AWS_SECRET_ACCESS_KEY"),
-        ("s3://key:sec/secret@bucket/a.txt", r"s3://\.\.\./a.txt: has a password"),
+        ("https://me:secret@host/a.txt", r"https://\.\.\./a.txt: has a user, a password"),
+        ("s3://key:secret@bucket/a.txt", r"s3://\.\.\./a.txt: has a user, a password.*AWS_SECRET_ACCESS_KEY"),
+        ("https://secret@host/a.txt", r"https://\.\.\./a.txt: has a user"),
+        ("https://me:secret[@host/a.txt", r"https://\.\.\./a.txt: is no URL"),
+        ("file://[host/a.txt", "is no URL"),
+        ("s3://key:sec/secret@bucket/a.txt", r"s3://\.\.\./a.txt: has a user, a password"),
         ("file://host/a.txt", "of another machine"),
         ("nonsense://x/a.txt", "nonsense"),
         ("s3:///a.txt", "names no bucket"),
