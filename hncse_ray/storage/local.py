@@ -248,13 +248,13 @@ def leave_nothing(folder: Path, files: Collection[str], made: Collection[Path]) 
     Returns:
         Whether it was so; else nothing is removed.
     """
-    entries = list(folder.iterdir())
-    if not {entry.name for entry in entries} <= set(files):
+    entries = list(folder.iterdir()) if folder.is_dir() else None
+    if entries is None or not {entry.name for entry in entries} <= set(files):
         return False
     for entry in entries:
-        entry.unlink()
+        entry.unlink(missing_ok=True)
     for place in made:
-        if not any(place.iterdir()):
+        with suppress(OSError):  # it is not empty: the next process may be in it already
             place.rmdir()
     return True
 

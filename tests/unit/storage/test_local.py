@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -77,6 +78,21 @@ def test_a_lock_that_is_removed_while_one_waits_for_it_is_given_to_nobody(
         assert made == [path.parent] and is_locked(path)
         with pytest.raises(StorageError, match="is in use"), locked(path, hint="Wait"):
             pytest.fail("both have it")
+
+
+def test_what_is_gone_or_claimed_again_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, really = tmp_path / "run/.lock", Path.rmdir
+    with locked(path, hint="Wait") as made:
+        shutil.rmtree(path.parent)
+        assert not leave_nothing(path.parent, (".lock",), made)
+
+    def rmdir(folder: Path) -> None:
+        (folder / ".lock").touch()  # the next one is there just before
+        really(folder)
+
+    with locked(path, hint="Wait") as made:
+        monkeypatch.setattr(Path, "rmdir", rmdir)
+        assert leave_nothing(path.parent, (".lock",), made) and path.exists()
 
 
 def test_who_looks_at_a_lock_keeps_nobody_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
