@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -41,6 +42,7 @@ from hncse_ray.corpus.rows import Row, RowMaker, Tokenize
 from hncse_ray.corpus.sampling import sample
 from hncse_ray.corpus.sources import DROP_REASONS, Shape, read_examples, shape_of, source_identity
 from hncse_ray.errors import DataError, counted
+from hncse_ray.storage import is_locked
 
 log = logging.getLogger(__name__)
 
@@ -140,15 +142,16 @@ def prepare_corpus(
         what = f"cannot be written ({error.strerror or error})"
         raise DataError(what, str(corpora), "Set corpus.cache_dir or HNCSE_CACHE") from None
     try:
-        facts: dict[str, Any] = {"digest": digest, "source": identity, "tokenizer": tokenizer_digest}
-        facts |= {"max_length": max_length, "seed": seed, "settings": settings.model_dump(mode="json")}
-        job = Job(settings, tokenizer_digest, max_length, seed)
-        write_rows = write_rows or _InProcess(tokenize, sentences)
-        _write(temporary, job, write_rows, progress, facts)
-        # Of files here the identity is a hash of what was read a moment before; what is elsewhere is asked again.
-        if settings.is_elsewhere and source_identity(settings) != identity:
-            raise DataError("changed while it was read", settings.place, "Begin again")
-        _put_in_place(temporary, final)
+        with _shown_at_work(temporary):
+            facts: dict[str, Any] = {"digest": digest, "source": identity, "tokenizer": tokenizer_digest}
+            facts |= {"max_length": max_length, "seed": seed, "settings": settings.model_dump(mode="json")}
+            job = Job(settings, tokenizer_digest, max_length, seed)
+            write_rows = write_rows or _InProcess(tokenize, sentences)
+            _write(temporary, job, write_rows, progress, facts)
+            # Of files here the identity is a hash of what was read a moment before; what is elsewhere is asked again.
+            if settings.is_elsewhere and source_identity(settings) != identity:
+                raise DataError("changed while it was read", settings.place, "Begin again")
+            _put_in_place(temporary, final)
     except OSError as error:
         what = f"cannot be written ({error.strerror or error})"
         raise DataError(what, str(corpora), "Is the disk full? See corpus.cache_dir") from None
@@ -193,6 +196,18 @@ def _put_in_place(temporary: Path, final: Path) -> None:
             raise
 
 
+@contextlib.contextmanager
+def _shown_at_work(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock meanwhile, where its file system has locks for folders."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _remove_stale(corpora: Path) -> None:
     """Remove what killed preparations left: folders of dead processes here, old ones of other hosts."""
     here = socket.gethostname()
@@ -201,7 +216,9 @@ def _remove_stale(corpora: Path) -> None:
         with contextlib.suppress(OSError, ValueError):
             host, pid, _ = folder.name.removeprefix(".tmp-").rsplit("-", 2)
             old = time.time() - folder.stat().st_mtime > _FOREIGN_STALE_S
-            if (host == here and not _alive(int(pid))) or (host != here and old):
+            # In a container processes of this host may have other numbers.
+            is_dead = host == here and not _alive(int(pid)) and not is_locked(folder)
+            if is_dead or (host != here and old):
                 shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -260,12 +260,15 @@ def leave_nothing(folder: Path, files: Collection[str], made: Collection[Path]) 
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether a process holds a lock file by :func:`locked`; on another machine that cannot be told."""
+    """Return whether a process holds the lock of a file, or of a folder; on another machine that cannot be told."""
     try:
-        with path.open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        lock = os.open(path, os.O_RDONLY)
     except OSError:
         return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    finally:
+        os.close(lock)
     return False

@@ -7,6 +7,7 @@ import pickle
 import resource
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ from waits import seconds, soon
 
 from hncse_ray.config import CorpusSettings
 from hncse_ray.corpus import Corpus, files, prepare_corpus, row_hash
+from hncse_ray.corpus import prepare as prepare_module
 from hncse_ray.corpus.sampling import sample
 from hncse_ray.errors import DataError
 
@@ -395,8 +397,6 @@ def test_a_killed_preparation_leaves_nothing_that_is_taken_for_whole(prepare, te
 
 
 def test_the_folder_of_a_process_at_work_is_left_alone(prepare, text_file, tmp_path):
-    import socket
-
     busy = tmp_path / "cache" / "corpora" / f".tmp-{socket.gethostname()}-{os.getppid()}-0"
     foreign = tmp_path / "cache" / "corpora" / ".tmp-other-host-1-0"
     old = tmp_path / "cache" / "corpora" / ".tmp-other-host-2-0"
@@ -406,6 +406,26 @@ def test_the_folder_of_a_process_at_work_is_left_alone(prepare, text_file, tmp_p
     os.utime(old, (0, 0))
     corpus = prepare(path=text_file)
     assert folders(tmp_path) == sorted([busy.name, foreign.name, odd.name, corpus.digest])
+
+
+def test_so_is_that_of_a_container_whose_processes_have_other_numbers(text_file, tmp_path, tokenize):
+    """As another container sees it that has this host's name."""
+    (tmp_path / "cache").mkdir()
+    settings = CorpusSettings(path=text_file, cache_dir=str(tmp_path / "cache"))
+
+    def tokenise(texts, max_length, *, side):
+        (working,) = (tmp_path / "cache/corpora").glob(".tmp-*")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prepare_module, "_alive", lambda pid: False)
+            prepare_module._remove_stale(working.parent)
+        assert working.is_dir()
+        return tokenize(texts, max_length, side=side)
+
+    corpus = prepare_corpus(settings, tokenize=tokenise, tokenizer_digest="x", max_length=16)
+    assert folders(tmp_path) == [corpus.digest]
+    left = corpus.path.rename(corpus.path.with_name(f".tmp-{socket.gethostname()}-{2**22 + 1}-0"))
+    prepare_corpus(settings, tokenize=tokenize, tokenizer_digest="x", max_length=16)
+    assert not left.exists()
 
 
 @pytest.mark.skipif("HNCSE_DATA" not in os.environ, reason="needs HNCSE_DATA")
