@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from hncse_ray.reading import UNPARTED
 
 # An end is a run of marks and what closes behind it. Marks of scripts without blanks end a sentence at once,
-# others before a blank; so do empty lines.
+# others before a blank; so do empty lines. A run of marks is looked at once, from its beginning: there may be many.
 _END = re.compile(
     r"""(?:[。！？｡︒]+[」』”’）)\]〉》】]*\s*)"""
-    r"""|(?:[.!?…؟۔।॥։።]+["'”’»)\]]*\s+)"""
+    r"""|(?:(?<![.!?…؟۔।॥։።])[.!?…؟۔।॥։።]++["'”’»)\]]*+\s+)"""
     r"""|(?:\n\s*\n\s*)"""
 )
 _INITIALS = re.compile(r"[^\W\d_](?:\.[^\W\d_])*")  # J, U.S

@@ -37,7 +37,7 @@ _PARAGRAPH_END = re.compile(r"\n\s*\n")
 _FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?\n)?(?:---|\.\.\.)[ \t]*(?:\n|$)", re.DOTALL)
 _ENDED = (".", "!", "?")
 _MAX_TITLE_WORDS = 25  # of a plain text's first line that is taken for its title
-_SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)")
+_SENTENCE_END = re.compile(r"(?<![.!?])[.!?]++(?=\s|$)")
 
 # What is no running text, or is on every page of a site.
 _DROPPED = (

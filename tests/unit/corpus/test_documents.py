@@ -14,6 +14,7 @@ from hncse_ray.corpus.documents import count_words, document_labels
 from hncse_ray.corpus.sources import read_examples, source_identity
 from hncse_ray.corpus.text import name_hash
 from hncse_ray.errors import DataError, SettingsError
+from hncse_ray.reading import read_document
 
 WORDS = "wing flow shock layer heat drag lift plate cone wake".split()
 
@@ -159,6 +160,11 @@ def test_a_huge_document_takes_little_memory(tmp_path):
     finally:
         tracemalloc.stop()
     assert len(rows) == 300
+
+
+def test_a_first_line_of_many_marks_is_looked_at_once(tmp_path):
+    (tmp_path / "a.txt").write_text("One" + "." * 1_000_000 + "two\n\nThree.\n")
+    assert read_document(tmp_path / "a.txt", "text").title is None
 
 
 def test_xhtml_and_a_fifo_are_no_trouble(tmp_path, recwarn):

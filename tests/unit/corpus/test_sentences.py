@@ -39,6 +39,13 @@ def test_the_pieces_are_the_text_but_for_blanks():
     assert split_sentences(" \n ") == split_sentences("") == []
 
 
+@pytest.mark.parametrize("marks", ["." * 1_000_000, "!?" * 500_000, "." + ")" * 1_000_000])
+def test_a_long_run_of_marks_is_looked_at_once(marks):
+    """Looked at from each of its marks, it would take days."""
+    assert split_sentences(f"One{marks}two. Three") == [f"One{marks}two.", "Three"]
+    assert split_sentences(f"One{marks} Two") == [f"One{marks}", "Two"]
+
+
 def test_words_are_counted_also_without_blanks():
     assert count_words("one two  three") == 3
     assert count_words("这是第一句") == 3
