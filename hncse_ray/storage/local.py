@@ -197,10 +197,10 @@ def locked(path: Path, *, hint: str, wait: bool = False, of: str | None = None) 
         The folders that had to be made, the lowest first.
 
     Raises:
-        StorageError: it cannot be written, or another process holds it.
+        StorageError: it cannot be written or locked, or another process holds it.
     """
     folder = path.parent
-    while True:
+    for left in reversed(range(_TRIES)):
         made = [place for place in (folder, *folder.absolute().parents) if not os.path.exists(place)]
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -210,10 +210,13 @@ def locked(path: Path, *, hint: str, wait: bool = False, of: str | None = None) 
         with lock:
             try:
                 _take(lock, wait=wait)
-            except OSError as error:
+            except BlockingIOError as error:
                 ways = f"{hint}, or wait until that process has ended"
                 raise StorageError("is in use by another process", of or str(folder), ways) from error
-            if _is_at(lock, path):
+            except OSError as error:
+                what = f"cannot be locked ({error.strerror}), as on some network file systems"
+                raise StorageError(what, str(folder), hint) from error
+            if _is_at(lock, path) or not left:  # some file systems give the numbers of files anew
                 yield made
                 return
             # Whoever held it has removed it by leave_nothing: the next one makes another.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import re
@@ -93,6 +94,20 @@ def test_what_is_gone_or_claimed_again_is_left_as_it_is(tmp_path: Path, monkeypa
     with locked(path, hint="Wait") as made:
         monkeypatch.setattr(Path, "rmdir", rmdir)
         assert leave_nothing(path.parent, (".lock",), made) and path.exists()
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(lock: int, how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with (
+        pytest.raises(StorageError, match=r"run: cannot be locked \(Function not implemented\).*Choose another"),
+        locked(tmp_path / "run/.lock", hint="Choose another"),
+    ):
+        pytest.fail("it is not locked")
 
 
 def test_who_looks_at_a_lock_keeps_nobody_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
