@@ -548,7 +548,8 @@ def test_cpus_that_are_taken_are_said(world: World) -> None:
     holder = ray.util.placement_group([{"CPU": 6}])
     assert holder.wait(seconds(10))
     try:
-        with pytest.raises(ClusterError, match="3 shards x .* could not be placed on the cluster within 1"):
+        patience = f"{world.settings.cluster.start_timeout_s:g} s"
+        with pytest.raises(ClusterError, match=f"3 shards x .* could not be placed on the cluster within {patience}"):
             with start_pool(world, "x", cpus_per_shard=1):
                 pytest.fail("it came up")
         assert len(placement_groups()) == 1 and not actors(*POOL)
