@@ -1,7 +1,8 @@
 """Model FLOPs utilisation: what share of a GPU's peak the products of training have.
 
 Source: PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B). Products alone count, those of attention among them,
-over the tokens without padding. What gradient caching or checkpointing computes again does not count.
+over the tokens without padding. What gradient caching or checkpointing computes again does not count; what cls pooling
+spares in the last layer of packed rows does, as in the model.
 """
 
 from __future__ import annotations

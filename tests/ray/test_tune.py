@@ -101,13 +101,19 @@ def test_a_sweep_leaves_the_best_and_says_why_a_trial_failed(recipe: Path, sourc
     assert '"split": "dev"' in metrics and '"split": "test"' not in metrics
 
 
-def test_a_trial_whose_process_is_killed_goes_on_in_another(recipe: Path) -> None:
-    out = recipe.parent / "lost"
+def sweep_under_way(recipe: Path, out: Path, steps: int) -> Command:
+    """A sweep of two trials, the first of which has a checkpoint."""
     command = Command(
-        "tune", str(recipe), "train.max_steps=200", "--trials", "2", "--stopping", "none", "--out", str(out),
+        "tune", str(recipe), f"train.max_steps={steps}", "--trials", "2", "--stopping", "none", "--out", str(out),
         "--space", str(recipe.parent / "one.yaml"),
     )  # fmt: skip
     soon((out / "trials/trial-0000/checkpoints/step_000000020").exists, within_s=240, what="a checkpoint")
+    return command
+
+
+def test_a_trial_whose_process_is_killed_goes_on_in_another(recipe: Path) -> None:
+    out = recipe.parent / "lost"
+    command = sweep_under_way(recipe, out, steps=200)
     (trainer,) = command.processes("ray::ImplicitFunc")
     trainer.kill()
     assert command.finish(within_s=600)["trials"] == {"finished": 2}
@@ -118,12 +124,7 @@ def test_a_trial_whose_process_is_killed_goes_on_in_another(recipe: Path) -> Non
 
 
 def test_a_terminated_sweep_ends_with_the_status_of_that(recipe: Path) -> None:
-    out = recipe.parent / "terminated"
-    command = Command(
-        "tune", str(recipe), "train.max_steps=4000", "--trials", "2", "--stopping", "none", "--out", str(out),
-        "--space", str(recipe.parent / "one.yaml"),
-    )  # fmt: skip
-    soon((out / "trials/trial-0000/checkpoints/step_000000020").exists, within_s=240, what="a checkpoint")
+    command = sweep_under_way(recipe, recipe.parent / "terminated", steps=4000)
     command.process.send_signal(signal.SIGTERM)
     _, err = command.ended(within_s=120)
     assert command.process.returncode == 143 and "Traceback" not in err
