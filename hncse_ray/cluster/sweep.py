@@ -37,7 +37,7 @@ from hncse_ray.reporting.sweep import SweepLines, SweepReporter
 from hncse_ray.storage import check_outlasts_job, write_folder
 from hncse_ray.training import load_evaluation_sets
 from hncse_ray.training.checks import check_run
-from hncse_ray.training.distributed import ShardedEncode
+from hncse_ray.training.encoding import ShardedEncode
 from hncse_ray.training.objective_check import check_objectives
 from hncse_ray.tuning import (
     STATE_NAMES,

@@ -11,7 +11,7 @@ from hncse_ray.encoder import SentenceEncoder
 from hncse_ray.errors import counted
 from hncse_ray.evaluation import Encode
 from hncse_ray.training.checkpoint import TrainState, Weights
-from hncse_ray.training.distributed import KnownEncode, ShardedEncode
+from hncse_ray.training.encoding import KnownEncode, ShardedEncode
 from hncse_ray.training.evaluator import Measured
 from hncse_ray.training.merging import merged
 from hncse_ray.training.whitening import Spread, Whitened, add_whitening, corpus_spread

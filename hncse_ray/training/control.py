@@ -9,7 +9,7 @@ from hncse_ray.config.export import WHITENINGS
 from hncse_ray.corpus import Corpus
 from hncse_ray.errors import DataError
 from hncse_ray.evaluation import Encode
-from hncse_ray.training.distributed import KnownEncode
+from hncse_ray.training.encoding import KnownEncode
 from hncse_ray.training.evaluator import Measured, Scores, Split
 from hncse_ray.training.whitening import Whitened, corpus_spread
 

@@ -18,7 +18,8 @@ from hncse_ray.reporting.events import Evaluated, Event, StageProgress, Verdict
 from hncse_ray.training.checkpoint import TrainState, Weights
 from hncse_ray.training.choice import Candidate, ExportChoice
 from hncse_ray.training.control import whitened_base
-from hncse_ray.training.distributed import KnownEncode, ShardedEncode, from_first, raise_together
+from hncse_ray.training.distributed import from_first, raise_together
+from hncse_ray.training.encoding import KnownEncode, ShardedEncode
 from hncse_ray.training.evaluator import EvaluationSets, Measured, Scores, Split
 from hncse_ray.training.label_free import hold_out, label_free_sets
 

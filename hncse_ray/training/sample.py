@@ -24,7 +24,8 @@ from hncse_ray.evaluation import Encode, RetrievalSet, encode_unit, on_side
 from hncse_ray.negatives import FATES
 from hncse_ray.reporting.events import Event, Sampled
 from hncse_ray.training.checkpoint import Weights
-from hncse_ray.training.distributed import Alone, from_first
+from hncse_ray.training.distributed import from_first
+from hncse_ray.training.encoding import Alone
 from hncse_ray.training.evaluator import EvaluationSets
 from hncse_ray.training.label_free import SUITES as LABEL_FREE
 from hncse_ray.training.lookup import LookedUp

@@ -25,7 +25,7 @@ from hncse_ray.evaluation import (
     mean_and_spread,
     read_sts,
 )
-from hncse_ray.training.distributed import Alone, BulkEncoder, KnownEncode
+from hncse_ray.training.encoding import Alone, BulkEncoder, KnownEncode
 from hncse_ray.training.evaluator import EvaluationSets, load_evaluation_sets
 from hncse_ray.training.senteval import senteval_folder
 

@@ -20,7 +20,8 @@ from torch import nn
 from hncse_ray.config import Side
 from hncse_ray.corpus import Corpus
 from hncse_ray.errors import DataError
-from hncse_ray.training.distributed import KnownEncode, ShardedEncode, from_first
+from hncse_ray.training.distributed import from_first
+from hncse_ray.training.encoding import KnownEncode, ShardedEncode
 
 _DRAW = (0, 3)  # a stream of random numbers beside those of the run
 _LEAST_VARIANCE = 1e-6  # of the largest: smaller ones are noise of the precision, and no more is made of them

@@ -18,7 +18,7 @@ from tiny import make_collection, make_sentences
 
 from hncse_ray.encoder import load_encoder
 from hncse_ray.evaluation import evaluate_retrieval, read_collection
-from hncse_ray.training.distributed import Alone, KnownEncode, ShardedEncode
+from hncse_ray.training.encoding import Alone, KnownEncode, ShardedEncode
 
 SENTENCES = make_sentences(40, seed=21)
 

@@ -25,7 +25,7 @@ from hncse_ray.reporting.events import StepsLogged
 from hncse_ray.reporting.run_page import write_run_page
 from hncse_ray.training import EvaluationSets, TrainJob, control, fit, load_evaluation_sets, loop
 from hncse_ray.training.control import whitened_base
-from hncse_ray.training.distributed import KnownEncode
+from hncse_ray.training.encoding import KnownEncode
 from hncse_ray.training.evaluator import Measured
 from hncse_ray.training.label_free import hold_out, label_free_sets
 from hncse_ray.training.merging import merged

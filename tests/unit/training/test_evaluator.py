@@ -15,7 +15,7 @@ from hncse_ray.encoder import SentenceEncoder, load_encoder
 from hncse_ray.errors import DataError
 from hncse_ray.evaluation import evaluate_retrieval, paired_set, read_collection, read_pairs
 from hncse_ray.training import EvaluationSets, load_evaluation_sets
-from hncse_ray.training.distributed import ShardedEncode
+from hncse_ray.training.encoding import ShardedEncode
 
 PAIRS = ("recall@1", "recall@10", "mrr", "ndcg@10")
 CORPUS = CorpusSettings(source="text", path=("unused.txt",))

@@ -17,7 +17,8 @@ from hncse_ray.corpus import batch_mask, rank_slice
 from hncse_ray.encoder import freeze_unused, load_encoder
 from hncse_ray.errors import ModelError
 from hncse_ray.evaluation import StsPair, StsPairs, evaluate_retrieval, paired_set, spearman
-from hncse_ray.training.distributed import ShardedEncode, gather_rows
+from hncse_ray.training.distributed import gather_rows
+from hncse_ray.training.encoding import ShardedEncode
 from hncse_ray.training.objective import Objective
 from hncse_ray.training.repelled import ColumnFacts
 from hncse_ray.training.step import LocalBatch, StepContext, StepNegatives, train_step
